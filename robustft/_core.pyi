@@ -1,0 +1,1 @@
+"""Typed face of the native module; csrc/bindings_*.cpp is the other side."""

@@ -1,0 +1,112 @@
+"""Where text and token statistics come from: one protocol, several engines behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one expert is asked.
+
+    `prefix` opens the assistant's turn ("Answer:"); the model continues it. Message contents are
+    data: an engine must never let them become control tokens.
+    """
+
+    messages: tuple[Message, ...]
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generated continuation, without the prompt and without the end-of-text token."""
+
+    text: str
+    nll: NDArray[np.float32]  # [tokens] -log p of each generated token, nats
+    entropy: NDArray[np.float32]  # [tokens] Shannon entropy of each next-token distribution, nats
+    offsets: tuple[int, ...]  # [tokens + 1] character offset in `text` where each token starts
+    prompt_tokens: int
+    finished: bool  # False: cut off at max_new_tokens
+
+    def span_mean(self, values: NDArray[np.float32], start: int, stop: int) -> float:
+        """Mean of `values` over the tokens that overlap characters [start, stop); NaN if none."""
+        picked = [
+            float(value)
+            for value, low, high in zip(values, self.offsets[:-1], self.offsets[1:], strict=True)
+            if low < stop and high > start
+        ]
+        return sum(picked) / len(picked) if picked else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Probabilities of a few allowed continuations, read from one prefill."""
+
+    logprobs: NDArray[np.float32]  # [candidates] over the whole vocabulary (not renormalised), nats
+    entropy: float  # Shannon entropy of the whole next-token distribution, nats
+    prompt_tokens: int
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """[candidates] renormalised over the candidates; sums to one."""
+        shifted = np.exp(self.logprobs.astype(np.float64) - float(self.logprobs.max()))
+        return np.asarray(shifted / shifted.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseScore:
+    """Teacher-forced statistics of a given response: means over its own tokens."""
+
+    tokens: int
+    nll: float  # eq. 7 of the paper, nats per token
+    entropy: float  # mean Shannon entropy, nats
+    max_entropy: float
+    margin: float  # mean top-1 minus top-2 log-probability, nats
+    rank: float  # mean rank of the given token, 0 = the model's first choice
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """The contract every engine fulfils; see the methods' comments for what a caller may assume.
+
+    `plan` splits requests into batches deterministically: it depends on the requests alone, so a
+    resumed run forms the same batches. The other methods take one such batch (or anything
+    smaller) and return results in the order of the requests.
+    """
+
+    name: str  # "transformers", "openai", "vllm"
+    model_id: str
+    revision: str
+
+    def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
+        """Indices of `prompts`, grouped into batches of similar length."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[Generation]:
+        """Continue every prompt; greedy unless the engine was made with a temperature."""
+        ...
+
+    def choose(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
+    ) -> list[Choice]:
+        """Log-probability of each candidate continuation of each prompt."""
+        ...
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:
+        """Teacher-forced statistics of the given responses."""
+        ...

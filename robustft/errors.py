@@ -1,0 +1,11 @@
+"""The one exception whose message is meant for the user, not for a debugger."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The user's input or arguments are wrong; `str(error)` is one clear line (exit status 2).
+
+    The line names file, line and field where they apply, then what was expected and what was
+    found: `data.csv, line 7, field 'options': expected a JSON list, found 'a|b|c'`.
+    """
