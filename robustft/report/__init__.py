@@ -1,0 +1,282 @@
+"""`report.html`: what a cleaning run did, for a person, in one file that works offline.
+
+No script, no font, no image from elsewhere: a content security policy in the page forbids them, and
+every character of the data is escaped, hidden and reordering characters shown as what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from robustft.files import write_atomically
+from robustft.report import figures, markup
+from robustft.report.data import (
+    Counts,
+    ExpertRow,
+    Histogram,
+    ModelRow,
+    NeighbourRow,
+    Opinion,
+    ReportData,
+    Suspect,
+)
+from robustft.report.figures import Series
+from robustft.report.suspects import suspects_section
+
+__all__ = [
+    "Counts",
+    "ExpertRow",
+    "Histogram",
+    "ModelRow",
+    "NeighbourRow",
+    "Opinion",
+    "ReportData",
+    "Suspect",
+    "render",
+    "write_report",
+]
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_KEEP, _RELABEL = Series("kept as given", "keep"), Series("relabeled", "relabel")
+_DROP, _REJECT = Series("dropped", "drop"), Series("rejected", "reject")
+
+
+def write_report(path: Path, summary: ReportData) -> None:
+    """Write `summary` as one self-contained HTML file at `path`, in full or not at all.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    write_atomically(path, render(summary))
+
+
+def render(summary: ReportData) -> str:
+    """The report's HTML, a complete document in UTF-8."""
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    sections = (
+        _outcome(summary),
+        _figures(summary),
+        suspects_section(summary.suspects, summary.counts.noisy),
+        _experts(summary),
+        _run(summary),
+    )
+    name = markup.plain(summary.source, 120)
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<meta name='referrer' content='no-referrer'><meta name='color-scheme' "
+        f"content='light dark'><title>robustft: {name}</title><style>{style}</style></head>"
+        f"<body><header><p class='brand'>robustft <span>cleaning report</span></p><h1>{name}</h1>"
+        f"<p class='when'>{markup.plain(summary.finished)} · version "
+        f"{markup.plain(summary.version)}</p></header><main>{''.join(sections)}</main>"
+        "<footer>Every record of the input has one line in <code>verdicts.jsonl</code> or "
+        "<code>rejects.jsonl</code>.</footer></body></html>\n"
+    )
+
+
+def _outcome(summary: ReportData) -> str:
+    """What happened, in one sentence, one bar and four numbers; then what to do next."""
+    counts = summary.counts
+    parts = [
+        (_KEEP, counts.keep),
+        (_RELABEL, counts.relabel),
+        (_DROP, counts.drop),
+        (_REJECT, counts.rejected),
+    ]
+    judged = counts.clean + counts.noisy
+    if counts.input == 0:
+        sentence = "The input held no record."
+    elif judged == 0:
+        sentence = "No line of the input could be read as a record: see <code>rejects.jsonl</code>."
+    elif counts.noisy == 0:
+        sentence = (
+            f"None of the {markup.count(judged, 'record')} looked noisy: the cleaned set is the "
+            "input as it came."
+        )
+    else:
+        sentence = (
+            f"<b>{counts.noisy:,}</b> of {markup.count(judged, 'record')} looked noisy "
+            f"({markup.percent(counts.noisy, judged)}). The cleaned set holds "
+            f"<b>{counts.keep + counts.relabel:,}</b>."
+        )
+    tiles = "".join(
+        f"<li class='tile'><span class='dot {series.tone}'></span><b>{number:,}</b>"
+        f"<span>{series.name}</span><i>{markup.percent(number, counts.input)}</i></li>"
+        for series, number in parts
+    )
+    steps = "".join(
+        f"<pre><code>{markup.data(step, 600)}</code></pre>" for step in summary.next_steps
+    )
+    return (
+        f"<section><p class='sentence'>{sentence}</p><div class='share'>{figures.share_bar(parts)}"
+        f"</div><ul class='tiles'>{tiles}</ul>"
+        + _models_note(summary.models)
+        + (f"<h3>Next</h3>{steps}" if steps else "")
+        + "</section>"
+    )
+
+
+def _models_note(models: Iterable[ModelRow]) -> str:
+    notes = [
+        f"<b>{markup.data(model.name, 120)}</b>: {markup.data(model.note, 300)}"
+        for model in models
+        if model.note
+    ]
+    return f"<p class='note'>{' '.join(notes)}</p>" if notes else ""
+
+
+def _figures(summary: ReportData) -> str:
+    """The drawn figures, each in a card, each with what it says when it is empty."""
+    counts = summary.counts
+    cards = [
+        _card(
+            "Noise score",
+            "Higher is noisier; comparable within this run.",
+            _stacked(
+                (Series("clean", "keep"), summary.scores_clean),
+                (Series("noisy", "noisy"), summary.scores_noisy),
+                "noise score",
+            ),
+            "No record was scored.",
+        ),
+        _card(
+            "Confidence of the new answers",
+            "Entropy of each denoised answer (eq. 7, mean nll). Selection keeps the most "
+            "confident ones.",
+            _stacked(
+                (Series("kept", "relabel"), summary.nll_kept),
+                (Series("dropped", "drop"), summary.nll_dropped),
+                "nats per token",
+                summary.nll_threshold,
+            ),
+            "No record was denoised, so there was nothing to select."
+            if counts.noisy == 0
+            else "Selection did not rank by confidence in this run.",
+        ),
+        _card(
+            "Answers before and after",
+            "All readable input records against the cleaned set.",
+            figures.before_after(summary.before, summary.after)
+            + _legend((Series("before", "before"), Series("after", "after")))
+            if summary.before or summary.after
+            else "",
+            "No answer to count.",
+        ),
+        _card(
+            "Why records were flagged or left out",
+            "",
+            _counted(summary.reasons, "noisy") + _counted(summary.reject_reasons, "reject"),
+            "Nothing was flagged and nothing was left out.",
+        ),
+    ]
+    return f"<section><h2>What the run saw</h2><div class='cards'>{''.join(cards)}</div></section>"
+
+
+def _card(title: str, caption: str, drawing: str, empty: str) -> str:
+    body = drawing or f"<p class='empty'>{empty}</p>"
+    return (
+        f"<figure class='card'><figcaption><h3>{title}</h3>"
+        f"<p>{caption}</p></figcaption>{body}</figure>"
+    )
+
+
+def _legend(names: Iterable[Series]) -> str:
+    items = "".join(f"<li><span class='dot {s.tone}'></span>{s.name}</li>" for s in names)
+    return f"<ul class='legend'>{items}</ul>"
+
+
+def _stacked(
+    first: tuple[Series, Histogram | None],
+    second: tuple[Series, Histogram | None],
+    x_label: str,
+    threshold: float | None = None,
+) -> str:
+    layers = [(series, h) for series, h in (first, second) if h is not None and h.total]
+    if not layers:
+        return ""
+    mark = None if threshold is None else (threshold, f"kept up to {threshold:.3g}")
+    return figures.histogram(layers, x_label, mark) + _legend(series for series, _ in layers)
+
+
+def _counted(numbers: Mapping[str, int], tone: str) -> str:
+    rows = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))[:8]
+    whole = sum(number for _, number in rows)
+    if not whole:
+        return ""
+    return figures.bars(
+        [(name, number, f"{number:,}") for name, number in rows], tone, "Records by reason."
+    )
+
+
+def _experts(summary: ReportData) -> str:
+    """Who was asked, how often each agreed with the given answers, and what it cost."""
+    if not summary.experts:
+        body = "<p class='empty'>No expert was asked.</p>"
+    else:
+        agreement = [
+            (
+                expert.name,
+                expert.agreed / expert.answered if expert.answered else 0.0,
+                f"{markup.percent(expert.agreed, expert.answered)} of {expert.answered:,}",
+            )
+            for expert in summary.experts
+        ]
+        rows = "".join(
+            f"<tr><th scope='row'>{markup.data(e.name, 60)}</th><td class='num'>{e.asked:,}</td>"
+            f"<td class='num'>{e.asked - e.answered:,}</td><td class='num'>{e.prompt_tokens:,}</td>"
+            f"<td class='num'>{e.generated_tokens:,}</td></tr>"
+            for e in summary.experts
+        )
+        body = (
+            "<div class='cards'><figure class='card'><figcaption><h3>Agreement with the given "
+            "answer</h3><p>Share of the answers that could be read.</p></figcaption>"
+            + figures.bars(agreement, "keep", "Agreement with the given answer.", full=1.0)
+            + "</figure><div class='card scroll'><h3>Work</h3><table><thead><tr><th>Expert</th>"
+            "<th class='num'>asked</th><th class='num'>unread</th><th class='num'>tokens in</th>"
+            f"<th class='num'>tokens out</th></tr></thead><tbody>{rows}</tbody></table></div></div>"
+        )
+    return f"<section><h2>Experts</h2>{body}</section>"
+
+
+def _run(summary: ReportData) -> str:
+    """How the run was made: models, time, memory, settings, files, command."""
+    whole = sum(summary.stage_seconds.values())
+    stages = figures.bars(
+        [
+            (name, value, f"{markup.seconds(value)} · {markup.percent(value, whole)}")
+            for name, value in summary.stage_seconds.items()
+        ],
+        "time",
+        "Seconds per stage.",
+    )
+    models = "".join(
+        f"<tr><th scope='row'>{markup.data(m.role, 60)}</th><td>{markup.data(m.name, 120)}"
+        f"<br><small>{markup.data(m.revision, 60)}</small></td></tr>"
+        for m in summary.models
+    )
+    memory = summary.peak_memory_bytes
+    facts: dict[str, str] = {}
+    if memory is not None:
+        facts["peak memory"] = f"{memory / 2**30:.2f} GiB"
+    return (
+        "<section><h2>The run</h2><div class='cards'>"
+        f"<figure class='card'><figcaption><h3>Time: {markup.seconds(whole)}</h3></figcaption>"
+        f"{stages if summary.stage_seconds else '<p class=empty>Not measured.</p>'}</figure>"
+        f"<div class='card scroll'><h3>Models</h3><table>{models}</table>"
+        f"{_table('Machine', facts)}</div>"
+        f"<div class='card scroll'>{_table('Settings', summary.settings)}</div>"
+        f"<div class='card scroll'>{_table('Files', summary.files)}</div></div>"
+        f"<h3>Command</h3><pre><code>{markup.data(summary.command, 1500)}</code></pre></section>"
+    )
+
+
+def _table(title: str, rows: Mapping[str, str]) -> str:
+    if not rows:
+        return f"<h3>{title}</h3><p class='empty'>None recorded.</p>"
+    body = "".join(
+        f"<tr><th scope='row'>{markup.data(name, 60)}</th><td>{markup.data(value, 300)}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<h3>{title}</h3><table>{body}</table>"
