@@ -1,0 +1,209 @@
+"""Answers: what kind they are, what a reply answers, and whether two answers say the same.
+
+Four kinds. `choice`: a letter, or the option's text. `number`: compared by value. `span`: a few
+words, compared as sets of words with numbers and negations guarded. `text`: free text, compared by
+its marked final number where both have one, by token F1 otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from robustft.choices import parse_choice
+from robustft.numerals import canonical, find_numbers, whole_number
+from robustft.replies import (
+    Parsed,
+    is_refusal,
+    parse_final_number,
+    parse_number,
+    parse_span,
+    parse_text,
+)
+
+__all__ = [
+    "Kind",
+    "Parsed",
+    "agreement",
+    "answer_kind",
+    "is_refusal",
+    "matches",
+    "normalise",
+    "parse",
+    "parse_choice",
+    "parse_final_number",
+    "parse_number",
+    "parse_span",
+    "parse_text",
+    "token_f1",
+]
+
+Kind = Literal["choice", "number", "span", "text"]
+SPAN_WORDS = 6
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_NEGATIONS = frozenset(("no", "not", "non", "never", "none", "neither", "nor", "without", "cannot"))
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:[.,]\d+)*|\.\d+)(?!\w)")
+# Scripts written without spaces split by character.
+_UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+_PLAIN = str.maketrans({"−": "-", "⁄": "/", "_": " "})
+_JOINED = frozenset("'’.")  # "U.S." is "us", "don't" is "dont"; other punctuation separates
+
+
+def answer_kind(answer: str, options: Sequence[str] | None = None) -> Kind:
+    """How an answer like the given one is to be read and compared.
+
+    Options make it a choice; a bare number ("18", "$1,234.50", "50%") a number, unless leading
+    zeros show an identifier ("007"); up to six words a span; anything else text.
+    """
+    if options:
+        return "choice"
+    if number := whole_number(answer):
+        digits = number["whole"] or ""
+        return "span" if len(digits) > 1 and digits[0] == "0" else "number"
+    return "span" if len(answer.split()) <= SPAN_WORDS and "\n" not in answer.strip() else "text"
+
+
+def parse(reply: str, *, kind: Kind, options: Sequence[str] | None = None) -> Parsed:
+    """Read the answer in a reply as `kind`; `options` are required for a choice.
+
+    Raises ValueError when `kind` is unknown or a choice comes without options.
+    """
+    if kind == "choice":
+        if not options:
+            raise ValueError("options must hold at least one text for kind='choice', got none")
+        return parse_choice(reply, options)
+    readers = {"number": parse_number, "span": parse_span, "text": parse_text}
+    if kind not in readers:
+        raise ValueError(f"kind must be choice, number, span or text, got {kind!r}")
+    return readers[kind](reply)
+
+
+def normalise(text: str, kind: Kind) -> str:
+    """One spelling for answers that a reader takes for the same.
+
+    `choice`: the upper-case letter. `number`: the value, units dropped ("1,000" -> "1000",
+    "50%" -> "50", "007" -> "7"); text without a number is read as a span. `span` and `text`: NFKC,
+    case folded, articles and punctuation dropped, one space between words, numbers canonical but
+    leading zeros kept ("007" is neither "7" nor "008"). Text of nothing but punctuation stays.
+    """
+    if kind == "choice":
+        return text.strip(" \t\r\n()[]{}.:*_\"'`").upper()
+    if kind == "number":
+        parsed = parse_number(unicodedata.normalize("NFKC", text))
+        if parsed.answer is not None:
+            return parsed.answer
+    return " ".join(_words(text)) or unicodedata.normalize("NFKC", text).casefold().strip()
+
+
+@functools.lru_cache(maxsize=4096)
+def _role(ch: str) -> str:
+    """What a character becomes: itself, "" (joins its neighbours) or a space (separates)."""
+    if ch in _JOINED:
+        return ""
+    category = unicodedata.category(ch)
+    return " " if category[0] in "PZC" or category == "Sc" else ch
+
+
+@functools.lru_cache(maxsize=8192)
+def _words(text: str) -> tuple[str, ...]:
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_PLAIN)
+    folded = _UNSPACED.sub(r" \1 ", folded)
+    pieces: list[str] = []
+    end = 0
+    for match in _NUMBER.finditer(folded):
+        pieces += [*map(_role, folded[end : match.start()]), f" {_plain_number(match[0])} "]
+        end = match.end()
+    pieces += map(_role, folded[end:])
+    words = "".join(pieces).split()
+    kept = tuple(word for word in words if word not in _ARTICLES)
+    return kept or tuple(words)
+
+
+def _plain_number(text: str) -> str:
+    digits = text.lstrip("-")
+    if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
+        return text
+    match = next(find_numbers(text), None)
+    return canonical(match) if match and match.end() == len(text) else text
+
+
+def token_f1(a: str, b: str) -> float:
+    """Harmonic mean of precision and recall over the multisets of normalised words, in [0, 1].
+
+    Two texts without words are equal only as written.
+    """
+    first, second = _words(a), _words(b)
+    if not first or not second:
+        return float(normalise(a, "text") == normalise(b, "text"))
+    common = (Counter(first) & Counter(second)).total()
+    return 2 * common / (len(first) + len(second))
+
+
+def agreement(
+    a: str | None, b: str | None, *, kind: Kind, options: Sequence[str] | None = None
+) -> float:
+    """How far two answers say the same, in [0, 1]; no answer (None) agrees with nothing.
+
+    Choices and numbers: 0 or 1. Spans: 1 when equal after normalisation; token F1 when one holds
+    all words of the other and neither their numbers nor their negations differ; 0 otherwise ("New
+    York" is not "New Jersey", "May 1998" is not "May 1999", "guilty" is not "not guilty"). Text: 1
+    or 0 by the final number when both mark one ("#### 18", "A: 18"); token F1 otherwise.
+    """
+    if a is None or b is None:
+        return 0.0
+    if kind == "choice":
+        first, second = _letter(a, options), _letter(b, options)
+        return float(first is not None and first == second)
+    if kind == "number":
+        return float(normalise(a, "number") == normalise(b, "number"))
+    if kind == "span":
+        return _span_agreement(a, b)
+    last_a, last_b = parse_final_number(a).answer, parse_final_number(b).answer
+    if last_a is not None and last_b is not None:
+        return float(last_a == last_b)
+    return token_f1(a, b)
+
+
+def _letter(answer: str, options: Sequence[str] | None) -> str | None:
+    return parse_choice(answer, options).answer if options else normalise(answer, "choice") or None
+
+
+def _span_agreement(a: str, b: str) -> float:
+    if normalise(a, "span") == normalise(b, "span"):
+        return 1.0
+    first, second = Counter(_words(a)), Counter(_words(b))
+    if not first or not second or not (first <= second or second <= first):
+        return 0.0
+    for guarded in (_is_number, _NEGATIONS.__contains__):
+        one, two = {w for w in first if guarded(w)}, {w for w in second if guarded(w)}
+        if bool(one) != bool(two):
+            return 0.0
+    return token_f1(a, b)
+
+
+def _is_number(word: str) -> bool:
+    return word.lstrip("-")[:1].isdigit()
+
+
+def matches(
+    a: str | None,
+    b: str | Sequence[str] | None,
+    *,
+    kind: Kind,
+    options: Sequence[str] | None = None,
+    threshold: float = 0.5,
+) -> bool:
+    """Whether answer `a` says the same as `b`: `agreement(a, b) >= threshold`.
+
+    `b` may be a list of accepted answers; one match suffices. Raises ValueError when `threshold`
+    is not in (0, 1].
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise ValueError(f"threshold must be in (0, 1], got {threshold}")
+    accepted = [b] if b is None or isinstance(b, str) else b
+    return any(agreement(a, one, kind=kind, options=options) >= threshold for one in accepted)

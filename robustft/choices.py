@@ -1,0 +1,272 @@
+"""The option a reply decides for.
+
+A choice is never guessed out of prose: "Based on ..." is not B and "A company said" is not A. Every
+pattern is linear in the reply.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+from robustft.replies import MARKER, NOTHING, QUOTES, Parsed, body_start
+
+_DECORATION = re.compile(
+    r"""(?:[\s*_"'`“”‘’(\[{<$:>]|\\(?:text|mathrm|mathbf|boxed|\()|\#|-\s
+        |(?:the\s|my\s)?(?:correct\s)?(?:option|choice|letter)\b)*+""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_LETTER = re.compile(r"([A-Za-z])(?![\w'’])")
+_AND_ANOTHER = re.compile(
+    r"[)\]*_]*\s*(?:,|/|&|\band\b|\bor\b)\s*(?:option\s)?[(\[*_]*([A-Z])(?![\w'’])"
+)
+_REASON_FOLLOWS = re.compile(
+    r"\s+(?:because|since|as|for|due|based|given|with|which|where|according|that)\b", re.IGNORECASE
+)
+_NO_CHOICE = re.compile(
+    r"(?:none|neither|unclear|unknown|cannot|can['’]t|impossible|n/a)\b", re.IGNORECASE
+)
+_SAYS_CORRECT = re.compile(
+    r"(?:^|[.!?:;,\n]\s{0,3}|\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s)[(\[*_]*([A-Z])[)\]*_]*"
+    r"\s(?:is|would\sbe)\s(?:the\s)?(?:most\s)?(?:correct|right|best)\b"
+)
+_EXPLICIT = re.compile(r"(?:\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b[Oo]ption\s([A-Z])\b)")
+_NEGATION = re.compile(
+    r"\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b"
+    r"|n['’]t\b|\brul\w{1,3}\sout\b",
+    re.IGNORECASE,
+)
+_LINE = re.compile(
+    r"""[\s*_>\#"'`“‘-]*+(?P<open>[(\[{]?)(?P<letter>[A-Za-z])(?![\w'’])
+        (?P<close>[)\]}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
+    re.VERBOSE,
+)
+_SUBJECT = re.compile(
+    r"(?:is|are|was|were|has|have|can|could|would|does|do|and|or|says|seems)(?:n['’]t)?\b",
+    re.IGNORECASE,
+)
+_PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation", "in", "it"))
+_PROSE_STARTS |= {"reason", "since", "that", "the", "there", "these", "this"}
+# Words and numbers, and the symbols that tell options apart ("<" from ">"); light punctuation no.
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s.,;:!?\"'`“”‘’*()\[\]{}]|_")
+_SHORT_PROSE = 40  # words: option text named in a longer reply may be part of the reasoning
+
+
+def tokens(text: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """(casefolded token, start, stop) for the words, numbers and symbols of `text[start:stop]`."""
+    for match in _TOKEN.finditer(text, start, len(text) if stop is None else stop):
+        token = unicodedata.normalize("NFKC", match[0]).casefold()
+        yield ("-" if token in "−–—" else token), match.start(), match.end()
+
+
+def _key(text: str) -> tuple[str, ...]:
+    words = tuple(token for token, _, _ in tokens(text))
+    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
+
+
+class _Options:
+    """The options' texts, ready for look-up; a text two options share names neither."""
+
+    def __init__(self, options: Sequence[str]) -> None:
+        keys = [_key(option) for option in options]
+        self.count = min(len(options), 26)
+        self.letter = {key: chr(65 + i) for i, key in enumerate(keys[: self.count]) if key}
+        self.shared = {key for key in keys if keys.count(key) > 1}
+        self.longest = max((len(key) for key in keys), default=0)
+        self.reach = 2 * max((len(option) for option in options), default=0) + 16
+
+    def exactly(self, text: str) -> str | None:
+        key = _key(text)
+        return None if key in self.shared else self.letter.get(key)
+
+    def prefix(self, text: str, start: int) -> tuple[str | None, int, int] | None:
+        """The longest option text that begins at `start`: (letter or None if shared, span)."""
+        found: list[tuple[str, int, int]] = []
+        for token in tokens(text, start, start + self.reach):
+            if found or token[0] not in ("a", "an", "the") or (token[0],) in self.letter:
+                found.append(token)
+            if len(found) == self.longest:
+                break
+        for size in range(len(found), 0, -1):
+            key = tuple(token for token, _, _ in found[:size])
+            if key in self.letter:
+                letter = None if key in self.shared else self.letter[key]
+                return letter, found[0][1], found[size - 1][2]
+        return None
+
+
+def _same_width_nfkc(reply: str) -> str:
+    """Full-width letters and brackets become ASCII while every character keeps its place."""
+    if reply.isascii():
+        return reply
+    single = {ch: unicodedata.normalize("NFKC", ch) for ch in set(reply)}
+    return "".join(single[ch] if len(single[ch]) == 1 else ch for ch in reply)
+
+
+def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
+    r"""The one option a reply decides for, as a letter; None rather than a guess.
+
+    In order: the last final-answer marker that names an option ("answer is", "Answer:",
+    "\boxed{}", "B is correct"); lines that are nothing but a letter, a letter with its own text,
+    or an option's text; a letter that opens the reply; a single explicit letter such as "(B)"; one
+    option's exact text in a short reply. Two different letters at one level, or a letter beyond
+    the options, give None. Negated sentences ("not (A)") name nothing.
+    """
+    text = _same_width_nfkc(reply)
+    start = body_start(text)
+    choices = _Options(options)
+    decided = _by_marker(text, start, choices)
+    if decided is None:
+        decided = _by_line(text, start, choices)
+    if decided is None:
+        decided = _by_mention(text, start, choices)
+    return decided or NOTHING
+
+
+def _found(letter: str, start: int, stop: int, choices: _Options) -> Parsed:
+    letter = letter.upper()
+    return Parsed(letter, start, stop) if ord(letter) - 65 < choices.count else NOTHING
+
+
+def _by_marker(text: str, start: int, choices: _Options) -> Parsed | None:
+    marks = [(m.end(), False, m.start()) for m in MARKER.finditer(text, start)]
+    marks += [(m.start(1), True, m.start()) for m in _SAYS_CORRECT.finditer(text, start)]
+    excluded: set[str] = set()
+    for position, certain, _ in sorted(marks)[-50:][::-1]:
+        if certain:
+            parsed: Parsed | None = _found(text[position], position, position + 1, choices)
+        else:
+            begin = _skip_decoration(text, position)
+            if text[begin : begin + 4].lower() == "not ":
+                denied = _after_marker(text, begin + 4, choices)
+                excluded.add((denied and denied.answer) or "")
+                continue
+            parsed = _after_marker(text, position, choices)
+            if parsed is None and _NO_CHOICE.match(text, begin):
+                return NOTHING
+        if parsed is not None:
+            return NOTHING if parsed.answer in excluded else parsed
+    return None
+
+
+def _skip_decoration(text: str, position: int) -> int:
+    match = _DECORATION.match(text, position)
+    return match.end() if match else position
+
+
+def _after_marker(text: str, position: int, choices: _Options) -> Parsed | None:
+    """The option named right after a marker; NOTHING when two are, None when none is."""
+    begin = _skip_decoration(text, position)
+    named = choices.prefix(text, begin)
+    letter = _LETTER.match(text, begin)
+    if letter is None or not _is_letter(text, begin, position, choices):
+        if named and (letter is None or named[2] > letter.end()):
+            return Parsed(*named) if named[0] else NOTHING
+        return None
+    another = _AND_ANOTHER.match(text, letter.end())
+    if another and another[1] != letter[1].upper() and ord(another[1]) - 65 < choices.count:
+        return NOTHING
+    # "Answer: B. positive" where positive is option C says two things.
+    line_end = text.find("\n", begin)
+    rest = text[letter.end() : line_end if line_end >= 0 else len(text)][: choices.reach]
+    stated = choices.exactly(rest)
+    if stated and stated != letter[1].upper():
+        return NOTHING
+    return _found(letter[1], begin, letter.end(), choices)
+
+
+def _is_letter(text: str, begin: int, position: int, choices: _Options) -> bool:
+    """Whether the single letter at `begin` is a choice rather than the start of a sentence."""
+    after = text[begin + 1 : begin + 2]
+    before = text[begin - 1 : begin]
+    if after in ")].:;,!?*_}<>$\n" + QUOTES or before in "([{*" + QUOTES:
+        return True  # the empty string after the last character counts too
+    if not text[begin].isupper():
+        return False
+    if re.search(r"(?:option|choice|letter)\W*$", text[position:begin], re.IGNORECASE):
+        return True
+    if re.match(r"\s+(?:[-–—(\n]|and\b|or\b)|\s*$", text[begin + 1 : begin + 6]):
+        return True
+    if _REASON_FOLLOWS.match(text, begin + 1):
+        return True
+    own = choices.prefix(text, begin + 1)
+    return own is not None and own[0] == text[begin]
+
+
+def _by_line(text: str, start: int, choices: _Options) -> Parsed | None:
+    stated: dict[str, Parsed] = {}
+    opening: Parsed | None = None
+    first = True
+    for match in re.compile(r"[^\n]+").finditer(text, start):
+        if match.end() - match.start() > 4 * choices.reach and not first:
+            continue  # far longer than any option: prose
+        line = _LINE.match(text, match.start(), match.end())
+        if line and (line["open"] or line["close"] or not line["rest"]):
+            rest = line["rest"].strip(" \t.*_" + QUOTES)
+            own = choices.exactly(rest) if rest else line["letter"].upper()
+            if own == line["letter"].upper():
+                stated[own] = _found(own, *line.span("letter"), choices)
+            elif own:
+                return NOTHING
+            elif first and _opens_reply(line, rest):
+                opening = _found(line["letter"], *line.span("letter"), choices)
+        elif own := choices.exactly(match[0]):
+            whole = choices.prefix(text, _skip_decoration(text, match.start()))
+            stated[own] = Parsed(*whole) if whole else Parsed(own, *match.span())
+        first = first and not match[0].strip()
+    if stated:
+        return next(iter(stated.values())) if len(stated) == 1 else NOTHING
+    if opening:
+        others = {letter for letter, *_ in _mentions(text, start)} - {opening.answer}
+        return NOTHING if others else opening
+    return None
+
+
+def _opens_reply(line: re.Match[str], rest: str) -> bool:
+    """Whether it is "B) profits rose" or "B. Because ...", not "A. Smith" or "(A) is wrong"."""
+    if _SUBJECT.match(rest):
+        return False
+    if line["open"] or set(line["close"]) & set(")]:*-–—"):
+        return True
+    word = re.match(r"\w+", rest)
+    return word is not None and (word[0].islower() or word[0].lower() in _PROSE_STARTS)
+
+
+def _mentions(text: str, start: int) -> Iterator[tuple[str, int, int]]:
+    for match in _EXPLICIT.finditer(text, start):
+        group = match.lastindex or 1
+        yield match[group].upper(), *match.span(group)
+
+
+def _sentence_denies(text: str, start: int, stop: int) -> bool:
+    left = max(text.rfind(mark, 0, start) for mark in ".!?\n")
+    right = min((i for mark in ".!?\n" if (i := text.find(mark, stop)) >= 0), default=len(text))
+    return _NEGATION.search(text, left + 1, right) is not None
+
+
+def _by_mention(text: str, start: int, choices: _Options) -> Parsed | None:
+    first: tuple[str, int, int] | None = None
+    for mention in _mentions(text, start):
+        if first and mention[0] != first[0]:
+            return NOTHING
+        first = first or mention
+    if first:
+        return NOTHING if _sentence_denies(text, *first[1:]) else _found(*first, choices)
+    words = []
+    for token in tokens(text, start):
+        words.append(token)
+        if len(words) > _SHORT_PROSE:
+            return None
+    named: dict[str | None, tuple[str | None, int, int]] = {}
+    position = start
+    for _, begin, _ in words:
+        if begin >= position and (hit := choices.prefix(text, begin)):
+            named[hit[0]] = hit
+            position = hit[2]
+    if len(named) != 1:
+        return None
+    letter, begin, stop = next(iter(named.values()))
+    if letter is None or _sentence_denies(text, begin, stop):
+        return NOTHING
+    return Parsed(letter, begin, stop)

@@ -1,0 +1,89 @@
+"""Numbers as people and models write them: found in text, brought to one canonical spelling.
+
+Nothing is evaluated and every pattern is linear in the text. Units are dropped: "$18", "18 dollars"
+and "18" are the same number, and so are "50%" and "50" (which are not 0.5): whether the sign is
+written depends on the question's wording, which is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+_MAX_DIGITS = 60  # longer digit strings stay text: Python refuses to convert beyond 4,300 digits
+_MAX_EXPONENT = 300
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+# A sign counts only where no operand stands before it: "-5", "$-5", "(-5)" but not "10-5".
+_NUMBER = re.compile(
+    r"""(?<![\w.])
+    (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d]))?
+    [$€£¥]?(?P<inner>[-−](?=[.\d]))?
+    (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d))?
+    (?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?
+    (?(whole)|(?(part)|(?!)))
+    (?:[eE](?P<exponent>[-+−]?\d{1,4})(?!\w))?
+    (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
+    (?:\s(?P<scale>thousand|million|billion|trillion)\b)?
+    (?:\s?%)?
+    |\\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}""",
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
+)
+
+
+def find_numbers(text: str, start: int = 0, stop: int | None = None) -> Iterator[re.Match[str]]:
+    """Every number in `text[start:stop]`, left to right; `canonical` reads a match."""
+    return _NUMBER.finditer(text, start, len(text) if stop is None else stop)
+
+
+def value(match: re.Match[str]) -> Fraction | None:
+    """The number's exact value; None where it is too long to convert or divides by zero."""
+    if match["top"]:
+        bottom = int(match["bottom"])
+        return Fraction(int(match["top"]), bottom) if bottom else None
+    whole = (match["whole"] or "").replace(",", "")
+    part = (match["part"] or ".")[1:]
+    exponent = int((match["exponent"] or "0").replace("−", "-"))
+    if len(whole) + len(part) > _MAX_DIGITS or abs(exponent) > _MAX_EXPONENT:
+        return None
+    result = Fraction(int(whole + part or "0"), 10 ** len(part)) * Fraction(10) ** exponent
+    if match["below"]:
+        below = int(match["below"])
+        if below == 0:
+            return None
+        result /= below
+    if match["mixed"]:
+        result += int(match["mixed"])
+    if match["scale"]:
+        result *= 10 ** _SCALES[match["scale"].lower()]
+    return -result if (match["sign"] or match["inner"] or "+") in "-−–" else result
+
+
+def canonical(match: re.Match[str]) -> str:
+    """One spelling per value: "1,234.50" -> "1234.5", "6/4" -> "3/2", "1.5e3" -> "1500"."""
+    number = value(match)
+    return match[0].strip() if number is None else spell(number)
+
+
+def spell(number: Fraction) -> str:
+    """The shortest exact decimal where there is one, otherwise numerator/denominator."""
+    twos = fives = 0
+    rest = number.denominator
+    while rest % 2 == 0:
+        rest, twos = rest // 2, twos + 1
+    while rest % 5 == 0:
+        rest, fives = rest // 5, fives + 1
+    if rest != 1:
+        return f"{number.numerator}/{number.denominator}"
+    places = max(twos, fives)
+    digits = str(abs(number.numerator) * 10**places // number.denominator).rjust(places + 1, "0")
+    sign = "-" if number < 0 else ""
+    return sign + (f"{digits[:-places]}.{digits[-places:]}" if places else digits)
+
+
+def whole_number(text: str) -> re.Match[str] | None:
+    """The match when the whole of `text` is one number (with its currency or percent sign)."""
+    text = text.strip().rstrip(".")
+    match = _NUMBER.match(text)
+    return match if match and match.end() == len(text) else None

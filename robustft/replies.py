@@ -1,0 +1,171 @@
+"""What a model's reply says: the answer in it, and where in the reply it stands.
+
+The span of the answer's own characters matters: response entropy (eq. 7) averages over the
+answer's tokens, not over template words such as "Answer:". Every pattern is linear in the reply.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass
+
+from robustft.numerals import canonical, find_numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """An answer found in a reply; `reply[start:stop]` are the answer's own characters.
+
+    `answer` is the letter of a choice, the canonical spelling of a number, the text otherwise;
+    None where the reply gives no answer (empty, a refusal, no letter, two letters).
+    """
+
+    answer: str | None
+    start: int
+    stop: int
+
+
+NOTHING = Parsed(None, 0, 0)
+QUOTES = "\"'`“”‘’"
+# "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####".
+MARKER = re.compile(
+    r"""\b(?:answers?|(?:correct|right|best|final|my)\s(?:option|choice|letter))\b
+        (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
+        [ \t*_"'`)\]]{0,8}
+        (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
+      |\\boxed\{|\#\#\#\#|\bI\s(?:would\s)?(?:choose|pick|select|go\swith)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"""\W*(?:unfortunately,?\s|sorry,\sbut\s|i\sapologi[sz]e,?\s(?:but\s)?)?
+        (?:i['’]?(?:\sa)?m\s(?:very\s|so\s|really\s)?sorry,?\s(?:but\b|i\b)|sorry,?\s(?:but\s)?i\b
+        |(?:as|i['’]?(?:\sa)?m)\san\sai\b|as\sa\s(?:large\s)?language\smodel\b
+        |i\s(?:do\snot|don['’]t)\sknow\b|i['’]?(?:\sa)?m\snot\s(?:sure|able\sto)\b
+        |i['’]?(?:\sa)?m\sunable\sto\b|i\s(?:have\sto|must)\sdecline\b
+        |i\s(?:cannot|can\snot|can['’]t|could\snot|couldn['’]t|won['’]t|will\snot)
+         (?:\s*(?:\.|…|$)|\s(?:\w+\s){0,2}?(?:answer|help(?!\sbut)|assist|provide|determine|comply
+         |fulfil|fulfill|do|give|create|write|generate|engage|discuss|support|access|complete
+         |respond|say|tell|fully)\b))""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_TEXT_MARKER = re.compile(
+    r"(?:^|\n)[ \t]*[#*_]*[ \t]*(?:the\s)?(?:(?:final|correct)\s)?answer[*_]*"
+    r"(?:[ \t]*:|[ \t]is\b[:]?)[*_]*",
+    re.IGNORECASE,
+)
+_FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
+_A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
+_EQUALS = re.compile(r"=\s*(?=[-−$€£¥.\d])")
+
+
+def body_start(reply: str) -> int:
+    """Where the reply proper begins: after a thinking block (the end, if it never closes)."""
+    closed = reply.rfind("</think>")
+    if closed >= 0:
+        return closed + len("</think>")
+    return len(reply) if reply.lstrip().startswith("<think>") else 0
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the text begins with a refusal to answer or an admission of not knowing."""
+    return _REFUSAL.match(text) is not None
+
+
+def parse_number(reply: str) -> Parsed:
+    r"""The number a reply ends on, spelt canonically ("$1,234.50" -> "1234.5").
+
+    A marked number ("#### 18", "A: 18", "the answer is 18", "\boxed{18}") wins; otherwise the
+    last number of the reply. Of "9 * 2 = 18" after a marker the right-hand side counts.
+    """
+    marked = parse_final_number(reply)
+    if marked.answer is not None or is_refusal(reply):
+        return marked
+    last = next(iter(deque(find_numbers(reply, body_start(reply)), maxlen=1)), None)
+    return Parsed(canonical(last), last.start(), last.end()) if last else NOTHING
+
+
+def parse_final_number(reply: str) -> Parsed:
+    """The number right after the last final-answer marker; no answer where there is no marker."""
+    start = body_start(reply)
+    marks = [match.end() for match in MARKER.finditer(reply, start)]
+    marks += [match.end() for match in _A_COLON.finditer(reply, start)]
+    for position in sorted(marks)[-50:][::-1]:
+        begin = position
+        while begin < len(reply) and reply[begin].isspace():
+            begin += 1
+        stop = reply.find("\n", begin)
+        stop = min(len(reply) if stop < 0 else stop, begin + 400)
+        number = next(find_numbers(reply, begin, stop), None)
+        if number is None:
+            continue
+        for equals in _EQUALS.finditer(reply, number.end(), stop):
+            right = next(find_numbers(reply, equals.end(), stop), None)
+            if right and right.start() == equals.end():
+                number = right
+        return Parsed(canonical(number), number.start(), number.end())
+    return NOTHING
+
+
+def parse_text(reply: str) -> Parsed:
+    """Free text without its wrapping: "Answer:", a code fence, bold marks, quotes, white space.
+
+    A refusal or an empty reply is no answer.
+    """
+    start, stop = _trimmed(reply, body_start(reply), len(reply))
+    if is_refusal(reply[start : start + 200]):
+        return NOTHING
+    marker = next(iter(deque(_TEXT_MARKER.finditer(reply, start, stop), maxlen=1)), None)
+    if marker and reply[marker.end() : stop].strip():
+        start, stop = _trimmed(reply, marker.end(), stop)
+    return _unwrapped(reply, start, stop)
+
+
+def parse_span(reply: str) -> Parsed:
+    """A short answer: what follows the last "answer is" on its line, or else the whole text."""
+    start, end = body_start(reply), len(reply)
+    for marker in [*MARKER.finditer(reply, start)][-50:][::-1]:
+        begin, _ = _trimmed(reply, marker.end(), end)
+        stop = reply.find("\n", begin)
+        parsed = _unwrapped(reply, begin, end if stop < 0 else stop, sentence=True)
+        if parsed.answer is not None:
+            return parsed
+    parsed = parse_text(reply)
+    return _unwrapped(reply, parsed.start, parsed.stop, sentence=True) if parsed.answer else NOTHING
+
+
+def _trimmed(reply: str, start: int, stop: int) -> tuple[int, int]:
+    while start < stop and reply[start].isspace():
+        start += 1
+    while stop > start and reply[stop - 1].isspace():
+        stop -= 1
+    return start, stop
+
+
+def _unwrapped(reply: str, start: int, stop: int, *, sentence: bool = False) -> Parsed:
+    start, stop = _trimmed(reply, start, stop)
+    if reply.startswith("```", start):
+        fence = _FENCE.match(reply, start, stop)
+        if fence and "```" not in fence[1]:
+            start, stop = _trimmed(reply, *fence.span(1))
+    pairs = ["**", "__", '"', "“”", "‘’", "'", "`", "*", "$"]
+    while True:
+        before = (start, stop)
+        if sentence and stop > start and reply[stop - 1] in ".;," and reply[stop - 2] != ".":
+            stop -= 1
+        for pair in pairs:
+            opened, closed = (pair[0], pair[1]) if pair in ("“”", "‘’") else (pair, pair)
+            inner = (start + len(opened), stop - len(closed))
+            if (
+                inner[0] <= inner[1]
+                and reply.startswith(opened, start)
+                and reply.startswith(closed, inner[1])
+                and opened not in reply[inner[0] : inner[1]]
+            ):
+                start, stop = _trimmed(reply, *inner)
+        if (start, stop) == before:
+            break
+    text = reply[start:stop]
+    if not text or is_refusal(text[:200]):
+        return NOTHING
+    return Parsed(text, start, stop)

@@ -1,0 +1,394 @@
+"""Answers read as a person would read them, and never guessed."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robustft.answers import (
+    agreement,
+    answer_kind,
+    matches,
+    normalise,
+    parse,
+    parse_choice,
+    parse_final_number,
+    parse_number,
+    parse_span,
+    parse_text,
+    token_f1,
+)
+
+SENTIMENT = ["negative", "neutral", "positive"]
+CELLS = [
+    "Both have cells with specialized functions for each life process.",
+    "Both perform all life processes within one cell.",
+    "Both have a way to get rid of waste materials.",
+    "Both are able to make food from sunlight.",
+]
+CITIES = ["New York", "New York City", "York", "Boston"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "characters"),
+    [
+        ("B", "B", "B"),
+        ("b", "B", "b"),
+        ("(B)", "B", "B"),
+        ("B.", "B", "B"),
+        ("b)", "B", "b"),
+        ("  B\n", "B", "B"),
+        ("**Answer:** B", "B", "B"),
+        ("**Answer: B**", "B", "B"),
+        ("**B**", "B", "B"),
+        ("The answer is B", "B", "B"),
+        ("The answer is (b).", "B", "b"),
+        ("the correct answer is: B because profits fell", "B", "B"),
+        ("Answer: (B) neutral", "B", "B"),
+        ("Answer: B neutral", "B", "B"),
+        ("Answer:\nB", "B", "B"),
+        ("### Answer\n\nB", "B", "B"),
+        ("B. neutral", "B", "B"),
+        ("B) neutral\n\nOption A is wrong because profits did not fall.", "B", "B"),
+        ("(B) The company reports, (B) fits.", "B", "B"),
+        ("B. Because nothing changed.", "B", "B"),
+        ("neutral", "B", "neutral"),
+        ("Neutral.", "B", "Neutral"),
+        ("The sentiment of this sentence is positive.", "C", "positive"),
+        ("The answer is neutral, since nothing changed.", "B", "neutral"),
+        ("Answer: **Neutral**", "B", "Neutral"),
+        ("\\boxed{B}", "B", "B"),
+        ("so we get $\\boxed{\\text{B}}$.", "B", "B"),
+        ('{"answer": "B"}', "B", "B"),
+        ("<answer>B</answer>", "B", "B"),
+        ("The answer is A. No, wait: the answer is C.", "C", "C"),
+        ("A is tempting and so is C. Final answer: B", "B", "B"),
+        ("The correct option is B", "B", "B"),
+        ("I would go with B.", "B", "B"),
+        ("Option B is correct.", "B", "B"),
+        ("The answer to the question is B.", "B", "B"),
+        ("The answer is B. The answer is not A because it says so.", "B", "B"),
+        ("<think>A? The answer is A.</think>\nB", "B", "B"),
+        ("（Ｂ）", "B", "Ｂ"),
+        ("Answer: B. I hope this answer is clear.", "B", "B"),
+        ("Hmm, it must be (B).", "B", "B"),
+    ],
+)
+def test_choice_found(reply: str, answer: str, characters: str) -> None:
+    parsed = parse_choice(reply, SENTIMENT)
+    assert parsed.answer == answer
+    assert reply[parsed.start : parsed.stop] == characters
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "   \n",
+        "Based on the text, profits fell.",
+        "A company said it would grow.",
+        "I think a company said so",
+        "The answer is A company that grew.",
+        "A. Smith said so.",
+        "A or B",
+        "(A) or (B)",
+        "The answer is A or B.",
+        "Answer: A, B",
+        "Answer: A and C",
+        "D",
+        "(E)",
+        "The answer is Z.",
+        "I cannot answer this question.",
+        "I'm sorry, but as an AI I do not judge.",
+        "It is not negative.",
+        "(A) is wrong.",
+        "Option A is incorrect.",
+        "The answer is unclear.",
+        "The answer is not A.",
+        "A. negative\nB. neutral\nC. positive",
+        "It could be negative or positive.",
+        "<think>The answer is B. But wait",
+        "Vitamin C is good for you.",
+        "Can't say.",
+        "!!!",
+        "Answer: B. positive",
+    ],
+)
+def test_choice_never_guessed(reply: str) -> None:
+    assert parse_choice(reply, SENTIMENT).answer is None
+
+
+def test_choice_by_option_text_is_exact_longest_and_unambiguous() -> None:
+    assert parse_choice("New York", CITIES).answer == "A"
+    assert parse_choice("The answer is New York City.", CITIES).answer == "B"
+    assert parse_choice("I would say New York City", CITIES).answer == "B"
+    assert parse_choice("york", CITIES).answer == "C"
+    assert parse_choice("New York or Boston", CITIES).answer is None
+    assert parse_choice("Both perform all life processes within one cell", CELLS).answer == "B"
+    assert parse_choice("Both", CELLS).answer is None
+    assert parse_choice("yes", ["yes", "Yes", "no"]).answer is None
+    assert parse_choice("no", ["yes", "Yes", "no"]).answer == "C"
+    assert parse_choice("x > 5", ["x < 5", "x > 5"]).answer == "B"
+    assert parse_choice("Answer: -5", ["5", "−5"]).answer == "B"
+    assert parse_choice("The answer is 10.5 m", ["10", "10.5 m", "5"]).answer == "B"
+    assert parse_choice("None of the above", ["one", "none of the above"]).answer == "B"
+    assert (
+        parse_choice("The answer is none of the above", ["one", "none of the above"]).answer == "B"
+    )
+
+
+def test_choice_more_than_26_options_and_one_option() -> None:
+    many = [f"option number {i}" for i in range(30)]
+    assert parse_choice("Z", many).answer == "Z"
+    assert parse_choice("A", ["only"]).answer == "A"
+    assert parse_choice("B", ["only"]).answer is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "characters"),
+    [
+        ("#### 18", "18", "18"),
+        ("A: 18", "18", "18"),
+        ("She has 16 - 3 = <<16-3=13>>13 left.\nA: 26", "26", "26"),
+        ("$1,234.50", "1234.5", "$1,234.50"),
+        ("18 dollars", "18", "18"),
+        ("The answer is $18.", "18", "$18"),
+        ("The answer is 9 * 2 = 18 dollars", "18", "18"),
+        ("The answer is 18 because 9*2=18", "18", "18"),
+        ("-5", "-5", "-5"),
+        ("−5", "-5", "−5"),
+        ("it falls to -$5", "-5", "-$5"),
+        ("10-5", "5", "5"),
+        ("3/4", "0.75", "3/4"),
+        ("2/6", "1/3", "2/6"),
+        ("1 1/2", "1.5", "1 1/2"),
+        ("\\boxed{\\frac{1}{2}}", "0.5", "\\frac{1}{2}"),
+        ("50%", "50", "50%"),
+        ("1.5e3", "1500", "1.5e3"),
+        (".5", "0.5", ".5"),
+        ("007", "7", "007"),
+        ("1,000", "1000", "1,000"),
+        ("2.5 million people", "2500000", "2.5 million"),
+        ("<think>3</think> 4", "4", "4"),
+        ("first 3, then 4", "4", "4"),
+    ],
+)
+def test_number_found(reply: str, answer: str, characters: str) -> None:
+    parsed = parse_number(reply)
+    assert parsed.answer == answer
+    assert reply[parsed.start : parsed.stop] == characters
+
+
+@pytest.mark.parametrize("reply", ["", "none", "I cannot answer 5 questions", "H2O", "x1"])
+def test_number_absent(reply: str) -> None:
+    assert parse_number(reply).answer is None
+
+
+def test_hostile_numbers_are_neither_evaluated_nor_expanded() -> None:
+    assert parse_number("9" * 5000).answer == "9" * 5000
+    assert parse_number("1e9999").answer == "1e9999"
+    assert parse_number("1/0").answer == "1/0"
+    assert parse_number("__import__('os').getpid()").answer is None
+    assert parse_final_number("2020 was a year").answer is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("Answer: Paris", "Paris"),
+        ("**Answer:** Paris\n", "Paris"),
+        ('"Paris"', "Paris"),
+        ("“Paris”", "Paris"),
+        ("```\nprint(1)\n```", "print(1)"),
+        ("```python\nprint(1)\n```", "print(1)"),
+        ("**Paris**", "Paris"),
+        ("Two\nlines", "Two\nlines"),
+        ('"a" and "b"', '"a" and "b"'),
+        ("Let me think.\nFinal answer: Paris", "Paris"),
+        ("I can't help but smile at this poem.", "I can't help but smile at this poem."),
+        ("I'm sorry for your loss. Take your time.", "I'm sorry for your loss. Take your time."),
+    ],
+)
+def test_text_found(reply: str, answer: str) -> None:
+    parsed = parse_text(reply)
+    assert parsed.answer == answer
+    assert reply[parsed.start : parsed.stop] == answer
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        " \n",
+        "I cannot answer that.",
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry, but no.",
+        "Sorry, I don't know.",
+        "As an AI language model, I have no opinion.",
+        "I am unable to determine this.",
+        "I don't know",
+        "Answer: I cannot determine this.",
+        "I cannot...",
+        '""',
+    ],
+)
+def test_refusals_and_empty_replies_are_no_answer(reply: str) -> None:
+    for kind in ("text", "span"):
+        assert parse(reply, kind=kind).answer is None
+
+
+def test_span_takes_what_follows_the_marker() -> None:
+    reply = "The capital of France is old. The answer is **Paris**.\nIt lies on the Seine."
+    parsed = parse_span(reply)
+    assert parsed.answer == "Paris"
+    assert reply[parsed.start : parsed.stop] == "Paris"
+    assert parse_span("Paris.").answer == "Paris"
+
+
+def test_kind_of_the_given_answer() -> None:
+    assert answer_kind("B", SENTIMENT) == "choice"
+    assert answer_kind("18", None) == "number"
+    assert answer_kind("$1,234.50", None) == "number"
+    assert answer_kind("50%", []) == "number"
+    assert answer_kind("007", None) == "span"
+    assert answer_kind("New York", None) == "span"
+    assert answer_kind("She has 16 - 3 = 13 eggs left to sell.\nA: 26", None) == "text"
+
+
+def test_issue_cases_span() -> None:
+    assert matches("New York", "new york", kind="span")
+    assert matches("the New York", "New York.", kind="span")
+    assert not matches("New York", "New Jersey", kind="span")
+    assert not matches("New York", "N", kind="span")
+    assert not matches("007", "008", kind="span")
+    assert not matches("007", "7", kind="span")
+    assert matches("007", "7", kind="number")
+    assert not matches("007", "008", kind="number")
+    assert matches("New York City", "New York", kind="span")
+    assert not matches("May 5 1998", "May 5 1999", kind="span")
+    assert not matches("guilty", "not guilty", kind="span")
+    assert matches("18 dollars", "18", kind="span")
+    assert matches("1,000 men", "1000 men", kind="span")
+    assert matches("Obama Barack", "Barack Obama", kind="span")
+
+
+def test_gold_answer_list_is_a_list_of_answers() -> None:
+    gold = ["NYC", "New York"]
+    assert matches("new york", gold, kind="span")
+    assert not matches("N", gold, kind="span")
+    assert not matches("York NYC", gold[:0], kind="span")
+
+
+def test_matches_choice_number_text() -> None:
+    assert matches("b.", "B", kind="choice", options=SENTIMENT)
+    assert matches("neutral", "B", kind="choice", options=SENTIMENT)
+    assert not matches("positive", "B", kind="choice", options=SENTIMENT)
+    assert not matches(None, "B", kind="choice", options=SENTIMENT)
+    assert matches("(b)", "B", kind="choice")
+    assert matches("1,000", "1000.0", kind="number")
+    assert matches("50%", "50", kind="number")
+    assert not matches("50%", "0.5", kind="number")
+    assert matches("1/2", "0.5", kind="number")
+    long = "He buys 3 eggs and 4 eggs so he has 3+4=7 eggs in his basket\nA: {}"
+    assert matches(long.format(7), "Seven in all, as 3 + 4 is seven.\n#### 7", kind="text")
+    assert not matches(long.format(7), long.format(8), kind="text")
+    assert matches("the cat sat on the mat", "a cat sat on a mat", kind="text")
+    assert not matches("dogs bark", "cats meow", kind="text")
+    with pytest.raises(ValueError, match="threshold must be in"):
+        matches("a", "b", kind="span", threshold=0.0)
+    with pytest.raises(ValueError, match="options must hold"):
+        parse("B", kind="choice")
+
+
+def test_normalise() -> None:
+    assert normalise("The  U.S. Army!", "span") == "us army"
+    assert normalise("ＦＵＬＬ width", "span") == "full width"
+    assert normalise("well-known", "span") == "well known"
+    assert normalise("Straße", "span") == normalise("STRASSE", "span")
+    assert normalise("-5.0 °C", "span") == "-5 °c"
+    assert normalise("1,000", "number") == normalise("1000", "number") == "1000"
+    assert normalise(".5", "span") == "0.5"
+    assert normalise("?!", "span") == "?!"
+    assert normalise("(b)", "choice") == "B"
+    assert token_f1("東京都", "東京") == pytest.approx(0.8)
+    assert token_f1("", "") == 1.0
+    assert token_f1("", "a") == 0.0
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Answer is " * 10_000,
+        "(" * 100_000,
+        "A" * 100_000,
+        "A " * 50_000,
+        "a\n" * 50_000,
+        "(A)" * 33_000,
+        "neutral " * 12_500,
+        "*" * 100_000,
+        " " * 100_000,
+        "\n" * 100_000,
+        "1," * 50_000,
+        "1" * 100_000,
+        "1 " * 50_000,
+        "1/" * 50_000,
+        "1,111" * 20_000,
+        "answer to " * 10_000,
+        "answer" + " " * 100_000,
+        "-" * 100_000,
+        "####" * 25_000,
+        "\\boxed{" * 14_000,
+        "I'm sorry " * 10_000,
+        "```" * 33_000,
+        '"' * 100_000,
+        "é" * 100_000,
+        "the option " * 9_000,
+        "not. " * 20_000 + "(A)",
+    ],
+)
+def test_replies_of_100_kb_take_linear_time(reply: str) -> None:
+    begin = time.process_time()
+    for kind in ("choice", "number", "span", "text"):
+        parse(reply, kind=kind, options=SENTIMENT)
+    assert time.process_time() - begin < 3.0
+
+
+def test_a_long_reply_is_read_like_a_short_one() -> None:
+    reasoning = "Profits rose by 3 % in May, said a manager. " * 2_300
+    parsed = parse_choice(reasoning + "\n**Answer:** B", SENTIMENT)
+    assert (parsed.answer, parsed.start) == ("B", len(reasoning) + 13)
+    assert parse_choice(reasoning, SENTIMENT).answer is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=80), st.sampled_from(["choice", "number", "span", "text"]))
+def test_law_any_reply_gives_a_span_inside_it(reply: str, kind: str) -> None:
+    parsed = parse(reply, kind=kind, options=SENTIMENT)
+    assert 0 <= parsed.start <= parsed.stop <= len(reply)
+    assert (parsed.answer is None) == (parsed.start == parsed.stop)
+    if kind in ("span", "text") and parsed.answer is not None:
+        assert reply[parsed.start : parsed.stop] == parsed.answer
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_law_agreement_is_symmetric_and_reflexive(a: str, b: str) -> None:
+    for kind in ("number", "span", "text"):
+        assert agreement(a, a, kind=kind) == 1.0
+        assert 0.0 <= agreement(a, b, kind=kind) <= 1.0
+        assert agreement(a, b, kind=kind) == agreement(b, a, kind=kind)
+    once = normalise(a, "span")
+    assert normalise(once, "span") == once
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(-(10**9), 10**9), st.sampled_from([1, 2, 4, 5, 8, 10, 100, 3, 7]))
+def test_law_numbers_survive_their_spelling(top: int, bottom: int) -> None:
+    spelt = parse_number(f"{top}/{bottom}").answer
+    assert spelt is not None
+    assert Fraction(spelt) == Fraction(top, bottom)
+    assert parse_number(f"{top:,}").answer == str(top)
