@@ -1,0 +1,292 @@
+"""Training examples of any format and schema as one stream of `Record`, and back to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from robustft.errors import UserError
+from robustft.files import replacing
+from robustft.formats import (
+    MAX_LINE_BYTES,
+    Reader,
+    Reject,
+    RowWriter,
+    TextRow,
+    dump_json,
+    reject,
+)
+from robustft.schemas import BadRowError, Context, Schema, find_schema
+from robustft.sources import open_reader
+
+__all__ = ["Record", "RecordSource", "RecordWriter", "Reject", "open_records", "output_name"]
+
+SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One training example, whatever its schema.
+
+    `index` counts readable records from 0 in input order; `line` counts lines (JSONL, CSV) or
+    records (JSON array, Parquet) from 1. `id` is the input's own `id` or the index, unique within
+    the run. `answer` is the given answer: a letter from "A" for multiple choice, else the text.
+    `context` holds (role, text) of the chat turns before the question. `row` is the original row.
+    """
+
+    index: int
+    line: int
+    id: str
+    question: str
+    options: tuple[str, ...] | None
+    answer: str
+    context: Context
+    row: Mapping[str, Any]
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes that tell the content: question, options, context and answer."""
+        return _digest(self, self.answer)
+
+    @property
+    def question_key(self) -> bytes:
+        """16 bytes that tell what is asked: question, options and context."""
+        return _digest(self, None)
+
+
+def _digest(record: Record, answer: str | None) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    options = record.options
+    # Every list is preceded by its length, every text by its size: no two contents collide.
+    parts = [record.question, *(part for turn in record.context for part in turn), *(options or ())]
+    sizes = (-1 if options is None else len(options), len(record.context), answer is not None)
+    for size in sizes:
+        digest.update(size.to_bytes(4, "little", signed=True))
+    for part in parts if answer is None else [*parts, answer]:
+        data = part.encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+class RecordSource:
+    """The records of one input: streamed, in input order, afresh on every iteration.
+
+    Memory does not grow with the file, but for 16 to 32 bytes per record where the input has ids of
+    its own, which takes telling duplicates apart.
+
+    `path` is the path or dataset id as given; `format` is "jsonl", "json", "csv", "parquet" or
+    "hub"; `schema` names the schema in use; `fields` are the columns, or the fields of the first
+    rows where rows may differ; `suffix` ends the name of an output of the same format, such as
+    ".jsonl.gz"; `duplicate_ids` counts the ids that got a number, None before an iteration ends.
+    """
+
+    def __init__(
+        self, path: str, reader: Reader, schema: Schema, fields: tuple[str, ...], limit: int | None
+    ) -> None:
+        self.path = path
+        self.format = reader.format
+        self.schema = schema.name
+        self.fields = fields
+        self.suffix = reader.suffix
+        self.duplicate_ids: int | None = None
+        self.reader = reader
+        self.layout = schema
+        self._limit = limit
+        self._hash: str | None = None
+
+    def __iter__(self) -> Iterator[Record | Reject]:
+        """Yield records and rejects in input order; stops after `limit` records."""
+        ids, index = _UniqueIds(), 0
+        for item in self.reader.rows():
+            if isinstance(item, Reject):
+                yield item
+                continue
+            line, row = item
+            try:
+                parsed = self.layout.parse(row)
+                own = row.get("id")
+            except BadRowError as error:
+                raw = row.raw if isinstance(row, TextRow) else _as_bytes(row)
+                yield reject(line, str(error), raw)
+                continue
+            yield Record(index, line, ids.unique(own, index), *parsed, row)
+            index += 1
+            if index == self._limit:
+                break
+        self.duplicate_ids = ids.duplicates
+
+    @property
+    def content_hash(self) -> str:
+        """Hexadecimal fingerprint of the input's bytes; its name and times do not matter."""
+        if self._hash is None:
+            self._hash = self.reader.content_hash()
+        return self._hash
+
+
+def _as_bytes(row: Mapping[str, Any]) -> bytes:
+    """Render a row that never was text; what fails to decode is left out."""
+    values: dict[str, Any] = {}
+    for name in row:
+        with contextlib.suppress(BadRowError):
+            value = row[name]
+            values[name] = (
+                value if isinstance(value, (str, int, float, list, dict)) else repr(value)
+            )
+    try:
+        return dump_json(values)
+    except (TypeError, ValueError):
+        return repr(values).encode(errors="replace")
+
+
+class _UniqueIds:
+    """Makes ids unique with "#2", "#3", … in 8 bytes a slot: an open-addressing set of hashes."""
+
+    def __init__(self) -> None:
+        self.duplicates = 0
+        self._bare = -1  # index of the first record with an id of its own
+        self._table = array("Q", bytes(8 << 10))
+        self._used = 0
+        self._next: dict[str, int] = {}  # duplicated id -> the next number to try
+
+    def unique(self, own: Any, index: int) -> str:
+        """Return the id of record `index`: its own id as text, or its index, made unique."""
+        named = (isinstance(own, str) and own.strip()) or type(own) is int
+        if not named and self._bare < 0:
+            return str(index)
+        if self._bare < 0:
+            self._bare = index
+        wanted = str(own) if named else str(index)
+        if self._take(wanted):
+            return wanted
+        self.duplicates += 1
+        number = self._next.get(wanted, 2)
+        while not self._take(f"{wanted}#{number}"):
+            number += 1
+        self._next[wanted] = number + 1
+        return f"{wanted}#{number}"
+
+    def _take(self, name: str) -> bool:
+        """Claim a name; False if it is taken, by an earlier bare index too."""
+        if name.isascii() and name.isdigit() and len(name) < 19 and int(name) < self._bare:
+            return name != str(int(name)) and self._insert(name)
+        return self._insert(name)
+
+    def _insert(self, name: str) -> bool:
+        data = name.encode(errors="surrogatepass")
+        value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
+        if self._used * 2 >= len(self._table):
+            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
+            for entry in old:
+                if entry:
+                    self._table[self._slot(entry)] = entry
+        slot = self._slot(value)
+        if self._table[slot]:
+            return False
+        self._table[slot] = value
+        self._used += 1
+        return True
+
+    def _slot(self, value: int) -> int:
+        mask = len(self._table) - 1
+        slot = value & mask
+        while (entry := self._table[slot]) and entry != value:
+            slot = (slot + 1) & mask
+        return slot
+
+
+def open_records(
+    path: str,
+    *,
+    schema: str | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> RecordSource:
+    """Open an input file, a folder of data files, a saved dataset or a Hugging Face dataset id.
+
+    The format is told by the name's extension (and JSON lines from arrays by the content), the
+    schema by the fields of the first 64 rows unless `schema` names one. `limit` stops after that
+    many readable records; `split` chooses among a dataset's splits. Raises `UserError` when the
+    input is missing, empty or unreadable, no schema fits, or not one record can be read.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: expected a number of records from 1, found {limit}")
+    reader = open_reader(path, split, max_line_bytes)
+    rows = (item[1] for item in reader.rows() if not isinstance(item, Reject))
+    sample = list(islice(rows, SAMPLE_ROWS))
+    if not sample and reader.fields:
+        sample = [dict.fromkeys(reader.fields)]
+    fields = reader.fields or tuple(dict.fromkeys(name for row in sample for name in row))
+    layout: Schema | None = None
+    if sample:
+        layout = find_schema(sample, schema, path)
+        source = RecordSource(path, reader, layout, fields, limit)
+    rejected = 0
+    first: Reject | None = None
+    for item in source if layout else reader.rows():
+        if isinstance(item, Record):
+            return source
+        if isinstance(item, Reject):
+            rejected, first = rejected + 1, first or item
+    if first is None:
+        raise UserError(f"{path}: the file holds no records")
+    counted = "the only record was" if rejected == 1 else f"all {rejected} records were"
+    raise UserError(f"{path}: {counted} rejected; line {first.line}: {first.reason}")
+
+
+class RecordWriter:
+    """Writes records in the format, schema, field order and compression of their source.
+
+    A context manager: the file appears under its name only when the block ends well. A record
+    whose answer stays is written as it stood (byte for byte in text formats).
+    """
+
+    def __init__(self, path: Path, source: RecordSource) -> None:
+        self._path, self._source = Path(path), source
+        self._stack = contextlib.ExitStack()
+        self._writer: RowWriter | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self._path))
+            file = stack.enter_context(temporary.open("wb"))
+            self._writer = self._source.reader.writer(file)
+            stack.push(self._close_writer)
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, record: Record, answer: str) -> None:
+        """Write one record with this answer (letter for multiple choice, else text).
+
+        Raises `ValueError` for a letter the record does not have.
+        """
+        if self._writer is None:
+            raise ValueError("RecordWriter.write: the writer is not open; use it in a with block")
+        same = answer == record.answer
+        changes = {} if same else self._source.layout.changes(record.row, answer)
+        self._writer.write(record.row, changes)
+
+    def _close_writer(self, kind: object, error: object, trace: object) -> None:
+        writer, self._writer = self._writer, None
+        if kind is None and writer is not None:
+            writer.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, trace)
+
+
+def output_name(source: RecordSource) -> str:
+    """Return the name of the cleaned set beside its manifest: "cleaned.csv", "cleaned.jsonl.gz"."""
+    return f"cleaned{source.suffix}"

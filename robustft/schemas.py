@@ -1,0 +1,378 @@
+"""Where question, options, answer and context stand in a row, and how a new answer is put back.
+
+Six schemas: choice, qa, alpaca, prompt-completion, messages, sharegpt. A schema reads the fields
+it names and no other, so a column such as `gt`, which holds the truth in some noisy sets, is
+passed through unseen.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import orjson
+
+from robustft.errors import UserError
+from robustft.formats import MAX_LINE_BYTES, has_nan, type_name
+
+LETTERS = string.ascii_uppercase
+Context = tuple[tuple[str, str], ...]
+
+
+class BadRowError(Exception):
+    """A row that does not fit its schema; the message names the field and what was found."""
+
+
+class Parsed(NamedTuple):
+    """What a schema reads from a row; `options` is None for open questions."""
+
+    question: str
+    options: tuple[str, ...] | None
+    answer: str
+    context: Context
+
+
+class Schema(Protocol):
+    """One way to lay out a training example. `fields` must all be present."""
+
+    @property
+    def name(self) -> str:
+        """Name for `--schema`."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields every row must have."""
+
+    def parse(self, row: Mapping[str, Any]) -> Parsed:
+        """Read a row; raises `BadRowError`."""
+
+    def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+        """Return the top-level fields that change when `answer` (letter or text) is put in."""
+
+
+def field(row: Mapping[str, Any], name: str) -> Any:
+    """Return a field that must be there."""
+    if name not in row:
+        found = ", ".join(list(row)[:20]) or "none"
+        raise BadRowError(f"missing field {name!r}; fields found: {found}")
+    return row[name]
+
+
+def text(value: Any, name: str) -> str:
+    """Return text as it stands, numbers as their shortest digits; anything else is a bad row."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise BadRowError(f"field {name!r}: expected text, found {type_name(value)}")
+    if "\0" in value:
+        raise BadRowError(f"field {name!r}: contains a NUL character")
+    if len(value) > MAX_LINE_BYTES:
+        raise BadRowError(f"field {name!r}: longer than {MAX_LINE_BYTES} characters")
+    return value
+
+
+def _filled(value: str, what: str, name: str) -> str:
+    if not value.strip():
+        raise BadRowError(f"empty {what} (field {name!r})")
+    return value
+
+
+def _like(given: Any, answer: str) -> Any:
+    """Give `answer` the type of the value it replaces, where it can be written that way."""
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        for kind in (int, float) if isinstance(given, int) else (float,):
+            try:
+                return kind(answer)
+            except ValueError:
+                continue
+    return answer
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSchema:
+    """A question and an answer in text; `extra` is joined to the question when it is not empty."""
+
+    name: str
+    question: str
+    answer: str
+    extra: str | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields every row must have."""
+        return self.question, self.answer
+
+    def parse(self, row: Mapping[str, Any]) -> Parsed:
+        """Read a row; raises `BadRowError`."""
+        question = _filled(
+            text(field(row, self.question), self.question), "question", self.question
+        )
+        answer = _filled(text(field(row, self.answer), self.answer), "answer", self.answer)
+        if self.extra is not None and (more := row.get(self.extra)) is not None:
+            more = text(more, self.extra)
+            question = f"{question}\n\n{more}" if more.strip() else question
+        return Parsed(question, None, answer, ())
+
+    def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+        """Return the answer field with its new value."""
+        return {self.answer: _like(row[self.answer], answer)}
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 60 else value[:57] + "...")
+
+
+def _json_list(value: str, name: str) -> Any:
+    """Parse JSON in a cell; raises `BadRowError`."""
+    try:
+        return orjson.loads(value)
+    except ValueError:
+        hint = " with NaN, which is no JSON" if has_nan(value.encode()) else ""
+        raise BadRowError(
+            f"field {name!r}: expected a JSON list, found {_short(value)}{hint}"
+        ) from None
+
+
+def _integer(value: Any) -> int | None:
+    """Return an index given as a whole number or as at most three digits in text, else None."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value.strip(), re.ASCII):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+# "b", "B.", "(B)", "B)": one letter and nothing but brackets and stops around it.
+_LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]*\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceSchema:
+    """Multiple choice. Options: a list, a JSON list in text, or labelled as ARC and MedQA do.
+
+    The answer is a letter, an option's label, a 0-based index or an option's text, and is written
+    back in the form it was found in.
+    """
+
+    options: str
+    answer: str
+    question: str = "question"
+    name: str = "choice"
+    base: int = 0  # the first option's index, where answers are numbers
+    digits: bool = False  # whether an answer of digits in text is an index, not an option's text
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields every row must have."""
+        return self.question, self.options, self.answer
+
+    def parse(self, row: Mapping[str, Any]) -> Parsed:
+        """Read a row; raises `BadRowError`."""
+        question = _filled(
+            text(field(row, self.question), self.question), "question", self.question
+        )
+        labels, options = self._options(field(row, self.options))
+        position, _ = self._position(field(row, self.answer), labels, options)
+        return Parsed(question, options, LETTERS[position], ())
+
+    def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+        """Return the answer field, in the form of the given one."""
+        labels, options = self._options(row[self.options])
+        letter = answer.strip().upper()
+        if len(letter) != 1 or letter not in LETTERS[: len(options)]:
+            raise ValueError(
+                f"answer must be a letter A to {LETTERS[len(options) - 1]}, got {answer!r}"
+            )
+        new = LETTERS.index(letter)
+        given = row[self.answer]
+        _, form = self._position(given, labels, options)
+        if form == "index":
+            value: Any = type(given)(new + self.base)
+        elif form == "label":
+            value = type(given)(labels[new])
+        elif form == "text":
+            value = options[new]
+        else:
+            at = next(i for i, character in enumerate(given) if character.isalpha())
+            value = (
+                given[:at] + (letter if given[at].isupper() else letter.lower()) + given[at + 1 :]
+            )
+        return {self.answer: value}
+
+    def tuned(self, rows: Iterable[Mapping[str, Any]]) -> ChoiceSchema:
+        """Return this schema with `base` and `digits` as a sample of rows suggests."""
+        low = high = digits = total = 0
+        for row in rows:
+            try:
+                _, options = self._options(field(row, self.options))
+                number = _integer(field(row, self.answer))
+            except BadRowError:
+                continue
+            total += 1
+            if number is not None and 0 <= number <= len(options):
+                digits += 1
+                low += number == 0
+                high += number == len(options)
+        return replace(self, base=int(high > low), digits=0 < digits == total)
+
+    def _options(self, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return (labels, texts); labels are () when the options have none."""
+        if isinstance(value, str):
+            value = _json_list(value, self.options)
+        labels: Sequence[Any] = ()
+        if isinstance(value, Mapping):
+            if set(value) == {"text", "label"}:
+                labels, value = value["label"], value["text"]
+            else:
+                labels, value = list(value), list(value.values())
+        if not isinstance(value, (list, tuple)) or not isinstance(labels, (list, tuple)):
+            raise BadRowError(f"field {self.options!r}: expected a list, found {type_name(value)}")
+        if not 2 <= len(value) <= len(LETTERS):
+            raise BadRowError(
+                f"field {self.options!r}: expected 2 to {len(LETTERS)} options, found {len(value)}"
+            )
+        if labels and len(labels) != len(value):
+            raise BadRowError(
+                f"field {self.options!r}: {len(value)} options but {len(labels)} labels"
+            )
+        return (
+            tuple(text(label, self.options) for label in labels),
+            tuple(text(option, self.options) for option in value),
+        )
+
+    def _position(
+        self, value: Any, labels: tuple[str, ...], options: tuple[str, ...]
+    ) -> tuple[int, str]:
+        """Return (0-based position, form): form is "label", "index", "letter" or "text"."""
+        answer = _filled(text(value, self.answer), "answer", self.answer).strip()
+        if answer in labels:
+            return labels.index(answer), "label"
+        number = _integer(value)
+        if number is not None and (self.digits or not isinstance(value, str)):
+            if 0 <= number - self.base < len(options):
+                return number - self.base, "index"
+            expected = f"an index from {self.base} to {len(options) - 1 + self.base}"
+            raise BadRowError(f"field {self.answer!r}: expected {expected}, found {value}")
+        letter = _LETTER.fullmatch(answer)
+        by_letter = LETTERS.index(letter[1].upper()) if letter else len(options)
+        by_text = next((i for i, o in enumerate(options) if answer == o.strip()), len(options))
+        # A capital alone is a letter whatever the options say; "a" may be one of the words offered.
+        if by_letter < len(options) and (by_text == len(options) or answer.isupper()):
+            return by_letter, "letter"
+        if by_text < len(options):
+            return by_text, "text"
+        raise BadRowError(
+            f"field {self.answer!r}: expected a letter A to {LETTERS[len(options) - 1]} or the text"
+            f" of an option, found {_short(answer)}"
+        )
+
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSchema:
+    """A list of turns that ends with the assistant's answer to a user's question."""
+
+    name: str
+    turns: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields every row must have."""
+        return (self.turns,)
+
+    def parse(self, row: Mapping[str, Any]) -> Parsed:
+        """Read a row; raises `BadRowError`."""
+        turns = [self._turn(turn, n) for n, turn in enumerate(self._turns(row), 1)]
+        for role, at in (("assistant", -1), ("user", -2)):
+            if len(turns) < -at or turns[at][0] != role:
+                found = "nothing" if len(turns) < -at else f"the {turns[at][0]}'s"
+                place = "last" if at == -1 else "second last"
+                raise BadRowError(
+                    f"field {self.turns!r}: expected the {role}'s message in the {place} place,"
+                    f" found {found}"
+                )
+        question = _filled(turns[-2][1], "question", self.turns)
+        answer = _filled(turns[-1][1], "answer", self.turns)
+        return Parsed(question, None, answer, tuple(turns[:-2]))
+
+    def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+        """Return the turns with the last one's text replaced."""
+        turns = self._turns(row)
+        last = {**turns[-1], self._keys(turns[-1])[1]: answer}
+        value: Any = [*turns[:-1], last]
+        return {
+            self.turns: orjson.dumps(value).decode() if isinstance(row[self.turns], str) else value
+        }
+
+    def _turns(self, row: Mapping[str, Any]) -> Sequence[Any]:
+        value = field(row, self.turns)
+        if isinstance(value, str):  # a CSV cell
+            value = _json_list(value, self.turns)
+        if not isinstance(value, (list, tuple)):
+            raise BadRowError(f"field {self.turns!r}: expected a list, found {type_name(value)}")
+        return value
+
+    def _keys(self, turn: Mapping[str, Any]) -> tuple[str, str]:
+        return ("role", "content") if "role" in turn else ("from", "value")
+
+    def _turn(self, turn: Any, number: int) -> tuple[str, str]:
+        name = f"{self.turns}[{number}]"
+        if not isinstance(turn, Mapping):
+            raise BadRowError(f"field {name!r}: expected an object, found {type_name(turn)}")
+        role_key, text_key = self._keys(turn)
+        role = field(turn, role_key)
+        if not isinstance(role, str) or role.lower() not in _ROLES:
+            raise BadRowError(
+                f"field {name!r}: expected the role system, user or assistant, found {role!r:.60}"
+            )
+        return _ROLES[role.lower()], text(field(turn, text_key), name)
+
+
+SCHEMAS: tuple[Schema, ...] = (
+    ChoiceSchema("options", "answer"),
+    ChoiceSchema("choices", "answer"),
+    ChoiceSchema("choices", "answerKey"),
+    ChoiceSchema("options", "answerKey"),
+    ChatSchema("messages", "messages"),
+    ChatSchema("sharegpt", "conversations"),
+    OpenSchema("alpaca", "instruction", "output", extra="input"),
+    OpenSchema("prompt-completion", "prompt", "completion"),
+    OpenSchema("qa", "question", "answer"),
+)
+
+
+def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str) -> Schema:
+    """Return the schema (of this name, if one is given) whose fields most of `rows` have.
+
+    Raises `UserError` naming the fields found and the schemas known.
+    """
+    known = ", ".join(dict.fromkeys(schema.name for schema in SCHEMAS))
+    candidates = [schema for schema in SCHEMAS if name in (None, schema.name)]
+    if not candidates:
+        raise UserError(f"schema: expected one of {known}, found {name!r}")
+    sample = list(rows)
+    votes: Counter[Schema] = Counter()
+    for row in sample:
+        votes.update(s for s in candidates if all(f in row for f in s.fields))
+    best = max(candidates, key=votes.__getitem__)  # the first of equals: choice before qa
+    if votes[best]:
+        return best.tuned(sample) if isinstance(best, ChoiceSchema) else best
+    found = ", ".join(list(dict.fromkeys(key for row in sample for key in row))[:20]) or "none"
+    if name is not None:
+        wanted = " or ".join("+".join(s.fields) for s in candidates)
+        raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
+    wanted = "; ".join(f"{s.name} ({', '.join(s.fields)})" for s in SCHEMAS)
+    raise UserError(f"{where}: no known schema has these fields: {found}; known are {wanted}")
