@@ -1,5 +1,160 @@
+// CosineIndex for Python: argument checks, the GIL, locking between threads. No algorithm.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <shared_mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cosine_knn.hpp"
+
+namespace py = pybind11;
 
 namespace robustft {
-void bind_cosine_knn(pybind11::module_&) {}
+namespace {
+
+using knn::CosineIndex;
+using knn::DType;
+using Ids = py::array_t<std::int64_t, py::array::c_style>;
+using Bitmap = py::array_t<std::uint64_t, py::array::c_style>;
+
+DType parse_dtype(const std::string& name) {
+    if (name == "float32") return DType::float32;
+    if (name == "float16") return DType::float16;
+    if (name == "bfloat16") return DType::bfloat16;
+    if (name == "float64") return DType::float64;
+    throw py::type_error("dtype must be float16, bfloat16, float32 or float64, got " + name);
+}
+
+knn::Rows view(const py::array& array, DType dtype, std::size_t dim, const char* name) {
+    if (array.ndim() != 2 || static_cast<std::size_t>(array.shape(1)) != dim ||
+        static_cast<std::size_t>(array.itemsize()) != knn::item_size(dtype) ||
+        (array.size() > 0 && array.shape(1) > 1 && array.strides(1) != array.itemsize())) {
+        throw std::invalid_argument(std::string(name) + " must be [rows, " + std::to_string(dim) +
+                                    "] with contiguous rows of the named dtype");
+    }
+    return {array.data(), array.strides(0), static_cast<std::size_t>(array.shape(0)), dtype};
+}
+
+// Ctrl-C and the progress callback, from the calling thread.
+Monitor::Poll python_poll(const py::object& progress) {
+    return [progress = progress.ptr()](std::uint64_t done) {
+        const py::gil_scoped_acquire gil;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        if (progress != Py_None) py::reinterpret_borrow<py::object>(progress)(done);
+    };
+}
+
+class Index {
+  public:
+    Index(std::size_t dim, const std::string& dtype) : index_(dim, parse_dtype(dtype)) {}
+
+    void append(const py::array& rows, const std::optional<Ids>& ids, unsigned threads,
+                const py::object& progress) {
+        const knn::Rows block = view(rows, index_.dtype(), index_.dim(), "embeddings");
+        if (ids && (ids->ndim() != 1 || static_cast<std::size_t>(ids->size()) != block.count)) {
+            throw std::invalid_argument("ids must be one per row");
+        }
+        Monitor monitor(python_poll(progress));
+        {
+            const py::gil_scoped_release release;
+            const std::unique_lock lock =
+                locked<std::unique_lock<std::shared_timed_mutex>>(monitor);
+            index_.append(block, ids ? ids->data() : nullptr, threads, monitor);
+        }
+        owners_.push_back(rows);
+    }
+
+    void check(const py::array& rows, unsigned threads) {
+        const knn::Rows block = view(rows, index_.dtype(), index_.dim(), "embeddings");
+        Monitor monitor(python_poll(py::none()));
+        const py::gil_scoped_release release;
+        index_.check(block, threads, monitor);
+    }
+
+    py::tuple search(const py::array& queries, const std::string& dtype, std::size_t k,
+                     const std::optional<Ids>& exclude, const std::optional<Bitmap>& allowed,
+                     double threshold, unsigned threads, const py::object& progress) {
+        const knn::Rows rows = view(queries, parse_dtype(dtype), index_.dim(), "queries");
+        if (exclude && static_cast<std::size_t>(exclude->size()) != rows.count) {
+            throw std::invalid_argument("exclude must be one id per query");
+        }
+        knn::SearchOptions options;
+        options.k = k;
+        options.exclude = exclude ? exclude->data() : nullptr;
+        options.threshold = threshold;
+        options.threads = threads;
+        const auto shape = std::vector<py::ssize_t>{static_cast<py::ssize_t>(rows.count),
+                                                    static_cast<py::ssize_t>(k)};
+        py::array_t<std::int64_t> ids(shape);
+        py::array_t<float> cosines(shape);
+        std::int64_t* id_data = ids.mutable_data();
+        float* cosine_data = cosines.mutable_data();
+        knn::SearchStats stats;
+        Monitor monitor(python_poll(progress));
+        {
+            const py::gil_scoped_release release;
+            const auto lock = locked<std::shared_lock<std::shared_timed_mutex>>(monitor);
+            if (allowed) {
+                if (static_cast<std::size_t>(allowed->size()) < (index_.size() + 63) / 64) {
+                    throw std::invalid_argument("allowed must hold one bit per row");
+                }
+                options.allowed = allowed->data();
+            }
+            stats = index_.search(rows, options, id_data, cosine_data, monitor);
+        }
+        py::dict counters;
+        counters["rescored"] = stats.rescored;
+        return py::make_tuple(ids, cosines, counters);
+    }
+
+    Ids ids() const {
+        const std::shared_lock lock(mutex_);
+        return Ids(static_cast<py::ssize_t>(index_.ids().size()), index_.ids().data());
+    }
+    std::size_t size() const {
+        const std::shared_lock lock(mutex_);
+        return index_.size();
+    }
+    std::size_t extra_bytes() const {
+        const std::shared_lock lock(mutex_);
+        return index_.extra_bytes();
+    }
+
+  private:
+    // Waits for the lock without the GIL, and so that Ctrl-C still works.
+    template <class Lock>
+    Lock locked(Monitor& monitor) {
+        Lock lock(mutex_, std::defer_lock);
+        while (!lock.try_lock_for(Monitor::interval)) monitor.poll_if_due();
+        return lock;
+    }
+
+    CosineIndex index_;
+    mutable std::shared_timed_mutex mutex_;
+    std::vector<py::object> owners_;  // what the rows live in
+};
+
+}  // namespace
+
+void bind_cosine_knn(py::module_& module) {
+    module.def("hardware_threads", &hardware_threads);
+    py::class_<Index>(module, "CosineIndex")
+        .def(py::init<std::size_t, const std::string&>(), py::arg("dim"), py::arg("dtype"))
+        .def("append", &Index::append, py::arg("rows"), py::arg("ids"), py::arg("threads"),
+             py::arg("progress"))
+        .def("check", &Index::check, py::arg("rows"), py::arg("threads"))
+        .def("search", &Index::search, py::arg("queries"), py::arg("dtype"), py::arg("k"),
+             py::arg("exclude"), py::arg("allowed"), py::arg("threshold"), py::arg("threads"),
+             py::arg("progress"))
+        .def("ids", &Index::ids)
+        .def_property_readonly("extra_bytes", &Index::extra_bytes)
+        .def("__len__", &Index::size);
+}
+
 }  // namespace robustft

@@ -1,1 +1,35 @@
 """Typed face of the native module; csrc/bindings_*.cpp is the other side."""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+def hardware_threads() -> int: ...
+@final
+class CosineIndex:
+    def __init__(self, dim: int, dtype: str) -> None: ...
+    def append(
+        self,
+        rows: NDArray[Any],
+        ids: NDArray[np.int64] | None,
+        threads: int,
+        progress: Callable[[int], object] | None,
+    ) -> None: ...
+    def check(self, rows: NDArray[Any], threads: int) -> None: ...
+    def search(
+        self,
+        queries: NDArray[Any],
+        dtype: str,
+        k: int,
+        exclude: NDArray[np.int64] | None,
+        allowed: NDArray[np.uint64] | None,
+        threshold: float,
+        threads: int,
+        progress: Callable[[int], object] | None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], dict[str, int]]: ...
+    def ids(self) -> NDArray[np.int64]: ...
+    @property
+    def extra_bytes(self) -> int: ...
+    def __len__(self) -> int: ...

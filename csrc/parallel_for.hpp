@@ -1,0 +1,130 @@
+// Threads that live for one call: nothing survives a fork, nothing spins, no OpenMP.
+// An exception in any worker stops the others and reaches the caller.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace robustft {
+
+// Thrown inside a worker when another one has failed; the caller never sees it.
+struct Stopped {};
+
+// Lets a long computation be watched and stopped. Workers call `advance` at least every few
+// milliseconds; `poll` runs on the calling thread alone, about every 50 ms, and stops everything
+// by throwing.
+class Monitor {
+  public:
+    using Poll = std::function<void(std::uint64_t done)>;
+
+    explicit Monitor(Poll poll = {}) : poll_(std::move(poll)) {}
+    Monitor(const Monitor&) = delete;
+    Monitor& operator=(const Monitor&) = delete;
+
+    void advance(std::uint64_t amount) {
+        done_.fetch_add(amount, std::memory_order_relaxed);
+        if (stop_.load(std::memory_order_relaxed)) throw Stopped();
+        if (std::this_thread::get_id() == caller_) poll_if_due();
+    }
+
+    void poll_if_due() {
+        if (!poll_) return;
+        const auto now = Clock::now();
+        if (now < next_poll_) return;
+        poll_(done_.load(std::memory_order_relaxed));
+        next_poll_ = Clock::now() + interval;
+    }
+
+    void fail(std::exception_ptr error) {
+        const std::lock_guard lock(mutex_);
+        if (!error_) error_ = std::move(error);
+        stop_.store(true, std::memory_order_relaxed);
+    }
+
+    void rethrow() {
+        const std::lock_guard lock(mutex_);
+        if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+    }
+
+    static constexpr std::chrono::milliseconds interval{50};
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    Poll poll_;
+    std::thread::id caller_ = std::this_thread::get_id();
+    Clock::time_point next_poll_ = Clock::now() + interval;
+    std::atomic<std::uint64_t> done_{0};
+    std::atomic<bool> stop_{false};
+    std::mutex mutex_;
+    std::exception_ptr error_;
+};
+
+inline unsigned hardware_threads() { return std::max(1U, std::thread::hardware_concurrency()); }
+
+// Runs body(task, worker) for every task in [0, tasks), each once, on up to `threads` workers of
+// which the caller is number 0. Tasks are handed out in ascending order.
+template <class Body>
+void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& body) {
+    std::atomic<std::size_t> next{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+    unsigned running = 0;
+
+    const auto work = [&](unsigned worker) noexcept {
+        try {
+            for (std::size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+                monitor.advance(0);
+                body(task, worker);
+            }
+        } catch (const Stopped&) {
+        } catch (...) {
+            monitor.fail(std::current_exception());
+        }
+    };
+
+    const std::size_t wanted = std::min<std::size_t>(std::max(1U, threads), tasks);
+    std::vector<std::thread> helpers;
+    helpers.reserve(wanted);
+    for (unsigned worker = 1; worker < wanted; ++worker) {
+        const std::lock_guard lock(mutex);
+        try {
+            helpers.emplace_back([&, worker] {
+                work(worker);
+                const std::lock_guard done(mutex);
+                --running;
+                finished.notify_one();
+            });
+        } catch (const std::system_error&) {
+            break;  // the machine gives no more threads: those that started do the work
+        }
+        ++running;
+    }
+    work(0);
+    {
+        std::unique_lock lock(mutex);
+        while (!finished.wait_for(lock, Monitor::interval, [&] { return running == 0; })) {
+            lock.unlock();
+            try {
+                monitor.poll_if_due();
+            } catch (...) {
+                monitor.fail(std::current_exception());
+            }
+            lock.lock();
+        }
+    }
+    for (auto& helper : helpers) helper.join();
+    monitor.rethrow();
+}
+
+}  // namespace robustft

@@ -1,0 +1,148 @@
+"""The file a `CosineKNN` is saved in.
+
+Layout, all little-endian:
+
+    8 bytes   magic "RFTCOSNN"
+    4 bytes   version (1)
+    4 bytes   length of the header in bytes
+    4 bytes   CRC-32 of the header
+    header    JSON: dim, dtype, count, and for each section its offset, bytes and CRC-32
+    sections  each at a multiple of 4096 bytes:
+              rows   [count, dim] in the named dtype (bfloat16 as its 16 bits)
+              ids    [count] int64, absent when a row's id is its position
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustft.errors import UserError
+
+_MAGIC = b"RFTCOSNN"
+_VERSION = 1
+_PREFIX = struct.Struct("<8sIII")
+_LARGEST_HEADER = 1 << 16
+_PAGE = 4096
+_SLAB = 1 << 24  # bytes checksummed at a time
+_STORAGE = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds; `rows` [count, dim] is mapped, not read."""
+
+    dim: int
+    dtype: str
+    rows: NDArray[Any]
+    ids: NDArray[np.int64] | None
+
+
+def write(
+    path: Path,
+    *,
+    dim: int,
+    dtype: str,
+    rows: Iterable[NDArray[Any]],
+    ids: NDArray[np.int64] | None,
+) -> None:
+    """Write all sections to a temporary file beside `path`, then give it its name."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.seek(_PAGE * 2)  # room for the header, which needs the checksums
+            parts = list(rows)
+            sections = {"rows": _write_section(file, parts, _STORAGE[dtype])}
+            if ids is not None:
+                sections["ids"] = _write_section(file, [ids], "<i8")
+            header = json.dumps(
+                {"dim": dim, "dtype": dtype, "count": sum(map(len, parts)), "sections": sections}
+            ).encode()
+            file.truncate(file.tell())  # an empty last section writes nothing
+            file.seek(0)
+            file.write(_PREFIX.pack(_MAGIC, _VERSION, len(header), zlib.crc32(header)))
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_section(file: BinaryIO, parts: list[NDArray[Any]], storage: str) -> dict[str, int]:
+    offset = -(-file.tell() // _PAGE) * _PAGE
+    file.seek(offset)
+    checksum = 0
+    for part in parts:
+        step = max(1, _SLAB // max(1, part[:1].nbytes))
+        for start in range(0, len(part), step):
+            data = np.ascontiguousarray(part[start : start + step], storage).tobytes()
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+    return {"offset": offset, "bytes": file.tell() - offset, "crc32": checksum}
+
+
+def read(path: Path, *, verify: bool) -> Content:
+    """Map a file; every number in it is checked before it is used."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size or prefix[:8] != _MAGIC:
+            raise UserError(f"{path}: expected a saved CosineKNN index, found another kind of file")
+        _, version, length, checksum = _PREFIX.unpack(prefix)
+        if version != _VERSION:
+            raise UserError(f"{path}: expected format version {_VERSION}, found {version}")
+        raw = file.read(length) if length <= _LARGEST_HEADER else b""
+    if len(raw) != length or zlib.crc32(raw) != checksum:
+        raise UserError(f"{path}: expected a header with its checksum, found a damaged one")
+    try:
+        header = json.loads(raw)
+        dim, count, dtype = int(header["dim"]), int(header["count"]), str(header["dtype"])
+        storage = np.dtype(_STORAGE[dtype])
+        shapes = {"rows": (storage, (count, dim)), "ids": (np.dtype("<i8"), (count,))}
+        sections = {
+            name: (int(place["offset"]), int(place["bytes"]), int(place["crc32"]))
+            for name, place in header["sections"].items()
+        }
+        if dim < 1 or count < 0 or not {"rows"} <= set(sections) <= set(shapes):
+            raise ValueError("impossible header")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: expected a valid header, found {error}") from None
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, (offset, length, checksum) in sections.items():
+        dtype_, shape = shapes[name]
+        if offset < _PREFIX.size or length != dtype_.itemsize * int(np.prod(shape, dtype=object)):
+            raise UserError(f"{path}: section '{name}' does not have the size its header implies")
+        if offset + length > size:
+            raise UserError(
+                f"{path}: expected {offset + length} bytes, found {size}: the file is cut short"
+            )
+        if verify and _checksum(path, offset, length) != checksum:
+            raise UserError(f"{path}: section '{name}' fails its checksum: the file is damaged")
+        arrays[name] = (
+            np.memmap(path, dtype_, "r", offset, shape) if length else np.empty(shape, dtype_)
+        )
+    ids = arrays.get("ids")
+    return Content(dim, dtype, arrays["rows"], None if ids is None else np.array(ids, np.int64))
+
+
+def _checksum(path: Path, offset: int, length: int) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        while length:
+            data = file.read(min(length, _SLAB))
+            if not data:
+                break
+            checksum = zlib.crc32(data, checksum)
+            length -= len(data)
+    return checksum

@@ -1,0 +1,397 @@
+"""CosineKNN against an fp64 brute force: same ids, same order, same cosines, whatever the road."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from robustft.errors import UserError
+from robustft.retrieval import CosineKNN
+
+LANES = 16
+
+
+def fixed_order_dot(rows: NDArray[np.float64], query: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N, d] x [d] -> [N]: the documented summation order, in plain numpy."""
+    padded = np.zeros((len(rows), -(-rows.shape[1] // LANES) * LANES))
+    padded[:, : rows.shape[1]] = rows * query
+    lanes = np.zeros((len(rows), LANES))
+    for start in range(0, padded.shape[1], LANES):
+        lanes += padded[:, start : start + LANES]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def inverse_norms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    squares = np.array([fixed_order_dot(row[None], row)[0] for row in rows]).reshape(len(rows))
+    with np.errstate(divide="ignore"):
+        return np.where(squares > 0, 1 / np.sqrt(squares), 0.0)
+
+
+def brute_force(rows, queries, k, *, ids=None, exclude=None, threshold=-np.inf, allowed=None):
+    """The definition of the answer. A plain fp64 product only narrows the candidates."""
+    rows, queries = np.asarray(rows, np.float64), np.asarray(queries, np.float64)
+    ids = np.arange(len(rows)) if ids is None else np.asarray(ids)
+    row_scale, query_scale = inverse_norms(rows), inverse_norms(queries)
+    rough = (queries * query_scale[:, None]) @ (rows * row_scale[:, None]).T
+    out_ids = np.full((len(queries), k), -1, np.int64)
+    out_cosines = np.full((len(queries), k), np.nan, np.float32)
+    usable = np.ones(len(rows), bool) if allowed is None else np.asarray(allowed)
+    for q, query in enumerate(queries):
+        mask = usable.copy()
+        if exclude is not None:
+            mask &= ids != exclude[q]
+        picked = np.flatnonzero(mask)
+        if len(picked) > k:
+            kth = np.partition(rough[q, picked], len(picked) - k)[len(picked) - k]
+            picked = picked[rough[q, picked] >= kth - 1e-9]
+        scores = fixed_order_dot(rows[picked], query) * (query_scale[q] * row_scale[picked])
+        picked, scores = picked[scores > threshold], scores[scores > threshold]
+        order = np.lexsort((picked, ids[picked], -scores))[:k]
+        out_ids[q, : len(order)] = ids[picked[order]]
+        out_cosines[q, : len(order)] = scores[order]
+    return out_ids, out_cosines
+
+
+def assert_same(found, expected) -> None:
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert found[0].dtype == np.int64
+    assert found[1].dtype == np.float32
+
+
+def gaussian(n: int, d: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
+
+
+def corpus(kind: str, n: int, d: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    rows = rng.standard_normal((n, d))
+    if kind == "clustered":
+        centres = rng.standard_normal((max(1, n // 50), d))
+        rows = centres[rng.integers(len(centres), size=n)] + 0.05 * rows
+    elif kind == "duplicated":
+        rows = rows[rng.integers(max(1, n // 4), size=n)]
+    elif kind == "near-tied":  # every cosine within about 0.01
+        rows = rng.standard_normal(d) + 0.05 * rows
+    elif kind == "integers":
+        rows = rng.integers(-1, 2, (n, d)).astype(np.float64)
+    elif kind == "scaled":
+        rows = rows * 10.0 ** rng.uniform(-30, 30, (n, 1))
+    rows = rows.astype(np.float32)
+    rows[rng.random(n) < 0.02] = 0
+    return rows
+
+
+KINDS = ["gaussian", "clustered", "duplicated", "near-tied", "integers", "scaled"]
+
+
+@st.composite
+def cases(draw: st.DrawFn, largest: int):
+    n = draw(st.one_of(st.integers(0, 80), st.integers(0, largest)))
+    d = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 384, 768, 1536])))
+    q = draw(st.integers(0, 20))
+    k = draw(st.one_of(st.integers(1, 12), st.integers(1, n + 3)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(KINDS))
+    rows = corpus(kind, n, d, rng)
+    queries = corpus(kind, q, d, rng)
+    if n and q:  # some queries are rows
+        own = rng.random(q) < 0.3
+        queries[own] = rows[rng.integers(n, size=own.sum())]
+    options = {}
+    if draw(st.booleans()):
+        options["ids"] = rng.permutation(3 * n)[:n]
+    names = options.get("ids", np.arange(n))
+    if n and draw(st.booleans()):
+        options["exclude"] = np.where(rng.random(q) < 0.8, rng.choice(names, q), -1)
+    if draw(st.booleans()):
+        options["threshold"] = draw(st.sampled_from([-0.1, 0.0, 0.3, 0.999]))
+    if draw(st.booleans()):
+        options["allowed"] = rng.random(n) < draw(st.sampled_from([0.0, 0.02, 0.3, 0.7, 1.0]))
+    return rows, queries, k, options
+
+
+def check(rows, queries, k, options, threads=(1, 3)) -> None:
+    expected = brute_force(rows, queries, k, **options)
+    arguments = {name: value for name, value in options.items() if name != "ids"}
+    for count in threads:
+        index = CosineKNN(rows, ids=options.get("ids"), threads=count)
+        assert_same(index.search(queries, k, **arguments), expected)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases(largest=2000))
+def test_equals_brute_force(case) -> None:
+    check(*case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype(dtype: torch.dtype) -> None:
+    rows = torch.from_numpy(gaussian(700, 37)).to(dtype)
+    queries = torch.from_numpy(gaussian(9, 37, 1))
+    index = CosineKNN(rows)
+    assert index.dtype == str(dtype).removeprefix("torch.")
+    expected = brute_force(rows.double().numpy(), queries.double().numpy(), 10)
+    assert_same(index.search(queries, 10), expected)
+    assert_same(index.search(queries.double(), 10), expected)
+    if dtype != torch.bfloat16:
+        assert_same(CosineKNN(rows.numpy()).search(queries.numpy(), 10), expected)
+
+
+def test_half_precision_extremes() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    values = bits.view(np.float16)
+    rows = values[np.isfinite(values)].reshape(-1, 1024)
+    queries = gaussian(3, 1024)
+    assert_same(CosineKNN(rows).search(queries, 8), brute_force(rows, queries, 8))
+
+
+def test_float64_keeps_what_float32_would_lose() -> None:
+    rows = np.array([[1.0, 0.0], [1.0, 1e-12], [1.0, -1e-12]])
+    ids, _ = CosineKNN(rows).search(np.array([[1.0, 1e-3]]), 3)
+    assert ids.tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "reversed", "broadcast", "big-endian"])
+def test_layouts(layout: str) -> None:
+    base = gaussian(40, 24)
+    rows = {
+        "transposed": np.asfortranarray(base),
+        "strided": np.repeat(base, 2, axis=0)[::2],
+        "reversed": base[::-1],
+        "broadcast": np.broadcast_to(base[3], (40, 24)),
+        "big-endian": base.astype(">f4"),
+    }[layout]
+    queries = gaussian(5, 24, 1)
+    assert_same(CosineKNN(rows).search(queries, 7), brute_force(rows, queries, 7))
+
+
+def test_rows_are_not_copied(tmp_path: Path) -> None:
+    rows = gaussian(2000, 96)
+    assert np.shares_memory(CosineKNN(rows)._parts[0], rows)
+    rows.tofile(tmp_path / "rows.f32")
+    mapped = np.memmap(tmp_path / "rows.f32", np.float32, "r", shape=rows.shape)
+    index = CosineKNN(mapped)
+    assert np.shares_memory(index._parts[0], mapped)
+    assert_same(index.search(rows[:3], 4), brute_force(rows, rows[:3], 4))
+
+
+def test_zero_vectors_have_cosine_zero() -> None:
+    rows = np.array([[-1, 0], [0, 0], [1, 0], [0, 0]], np.float32)
+    ids, cosines = CosineKNN(rows).search(np.array([[1, 0], [0, 0]], np.float32), 4)
+    assert ids.tolist() == [[2, 1, 3, 0], [0, 1, 2, 3]]
+    assert cosines.tolist() == [[1, 0, 0, -1], [0, 0, 0, 0]]
+
+
+def test_fewer_neighbours_are_padded() -> None:
+    ids, cosines = CosineKNN(gaussian(3, 4)).search(gaussian(2, 4), 5)
+    assert (ids[:, 3:] == -1).all()
+    assert np.isnan(cosines[:, 3:]).all()
+    ids, cosines = CosineKNN(np.empty((0, 4), np.float32)).search(gaussian(2, 4), 2)
+    assert (ids == -1).all()
+    assert np.isnan(cosines).all()
+
+
+def test_threshold_is_strict() -> None:
+    rows = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    ids, _ = CosineKNN(rows).search(np.array([[1, 0]], np.float32), 3, threshold=0.0)
+    assert ids.tolist() == [[0, 2, -1]]
+
+
+def test_allowed_takes_ids_or_booleans() -> None:
+    rows, queries = gaussian(300, 16), gaussian(4, 16, 1)
+    names = np.random.default_rng(0).permutation(1000)[:300]
+    mask = np.arange(300) % 7 == 0
+    index = CosineKNN(rows, ids=names)
+    expected = brute_force(rows, queries, 5, ids=names, allowed=mask)
+    assert_same(index.search(queries, 5, allowed=mask), expected)
+    assert_same(index.search(queries, 5, allowed=names[mask]), expected)
+    assert_same(index.search(queries, 5, allowed=set(names[mask].tolist())), expected)
+    nobody, _ = index.search(queries, 5, allowed=[])
+    assert (nobody == -1).all()
+
+
+def test_rows_that_share_an_id_are_excluded_together() -> None:
+    rows = gaussian(6, 8)
+    index = CosineKNN(rows, ids=[4, 4, 2, 2, 1, 1])
+    ids, _ = index.search(rows[:1], 6, exclude=[4])
+    assert sorted(ids[0].tolist()) == [-1, -1, 1, 1, 2, 2]
+
+
+def test_self_search_excludes_each_row() -> None:
+    rows = corpus("duplicated", 400, 32, np.random.default_rng(0))
+    expected = brute_force(rows, rows, 4, exclude=np.arange(400))
+    assert_same(CosineKNN(rows).self_search(4), expected)
+    index = CosineKNN(rows[:150])
+    index.add(rows[150:])
+    assert_same(index.self_search(4), expected)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 1500), min_size=1, max_size=5), st.booleans())
+def test_adding_equals_building_at_once(sizes: list[int], named: bool) -> None:
+    rows, queries = gaussian(sum(sizes), 20), gaussian(5, 20, 1)
+    ids = np.random.default_rng(0).permutation(len(rows)) if named else None
+    index = CosineKNN(rows[:0], ids=[] if named else None)
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        index.add(rows[part], ids=None if ids is None else ids[part])
+        start += size
+    assert len(index) == len(rows)
+    assert_same(index.search(queries, 9), brute_force(rows, queries, 9, ids=ids))
+
+
+def test_add_is_all_or_nothing() -> None:
+    rows = gaussian(3000, 8)
+    index = CosineKNN(rows[:10])
+    index.add(rows[:1000])
+    bad = rows.copy()
+    bad[2500, 3] = np.inf
+    with pytest.raises(ValueError, match="row 2500"):
+        index.add(bad)
+    assert len(index) == 1010
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("named", [False, True])
+def test_save_and_load(tmp_path: Path, dtype: str, named: bool) -> None:
+    rows = torch.from_numpy(gaussian(500, 12)).to(getattr(torch, dtype))
+    queries = gaussian(6, 12, 1)
+    ids = np.random.default_rng(0).permutation(700) if named else None
+    index = CosineKNN(rows[:300], ids=None if ids is None else ids[:300])
+    index.add(rows[300:], ids=None if ids is None else ids[300:500])
+    index.save(tmp_path / "index.knn")
+    again = CosineKNN.load(tmp_path / "index.knn")
+    assert_same(again.search(queries, 8), index.search(queries, 8))
+    assert again.ids.tolist() == index.ids.tolist()
+    again.add(rows[:5], ids=None if ids is None else ids[500:505])
+    assert len(again) == 505
+    assert [path.name for path in tmp_path.iterdir()] == ["index.knn"]
+
+
+def test_an_empty_index_survives_the_disk(tmp_path: Path) -> None:
+    CosineKNN(np.empty((0, 5), np.float16)).save(tmp_path / "index.knn")
+    index = CosineKNN.load(tmp_path / "index.knn")
+    assert (len(index), index.dim, index.dtype) == (0, 5, "float16")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_damaged_files_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("knn") / "index.knn"
+    CosineKNN(gaussian(9, 3), ids=np.arange(9)).save(path)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        start = data.draw(st.sampled_from([0, 8, 12, 16, 30, 8192, 12288]))
+        place = start + data.draw(st.integers(0, 60))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"index\.knn: "):
+        CosineKNN.load(path)
+
+
+def two_rows() -> CosineKNN:
+    return CosineKNN(gaussian(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: CosineKNN([[1, 2]]), TypeError, "embeddings must be float16.*got int64"),
+        (lambda: CosineKNN(gaussian(2, 3)[0]), ValueError, r"embeddings must be a matrix.*\[3\]"),
+        (lambda: CosineKNN(np.empty((3, 0), np.float32)), ValueError, "at least one column"),
+        (lambda: CosineKNN(np.full((3, 2), np.nan, np.float16)), ValueError, "row 0 must be fin"),
+        (lambda: CosineKNN(np.array([[1, 2], [1e200, 0]])), ValueError, "row 1 must be .*1e140"),
+        (lambda: CosineKNN(gaussian(2, 3), ids=[1]), ValueError, r"ids must be \[2\], got \[1\]"),
+        (lambda: CosineKNN(gaussian(2, 3), ids=[1, -2]), ValueError, "ids must be >= 0.*got -2"),
+        (lambda: CosineKNN(gaussian(2, 3), ids=[1.5, 2]), TypeError, "ids must be integers"),
+        (lambda: CosineKNN(gaussian(2, 3), threads=0), ValueError, "threads must be >= 1, got 0"),
+        (lambda: two_rows().search(gaussian(1, 3), 0), ValueError, "k must be >= 1, got 0"),
+        (lambda: two_rows().search(gaussian(1, 3), 1.5), TypeError, "integer"),
+        (lambda: two_rows().search(gaussian(1, 4), 1), ValueError, r"be \[Q, 3\], got \[1, 4\]"),
+        (
+            lambda: two_rows().search(np.full((1, 3), np.nan), 1),
+            ValueError,
+            "queries row 0 must be finite",
+        ),
+        (
+            lambda: two_rows().search(gaussian(1, 3), 1, allowed=[5]),
+            ValueError,
+            "allowed must hold ids of the index, got 5",
+        ),
+        (
+            lambda: two_rows().search(gaussian(1, 3), 1, threshold=float("nan")),
+            ValueError,
+            "threshold must be a number, got nan",
+        ),
+        (
+            lambda: two_rows().add(gaussian(2, 3).astype(np.float64)),
+            TypeError,
+            "embeddings must be float32 like the index, got float64",
+        ),
+        (lambda: two_rows().add(gaussian(2, 3), ids=[1, 2]), ValueError, "ids must not be given"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_many_python_threads_share_an_index() -> None:
+    rows, queries = gaussian(3000, 48), gaussian(40, 48, 1)
+    index = CosineKNN(rows[:1000], threads=2)
+    expected = [brute_force(rows[:n], queries, 5) for n in (1000, 3000)]
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(index.search, queries, 5) for _ in range(16)]
+        index.add(rows[1000:])
+        for future in futures:
+            ids, cosines = future.result()
+            assert any(
+                np.array_equal(ids, want[0]) and np.array_equal(cosines, want[1])
+                for want in expected
+            )
+    assert_same(index.search(queries, 5), expected[1])
+
+
+def test_ctrl_c_stops_a_long_search() -> None:
+    rows = gaussian(20000, 256)
+    queries = np.concatenate([rows] * 20)
+    index = CosineKNN(rows, threads=2)
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        index.search(queries, 3)
+    assert time.perf_counter() - start < 1.5
+    assert_same(index.search(rows[:2], 3), brute_force(rows, rows[:2], 3))
+
+
+def test_progress_grows_to_the_total_and_its_errors_come_back() -> None:
+    rows = gaussian(20000, 256)
+    index = CosineKNN(rows, threads=2)
+    seen: list[tuple[int, int]] = []
+    index.search(rows[:1000], 3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1] == (20_000_000, 20_000_000)
+
+    def refuse(done: int, total: int) -> None:
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        index.search(rows, 3, progress=refuse)
