@@ -14,16 +14,9 @@ from typing import Any, Self
 
 from robustft.errors import UserError
 from robustft.files import replacing
-from robustft.formats import (
-    MAX_LINE_BYTES,
-    Reader,
-    Reject,
-    RowWriter,
-    TextRow,
-    dump_json,
-    reject,
-)
-from robustft.schemas import BadRowError, Context, Schema, find_schema
+from robustft.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
+from robustft.framing import MAX_LINE_BYTES, Reject, reject
+from robustft.schemas import Context, Schema, find_schema
 from robustft.sources import open_reader
 
 __all__ = ["Record", "RecordSource", "RecordWriter", "Reject", "open_records", "output_name"]
@@ -275,8 +268,10 @@ class RecordWriter:
 
     def _close_writer(self, kind: object, error: object, trace: object) -> None:
         writer, self._writer = self._writer, None
-        if kind is None and writer is not None:
-            writer.close()
+        if writer is not None:
+            # After an error the file goes, but buffers and codecs still want to be closed.
+            with contextlib.suppress(*(() if kind is None else (Exception,))):
+                writer.close()
 
     def __exit__(
         self,

@@ -17,14 +17,11 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from robustft.errors import UserError
-from robustft.formats import MAX_LINE_BYTES, has_nan, type_name
+from robustft.formats import BadRowError, has_nan, type_name
+from robustft.framing import MAX_LINE_BYTES
 
 LETTERS = string.ascii_uppercase
 Context = tuple[tuple[str, str], ...]
-
-
-class BadRowError(Exception):
-    """A row that does not fit its schema; the message names the field and what was found."""
 
 
 class Parsed(NamedTuple):

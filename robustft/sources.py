@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import orjson
+
+from robustft.columnar import open_arrow, open_hub, open_parquet
 from robustft.errors import UserError
-from robustft.formats import (
+from robustft.formats import Reader, TextReader, csv_header
+from robustft.framing import (
     BOM,
     DamagedError,
-    Reader,
-    TextReader,
-    csv_header,
     read_chunks,
     split_csv,
     split_lines,
@@ -20,45 +23,123 @@ from robustft.formats import (
     without_bom,
 )
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
 KNOWN = ".jsonl .ndjson .json .csv (also with .gz or .zst) and .parquet"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
+# How file and folder names of datasets mark their splits, as the hub reads them.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+# Files of a dataset's folder that describe it.
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def split_suffix(path: Path) -> tuple[str, str | None]:
-    """Return (extension, compression extension or None), in lower case."""
+def split_suffix(path: Path) -> tuple[str, str]:
+    """Return (extension, compression extension or ""), in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        return (suffixes[-2] if len(suffixes) > 1 else ""), suffixes[-1]
-    return (suffixes[-1] if suffixes else ""), None
+    compressed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    return (suffixes[-1] if suffixes else ""), compressed
 
 
 def open_reader(path: str, split: str, limit: int) -> Reader:
-    """Return the reader of a file; raises `UserError`."""
+    """Return the reader of a file, folder or dataset id; raises `UserError`."""
     file = Path(path)
     try:
         mode = file.stat().st_mode
+    except FileNotFoundError as error:
+        hub = path.removeprefix("hf://datasets/")
+        suffix = split_suffix(file)[0]
+        local = suffix in FORMATS or suffix == ".parquet" or file.parent.is_dir()
+        if HUB_ID.fullmatch(hub) and (hub != path or not local):
+            return open_hub(hub, split)
+        raise system_error(file, error) from None
     except OSError as error:
         raise system_error(file, error) from None
     except ValueError:  # a NUL in the name
         raise UserError(f"{path!r}: not a file name") from None
+    if stat.S_ISDIR(mode):
+        return open_folder(file, split, limit)
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: expected a file, found something that cannot be read twice")
-    return open_file(file, limit)
+    return open_files((file,), limit)
 
 
-def open_file(path: Path, limit: int) -> Reader:
-    """Return the reader that a file's extension asks for, once its first bytes agree."""
+def open_folder(folder: Path, split: str, limit: int) -> Reader:
+    """Open a dataset saved with `save_to_disk`, or a folder of data files of one kind."""
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = _json_object(folder / "dataset_dict.json").get("splits", [])
+            if split not in splits:
+                raise UserError(f"{folder}: expected a split {split!r}, found {splits}")
+            return open_folder(folder / split, split, limit)
+        if (folder / "state.json").is_file():
+            entries = _json_object(folder / "state.json").get("_data_files", [])
+            # Only the last part of a name counts: this file may come from anywhere.
+            names = [Path(str(entry["filename"])).name for entry in entries]
+            return open_arrow(folder, tuple(folder / name for name in names))
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            and path.name not in DESCRIPTIONS
+            and split_suffix(path)[0] in (*FORMATS, ".parquet")
+        )
+    except OSError as error:
+        raise system_error(folder, error) from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder}: state.json is not what save_to_disk writes") from None
+    if not found:
+        raise UserError(f"{folder}: the folder holds no data files; known are {KNOWN}")
+    by_split: dict[str, list[Path]] = {}
+    for path in found:
+        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    files = by_split.get(split) or (found if set(by_split) == {""} else [])
+    if not files:
+        splits = ", ".join(sorted(name for name in by_split if name))
+        raise UserError(f"{folder}: expected files of the split {split!r}, found those of {splits}")
+    return open_files(tuple(files), limit)
+
+
+def _split_of(path: Path) -> str:
+    words = re.split(r"[^a-z]+", str(path).lower())
+    return next((name for name, marks in SPLITS.items() if set(marks) & set(words)), "")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = orjson.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def open_files(files: tuple[Path, ...], limit: int) -> Reader:
+    """Open files of one kind as one input, once extension and first bytes agree."""
+    kinds = {"".join(split_suffix(path)) for path in files}
+    if len(kinds) > 1:
+        raise UserError(f"{files[0].parent}: expected files of one kind, found {sorted(kinds)}")
+    for path in files:
+        _check_magic(path)
+    if split_suffix(files[0])[0] == ".parquet":
+        return open_parquet(files)
+    readers = [_open_text(path, limit) for path in files]
+    for path, reader in zip(files, readers, strict=True):
+        if (reader.format, reader.fields) != (readers[0].format, readers[0].fields):
+            raise UserError(f"{path}: expected the layout and columns of {files[0].name}")
+    return replace(readers[0], files=files)
+
+
+def _check_magic(path: Path) -> None:
     suffix, compressed = split_suffix(path)
-    if suffix not in FORMATS or (suffix == ".parquet" and compressed):
-        found = repr(suffix + (compressed or "")) if suffix or compressed else "none"
+    if suffix not in (*FORMATS, ".parquet") or (suffix == ".parquet" and compressed):
+        found = repr(suffix + compressed) if suffix or compressed else "none"
         raise UserError(f"{path}: unknown extension, found {found}; known are {KNOWN}")
     try:
         with path.open("rb") as file:
@@ -68,19 +149,17 @@ def open_file(path: Path, limit: int) -> Reader:
     if not start:
         raise UserError(f"{path}: the file is empty")
     magic = next((name for sign, name in MAGIC.items() if start.startswith(sign)), None)
-    compression = COMPRESSIONS.get(compressed or "")
-    expected = "Parquet" if suffix == ".parquet" else compression
+    expected = "Parquet" if suffix == ".parquet" else COMPRESSIONS.get(compressed)
     if magic != expected:
         raise UserError(
             f"{path}: expected {expected or 'plain text'} as the name says, found"
             f" {magic or 'other'} data"
         )
-    return _open_text(path, suffix, compression, f"{suffix}{compressed or ''}", limit)
 
 
-def _open_text(
-    path: Path, suffix: str, compression: str | None, full_suffix: str, limit: int
-) -> TextReader:
+def _open_text(path: Path, limit: int) -> TextReader:
+    suffix, compressed = split_suffix(path)
+    compression = COMPRESSIONS.get(compressed)
     try:
         start = next(read_chunks(path, compression), b"")
     except DamagedError as error:
@@ -91,7 +170,7 @@ def _open_text(
     start = start.removeprefix(BOM).lstrip()
     if not start:
         raise UserError(f"{path}: the file is empty")
-    reader = TextReader((path,), FORMATS[suffix], compression, full_suffix, limit)
+    reader = TextReader((path,), FORMATS[suffix], compression, suffix + compressed, limit)
     if suffix == ".csv":
         lines = split_lines(without_bom(read_chunks(path, compression)), limit)
         fields, header = csv_header(path, next(split_csv(lines, limit), None))

@@ -1,0 +1,340 @@
+"""Column files: Parquet, saved Hugging Face datasets (Arrow) and datasets streamed from the hub.
+
+Columns are decoded only when a schema asks for them; the others go from input to output as Arrow
+arrays, so every type and the file's schema survive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from robustft.errors import UserError
+from robustft.formats import BadRowError, RowWriter, hash_files
+from robustft.framing import Reject
+
+BATCH_BYTES = 4 << 20
+BATCH_ROWS = 1024
+GROUP_BYTES = 64 << 20  # a row group is written when it holds this much, or this many rows
+GROUP_ROWS = 64 << 10
+
+
+@dataclass(slots=True)
+class _Batch:
+    """An Arrow record batch whose columns become Python values on first use."""
+
+    arrow: Any
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def values(self, name: str) -> list[Any]:
+        if name not in self.columns:
+            column = self.arrow.column(name)
+            try:
+                self.columns[name] = column.to_pylist()
+            except (ValueError, TypeError):  # one bad cell (invalid UTF-8) fails them all
+                self.columns[name] = [_cell(scalar) for scalar in column]
+        return self.columns[name]
+
+
+def _cell(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, TypeError) as error:
+        return BadRowError(f"cannot be decoded: {error}")
+
+
+class BatchRow(Mapping[str, Any]):
+    """One row of a batch; a cell that cannot be decoded raises `BadRowError` when asked for."""
+
+    __slots__ = ("batch", "position")
+
+    def __init__(self, batch: _Batch, position: int) -> None:
+        self.batch, self.position = batch, position
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        value = self.batch.values(name)[self.position]
+        if isinstance(value, BadRowError):
+            raise BadRowError(f"field {name!r}: {value}")
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.batch.columns or name in self.batch.arrow.schema.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.batch.arrow.schema.names)
+
+    def __len__(self) -> int:
+        return len(self.batch.arrow.schema.names)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnReader:
+    """Arrow record batches from anywhere, read as rows and written as Parquet.
+
+    `batches` starts the input afresh; `identity` gives its fingerprint.
+    """
+
+    format: str  # "parquet" or "hub"
+    schema: Any  # pyarrow.Schema
+    batches: Callable[[], Iterator[Any]]
+    identity: Callable[[], str]
+    compression: str = "snappy"
+    suffix: str = ".parquet"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns."""
+        return tuple(self.schema.names)
+
+    def rows(self) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
+        """Yield (record number, row); data that breaks off ends in a reject."""
+        number = 0
+        batches = self.batches()
+        while True:
+            try:
+                arrow = next(batches, None)
+            except UserError:
+                raise
+            except (OSError, ValueError) as error:  # Arrow's errors are one or the other
+                reason = f"damaged from here on: {_first_line(error)}"
+                yield Reject(number + 1, reason, b"", 0)
+                return
+            if arrow is None:
+                return
+            batch = _Batch(arrow)
+            for position in range(arrow.num_rows):
+                number += 1
+                yield number, BatchRow(batch, position)
+
+    def writer(self, file: IO[bytes]) -> RowWriter:
+        """Return a Parquet writer with the input's schema and compression."""
+        return ColumnWriter(file, self.schema, self.compression)
+
+    def content_hash(self) -> str:
+        """Return the fingerprint of the data."""
+        return self.identity()
+
+
+class ColumnWriter:
+    """Writes rows as Parquet, in row groups of at most 64 MiB."""
+
+    def __init__(self, file: IO[bytes], schema: Any, compression: str) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema = schema
+        self._parquet = pq.ParquetWriter(file, schema, compression=compression)
+        self._batch: _Batch | None = None
+        self._rows: list[tuple[int, Mapping[str, Any]]] = []  # of self._batch: position, changes
+        self._group: list[Any] = []
+        self._held = 0  # bytes of the batches that slices in self._group keep alive
+
+    def write(self, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+        """Write one row with the fields of `changes` replaced; it must come from a batch."""
+        if not isinstance(row, BatchRow):
+            raise TypeError(f"row must be one that was read from columns, got {type(row).__name__}")
+        if self._batch is not row.batch:
+            self._finish_batch()
+            self._batch = row.batch
+        self._rows.append((row.position, changes))
+
+    def close(self) -> None:
+        """Write the last row group and the footer."""
+        try:
+            self._finish_batch()
+            self._finish_group()
+        finally:
+            self._parquet.close()
+
+    def _finish_batch(self) -> None:
+        if self._batch is None or not self._rows:
+            return
+        arrow = self._batch.arrow
+        start = 0
+        for end in range(1, len(self._rows) + 1):  # slices of rows that follow one another
+            run_goes_on = end < len(self._rows) and self._rows[end][0] == self._rows[end - 1][0] + 1
+            if not run_goes_on:
+                piece = arrow.slice(self._rows[start][0], end - start)
+                changes = {at - start: self._rows[at][1] for at in range(start, end)}
+                self._group.append(self._changed(piece, changes))
+                start = end
+        self._held += arrow.nbytes
+        self._rows.clear()
+        if self._held >= GROUP_BYTES or sum(p.num_rows for p in self._group) >= GROUP_ROWS:
+            self._finish_group()
+
+    def _changed(self, piece: Any, changes: Mapping[int, Mapping[str, Any]]) -> Any:
+        """Return the slice with cells replaced; all other cells stay the arrays they were."""
+        import pyarrow as pa
+
+        for name in {name for change in changes.values() for name in change}:
+            index = piece.schema.get_field_index(name)
+            column, parts, done = piece.column(index), [], 0
+            for at, change in sorted(changes.items()):
+                if name not in change:
+                    continue
+                try:
+                    cell = pa.array([change[name]], type=column.type)
+                except (ValueError, TypeError):
+                    raise UserError(
+                        f"field {name!r}: the answer {change[name]!r:.60} does not fit the"
+                        f" column's type {column.type}"
+                    ) from None
+                parts += [column.slice(done, at - done), cell]
+                done = at + 1
+            parts.append(column.slice(done))
+            piece = piece.set_column(index, piece.schema.field(index), pa.concat_arrays(parts))
+        return piece
+
+    def _finish_group(self) -> None:
+        import pyarrow as pa
+
+        if self._group:
+            table = pa.Table.from_batches(self._group)
+            if table.schema != self._schema:
+                table = table.cast(self._schema)
+            self._parquet.write_table(table.replace_schema_metadata(self._schema.metadata))
+        self._group.clear()
+        self._held = 0
+
+
+def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
+    """Open Parquet files of one schema as one input; raises `UserError`."""
+    import pyarrow.parquet as pq
+
+    schema, compression = None, "snappy"
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                found, metadata = file.schema_arrow, file.metadata
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        if schema is None:
+            schema = found
+            if metadata.num_row_groups and metadata.num_columns:
+                codec = metadata.row_group(0).column(0).compression.lower()
+                compression = {"uncompressed": "none", "lz4_raw": "lz4"}.get(codec, codec)
+        elif not found.equals(schema):
+            raise UserError(f"{path}: expected the columns and types of {files[0].name}")
+    _refuse_twins(files[0], schema)
+    return ColumnReader(
+        "parquet",
+        schema,
+        lambda: _parquet_batches(files),
+        lambda: hash_files(files),
+        compression,
+    )
+
+
+def _parquet_batches(files: tuple[Path, ...]) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    for path in files:
+        # Buffered reads of one column page at a time: pre_buffer would load whole row groups.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            metadata = file.metadata
+            size = sum(metadata.row_group(n).total_byte_size for n in range(file.num_row_groups))
+            row = max(1, size // max(1, metadata.num_rows))
+            rows = min(BATCH_ROWS, max(1, BATCH_BYTES // row))
+            yield from file.iter_batches(batch_size=rows, use_threads=False)
+
+
+def open_arrow(folder: Path, files: tuple[Path, ...]) -> ColumnReader:
+    """Open the Arrow files of a dataset saved with `save_to_disk`; raises `UserError`."""
+    schema = None
+    for path in files:
+        try:
+            with _arrow_stream(path) as stream:
+                schema = schema or stream.schema
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable Arrow file: {_first_line(error)}") from None
+    if schema is None:
+        raise UserError(f"{folder}: the saved dataset holds no data files")
+    _refuse_twins(folder, schema)
+    return ColumnReader("hub", schema, lambda: _arrow_batches(files), lambda: hash_files(files))
+
+
+def _arrow_stream(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(pa.memory_map(str(path)))
+
+
+def _arrow_batches(files: tuple[Path, ...]) -> Iterator[Any]:
+    for path in files:
+        with _arrow_stream(path) as stream:
+            yield from stream
+
+
+def open_hub(path: str, split: str) -> ColumnReader:
+    """Stream a dataset of the Hugging Face hub, `owner/name` or `owner/name:config`.
+
+    Its current revision is looked up once and kept. Raises `UserError` when the hub cannot be
+    reached or does not have it.
+    """
+    try:
+        import datasets
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError
+    except ImportError:
+        raise UserError(
+            f"{path}: no such file; to read it from the Hugging Face hub, install"
+            " robustft[datasets]"
+        ) from None
+    name, _, config = path.partition(":")
+    try:
+        revision = HfApi().dataset_info(name, timeout=20).sha
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{path}: no such file, and the Hugging Face hub has no dataset of this name that you"
+            " may read"
+        ) from None
+    except Exception as error:  # the HTTP library's own types, which change between versions
+        raise UserError(
+            f"{path}: no such file, and the Hugging Face hub cannot be reached"
+            f" ({_first_line(error)}); name a local file or folder"
+        ) from None
+    try:
+        stream = datasets.load_dataset(
+            name, config or None, split=split, streaming=True, revision=revision
+        )
+        return open_stream(stream, f"{path}@{revision}:{split}")
+    except UserError:
+        raise
+    except Exception as error:  # unknown split or config, gated, unreadable files, network
+        raise UserError(f"{path} (split {split!r}): {_first_line(error)}") from None
+
+
+def open_stream(stream: Any, identity: str) -> ColumnReader:
+    """Read a `datasets.IterableDataset`, whose content `identity` names."""
+
+    def batches() -> Iterator[Any]:
+        try:
+            for table in stream.with_format("arrow").iter(batch_size=256):
+                yield from table.combine_chunks().to_batches()
+        except Exception as error:  # the network's and every file format's own types
+            raise UserError(f"{identity}: reading broke off: {_first_line(error)}") from None
+
+    if stream.features:
+        schema = stream.features.arrow_schema
+    else:
+        schema = getattr(next(batches(), None), "schema", None)
+    if schema is None:
+        raise UserError(f"{identity}: the dataset holds no records")
+    _refuse_twins(identity, schema)
+    digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    return ColumnReader("hub", schema, batches, lambda: digest)
+
+
+def _refuse_twins(path: Path | str, schema: Any) -> None:
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path}: the column {name!r} appears twice")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
