@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from robustft.errors import UserError
 from robustft.formats import BadRowError, RowWriter, hash_files
@@ -72,6 +72,13 @@ class BatchRow(Mapping[str, Any]):
         return len(self.batch.arrow.schema.names)
 
 
+class _Damage(NamedTuple):
+    """In place of a batch: so many records could not be read."""
+
+    records: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class ColumnReader:
     """Arrow record batches from anywhere, read as rows and written as Parquet.
@@ -81,7 +88,7 @@ class ColumnReader:
 
     format: str  # "parquet" or "hub"
     schema: Any  # pyarrow.Schema
-    batches: Callable[[], Iterator[Any]]
+    batches: Callable[[], Iterator[Any]]  # pyarrow.RecordBatch or _Damage
     identity: Callable[[], str]
     compression: str = "snappy"
     suffix: str = ".parquet"
@@ -92,22 +99,16 @@ class ColumnReader:
         return tuple(self.schema.names)
 
     def rows(self) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        """Yield (record number, row); data that breaks off ends in a reject."""
+        """Yield (record number, row); a damaged part is one reject."""
         number = 0
-        batches = self.batches()
-        while True:
-            try:
-                arrow = next(batches, None)
-            except UserError:
-                raise
-            except (OSError, ValueError) as error:  # Arrow's errors are one or the other
-                reason = f"damaged from here on: {_first_line(error)}"
+        for item in self.batches():
+            if isinstance(item, _Damage):
+                reason = f"{item.records} records from here on are damaged: {item.reason}"
                 yield Reject(number + 1, reason, b"", 0)
-                return
-            if arrow is None:
-                return
-            batch = _Batch(arrow)
-            for position in range(arrow.num_rows):
+                number += item.records
+                continue
+            batch = _Batch(item)
+            for position in range(item.num_rows):
                 number += 1
                 yield number, BatchRow(batch, position)
 
@@ -240,7 +241,14 @@ def _parquet_batches(files: tuple[Path, ...]) -> Iterator[Any]:
             size = sum(metadata.row_group(n).total_byte_size for n in range(file.num_row_groups))
             row = max(1, size // max(1, metadata.num_rows))
             rows = min(BATCH_ROWS, max(1, BATCH_BYTES // row))
-            yield from file.iter_batches(batch_size=rows, use_threads=False)
+            for group in range(file.num_row_groups):
+                left = metadata.row_group(group).num_rows
+                try:
+                    for batch in file.iter_batches(rows, row_groups=[group], use_threads=False):
+                        left -= batch.num_rows
+                        yield batch
+                except (OSError, ValueError) as error:  # Arrow's errors are one or the other
+                    yield _Damage(left, _first_line(error))
 
 
 def open_arrow(folder: Path, files: tuple[Path, ...]) -> ColumnReader:
@@ -266,8 +274,11 @@ def _arrow_stream(path: Path) -> Any:
 
 def _arrow_batches(files: tuple[Path, ...]) -> Iterator[Any]:
     for path in files:
-        with _arrow_stream(path) as stream:
-            yield from stream
+        try:
+            with _arrow_stream(path) as stream:
+                yield from stream
+        except (OSError, ValueError) as error:
+            yield _Damage(1, f"{path.name} breaks off: {_first_line(error)}")
 
 
 def open_hub(path: str, split: str) -> ColumnReader:

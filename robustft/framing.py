@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from robustft.errors import UserError
 
@@ -58,34 +58,32 @@ def read_chunks(path: Path, compression: str | None) -> Iterator[bytes]:
     """
     try:
         with path.open("rb") as file:
-            if compression is None:
-                while block := file.read(CHUNK_BYTES):
-                    yield block
-            else:
-                yield from _decompressed(file, compression)
+            while compression is None and (block := file.read(CHUNK_BYTES)):
+                yield block
     except OSError as error:
         raise system_error(path, error) from None
+    if compression is not None:
+        yield from _decompressed(path, compression)
 
 
-def _decompressed(file: IO[bytes], compression: str) -> Iterator[bytes]:
+def _decompressed(path: Path, compression: str) -> Iterator[bytes]:
     import pyarrow as pa
 
     def stream() -> Any:
-        file.seek(0)
-        return pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+        return pa.CompressedInputStream(pa.OSFile(str(path)), compression)
 
-    source, done = stream(), 0
+    done = 0
     try:
-        while block := source.read(CHUNK_BYTES):
-            done += len(block)
-            yield block
-        return
+        with stream() as source:
+            while block := source.read(CHUNK_BYTES):
+                done += len(block)
+                yield block
+            return
     except OSError as error:
         reason = str(error)
     # The failing read swallowed up to a chunk of good bytes: come back for them one at a time.
     rescued = bytearray()
-    with contextlib.suppress(OSError):
-        source = stream()
+    with contextlib.suppress(OSError), stream() as source:
         while done > 0:
             done -= len(source.read(min(done, CHUNK_BYTES)))
         while byte := source.read(1):
@@ -140,9 +138,10 @@ def split_array(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[int, byte
     buffer, pos, dropped = bytearray(), 0, 0  # dropped: bytes of this element no longer held
 
     def element(end: int) -> tuple[int, bytes] | Reject:
-        if dropped + end > limit:
-            return reject(number, f"longer than {limit} bytes", buffer[:end], dropped + end)
-        return number, bytes(buffer[:end].strip())
+        data = buffer[:end] if dropped else buffer[:end].lstrip()
+        if dropped + len(data) > limit:
+            return reject(number, f"longer than {limit} bytes", data, dropped + len(data))
+        return number, bytes(data.rstrip())
 
     damage = ""
     stream = iter(chunks)
@@ -185,18 +184,22 @@ def split_array(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[int, byte
             else:
                 depth -= 1
         if depth < 0:
-            if buffer.strip():
-                yield reject(number, "text after the end of the array", buffer)
-                return
-            buffer.clear()
-        elif pos > limit:
+            pos = len(buffer)
+        if pos > limit and not dropped:
+            blank = len(buffer) - len(buffer.lstrip())
+            del buffer[:blank]
+            pos -= blank
+        if pos > limit:
             keep = min(REJECT_BYTES, pos)
             dropped += pos - keep
             del buffer[keep:pos]
             pos = keep
-    if damage or depth >= 0:
+    rest = buffer if dropped else buffer.lstrip()
+    if damage or depth >= 0 or rest:
         reason = damage or "the array is not closed: a bracket or quote is missing"
-        yield reject(number, reason, buffer, dropped + len(buffer))
+        if depth < 0 and not damage:
+            reason = "text after the end of the array"
+        yield reject(number, reason, rest, dropped + len(rest))
 
 
 def without_bom(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -212,7 +212,8 @@ class ChoiceSchema:
                 digits += 1
                 low += number == 0
                 high += number == len(options)
-        return replace(self, base=int(high > low), digits=0 < digits == total)
+        one_based = high > low and 2 * digits > total
+        return replace(self, base=int(one_based), digits=0 < digits == total)
 
     def _options(self, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return (labels, texts); labels are () when the options have none."""
@@ -364,7 +365,10 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     votes: Counter[Schema] = Counter()
     for row in sample:
         votes.update(s for s in candidates if all(f in row for f in s.fields))
-    best = max(candidates, key=votes.__getitem__)  # the first of equals: choice before qa
+    # The most specific schema that not only strays fit: a few rows without options are no quiz
+    # turned into plain questions, nor do a few with options make one.
+    most = max(votes.values(), default=0)
+    best = next(schema for schema in candidates if 2 * votes[schema] >= most)
     if votes[best]:
         return best.tuned(sample) if isinstance(best, ChoiceSchema) else best
     found = ", ".join(list(dict.fromkeys(key for row in sample for key in row))[:20]) or "none"

@@ -131,7 +131,7 @@ def test_parquet_cell_that_is_no_text_is_one_reject(tmp_path: Path) -> None:
 
 def test_parquet_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
-    for count in (20_000, 80_000):
+    for count in (8_000, 32_000):
         text = ["question " * 20 + str(n) for n in range(count)]
         pq.write_table(pa.table({"question": text, "answer": text}), tmp_path / "d.parquet")
         del text
