@@ -236,7 +236,9 @@ def _parquet_batches(files: tuple[Path, ...]) -> Iterator[Any]:
 
     for path in files:
         # Buffered reads of one column page at a time: pre_buffer would load whole row groups.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        with pq.ParquetFile(
+            path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+        ) as file:
             metadata = file.metadata
             size = sum(metadata.row_group(n).total_byte_size for n in range(file.num_row_groups))
             row = max(1, size // max(1, metadata.num_rows))
