@@ -2,4 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustft_kernels import TokenStats
+    from robustft_kernels.linear_token_stats import linear_token_stats
+    from robustft_kernels.token_stats import token_stats
+
 __version__ = "0.1.0"
+
+# Public name -> module that defines it, imported on first use: `import robustft` stays light.
+_LAZY = {
+    "TokenStats": "robustft_kernels",
+    "linear_token_stats": "robustft_kernels",
+    "token_stats": "robustft_kernels",
+}
+
+__all__ = ["TokenStats", "__version__", "linear_token_stats", "token_stats"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -33,3 +33,37 @@ class CosineIndex:
     @property
     def extra_bytes(self) -> int: ...
     def __len__(self) -> int: ...
+
+# Logits come as [outer, inner, vocab]: float64, float32, float16, or bfloat16's bits in uint16.
+def token_stats_isas() -> list[str]: ...
+def token_stats(
+    logits: NDArray[Any],
+    targets: NDArray[np.int64] | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    threads: int,
+    isa: str = "",
+) -> tuple[NDArray[Any], ...]: ...
+def token_stats_partials(
+    logits: NDArray[Any],
+    targets: NDArray[np.int64] | None,
+    target_logits: NDArray[Any] | None,
+    temperature: float,
+    softcap: float,
+    threads: int,
+    isa: str = "",
+) -> tuple[NDArray[Any], ...]: ...
+def token_stats_backward(
+    logits: NDArray[Any],
+    targets: NDArray[np.int64] | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    threads: int,
+    gradients: tuple[NDArray[Any] | None, ...],
+    forward: tuple[NDArray[Any], ...],
+    argmax: NDArray[np.int64],
+    out: NDArray[Any],
+    isa: str = "",
+) -> None: ...

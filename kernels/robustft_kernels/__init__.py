@@ -1,3 +1,17 @@
 """Token statistics and answer consistency for any pipeline: torch and numpy are all they need."""
 
 from __future__ import annotations
+
+from robustft_kernels.generation import TokenStatsLogitsProcessor
+from robustft_kernels.linear_token_stats import linear_token_stats
+from robustft_kernels.results import PartialTokenStats, SequenceStats, TokenStats
+from robustft_kernels.token_stats import token_stats
+
+__all__ = [
+    "PartialTokenStats",
+    "SequenceStats",
+    "TokenStats",
+    "TokenStatsLogitsProcessor",
+    "linear_token_stats",
+    "token_stats",
+]

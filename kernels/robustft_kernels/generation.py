@@ -1,0 +1,65 @@
+"""Statistics of sampled tokens, gathered while Hugging Face `generate` runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustft_kernels.token_stats import token_stats
+
+
+class TokenStatsLogitsProcessor:
+    """Records nll and entropy of every generated token without keeping the logits.
+
+    Pass it to `model.generate(logits_processor=LogitsProcessorList([recorder]))` and call
+    `finish` with the sequences that come back. It returns the scores untouched. Placed first it
+    sees the model's own distribution, placed last the one that is sampled from. Only one step's
+    scores [B, V] are held at a time, to look up the token chosen from them. Greedy search and
+    sampling only: beams reorder the rows.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+        self._scores: Tensor | None = None
+        self._prompt_tokens = 0
+        self._nll: list[Tensor] = []
+        self._entropy: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Record the token chosen at the previous step; scores [B, V] pass through."""
+        if self._scores is None:
+            self._prompt_tokens = input_ids.shape[1]
+        else:
+            self._record(input_ids)
+        self._scores = scores
+        return scores
+
+    def finish(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll, entropy) of the generated tokens, each [B, T] float32, nats; forgets them.
+
+        `sequences` [B, prompt + T] is what `generate` returned. Positions after a row's end of
+        text describe the padding that was written there.
+        """
+        if self._scores is not None:
+            self._record(sequences)
+        self._scores = None
+        if not self._nll:
+            empty = torch.empty(sequences.shape[0], 0, device=sequences.device)
+            return empty, empty.clone()
+        nll, entropy = torch.stack(self._nll, 1), torch.stack(self._entropy, 1)
+        self._nll, self._entropy = [], []
+        return nll, entropy
+
+    def _record(self, input_ids: Tensor) -> None:
+        position = self._prompt_tokens + len(self._nll)
+        scores = self._scores
+        if scores is None or input_ids.shape[0] != scores.shape[0]:
+            raise ValueError("input_ids must keep their rows from step to step: no beam search")
+        if input_ids.shape[1] <= position:
+            raise ValueError(f"sequences must have more than {position} tokens, as generated")
+        chosen = input_ids[:, position].to(scores.device)
+        stats = token_stats(scores, chosen, temperature=self.temperature)
+        if stats.logprob is not None:
+            self._nll.append(-stats.logprob)
+        self._entropy.append(stats.entropy)
+        self._scores = None

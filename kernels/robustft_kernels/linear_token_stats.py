@@ -1,0 +1,376 @@
+"""Token statistics straight from hidden states: the [N, V] logits never exist at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustft_kernels.reference import Grads, Seven, columns, empty_columns
+from robustft_kernels.results import PartialTokenStats, TokenStats, finish, merge_partials
+from robustft_kernels.token_stats import (
+    FLOATS,
+    assemble,
+    backward,
+    check_options,
+    check_targets,
+    flat_ids,
+    forward,
+    native,
+    to_numpy,
+)
+
+# CPU tiles of logits: small enough for the last-level cache, large enough for a fast GEMM.
+CPU_ROWS, CPU_COLUMNS = 512, 4096
+# Bytes of logits at a time where whole rows are made: on a GPU, and in the backward pass.
+WORKSPACE = 256 << 20
+
+
+# ---- forward -----------------------------------------------------------------------------------
+
+
+def target_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, ignore_index: int
+) -> Tensor:
+    """The targets' logits [N] in hidden's dtype; NaN where there is no target.
+
+    Computed ahead of the tiles and put in their place in them, so that logprob, rank and argmax
+    agree on one value whatever the rounding of the matrix product.
+    """
+    out = hidden.new_empty(hidden.shape[0])
+    step = max(1, (1 << 20) // hidden.shape[1])
+    for start in range(0, hidden.shape[0], step):
+        rows = slice(start, start + step)
+        ids = target_ids[rows]
+        inside = (ids != ignore_index) & (ids >= 0) & (ids < weight.shape[0])
+        safe = ids.where(inside, 0)
+        product = torch.linalg.vecdot(
+            hidden[rows].to(_wide(hidden)), weight[safe].to(_wide(hidden))
+        )
+        if bias is not None:
+            product = product + bias[safe]
+        out[rows] = product.to(hidden.dtype).masked_fill(~inside, torch.nan)
+    return out
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _product(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(h, w.t(), out=out)
+    else:
+        torch.addmm(bias.to(out.dtype), h, w.t(), out=out)
+
+
+def _tiled(
+    core: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> Seven:
+    """CPU: vocabulary tiles outside, so each tile of the weights is read from memory once."""
+    n, vocab = hidden.shape[0], weight.shape[0]
+    levels = None
+    if target_ids is not None:
+        levels = target_logits(hidden, weight, bias, target_ids, ignore_index)
+    workspace = hidden.new_empty(min(n, CPU_ROWS) * min(vocab, CPU_COLUMNS))
+    totals: list[PartialTokenStats | None] = [None] * math.ceil(n / CPU_ROWS)
+    for first in range(0, vocab, CPU_COLUMNS):
+        w = weight[first : first + CPU_COLUMNS]
+        b = None if bias is None else bias[first : first + CPU_COLUMNS]
+        for i, start in enumerate(range(0, n, CPU_ROWS)):
+            h = hidden[start : start + CPU_ROWS]
+            x = workspace[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+            _product(h, w, b, x)
+            ids = level = wide = None
+            if target_ids is not None and levels is not None:
+                ids = target_ids[start : start + CPU_ROWS] - first
+                level = levels[start : start + CPU_ROWS]
+                wide = level.to(_wide(x))
+                here = ((ids >= 0) & (ids < w.shape[0]) & ~level.isnan()).nonzero()[:, 0]
+                x[here, ids[here]] = level[here]
+            made = core.token_stats_partials(
+                to_numpy(x[None]),
+                flat_ids(ids),
+                None if wide is None else wide.numpy(),
+                temperature,
+                softcap,
+                torch.get_num_threads(),
+            )
+            top, second, total, weighted, _, argmax, rank = (torch.from_numpy(v) for v in made)
+            part = PartialTokenStats(  # float64: many tiles are added up
+                max=top.double(),
+                second=second.double(),
+                sum_exp=total.double(),
+                weighted=weighted.double(),
+                argmax=argmax + first,
+                target_logit=None if wide is None else wide.double(),
+                rank=None if ids is None else rank,
+                temperature=temperature,
+                softcap=softcap,
+            )
+            before = totals[i]
+            totals[i] = part if before is None else merge_partials([before, part])
+    out = empty_columns(hidden, torch.Size([n]))
+    for i, merged in enumerate(totals):
+        if merged is not None:
+            stats = finish(merged)
+            for column, value in zip(out, columns(stats), strict=True):
+                column[i * CPU_ROWS : (i + 1) * CPU_ROWS] = value
+    return out
+
+
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> Seven:
+    """Whole rows of logits, as many at a time as the workspace holds, then the logits kernel."""
+    n, vocab = hidden.shape[0], weight.shape[0]
+    exact = hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if exact else hidden.dtype
+    step = rows_per_chunk(n, vocab, dtype)
+    workspace = torch.empty((step, vocab), dtype=dtype, device=hidden.device)
+    out = empty_columns(hidden, torch.Size([n]))
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        x = workspace[: hidden[rows].shape[0]]
+        if exact:  # the tensor cores' float32 sums, not rounded back to 16 bits
+            torch.mm(hidden[rows], weight.t(), out_dtype=torch.float32, out=x)
+            if bias is not None:
+                x += bias
+        else:
+            _product(hidden[rows], weight, bias, x)
+        ids = None if target_ids is None else target_ids[rows]
+        found = forward(x, ids, temperature, softcap, ignore_index)
+        for column, value in zip(out, found, strict=True):
+            column[rows] = value
+    return out
+
+
+def rows_per_chunk(n: int, vocab: int, dtype: torch.dtype) -> int:
+    """How many rows of logits the workspace holds; a multiple of 128 where it can be."""
+    rows = max(1, WORKSPACE // (vocab * dtype.itemsize))
+    return max(1, min(n, rows if rows < 128 else rows // 128 * 128))
+
+
+# ---- operators ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "robustft::linear_token_stats",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? target_ids, Tensor? bias, float temperature, "
+    "float softcap, int ignore_index, str design) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_token_stats_op(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    design: str,
+) -> Seven:
+    """Run the chosen design; `linear_token_stats` checks first."""
+    options = (temperature, softcap, ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):
+        core = native() if hidden.device.type == "cpu" else None
+        if core is not None:
+            return _tiled(core, hidden, weight, target_ids, bias, *options)
+        return _chunked(hidden, weight, target_ids, bias, *options)
+
+
+@linear_token_stats_op.register_fake
+def _(hidden: Tensor, *_: Any) -> Seven:
+    return empty_columns(hidden, hidden.shape[:1])
+
+
+@torch.library.custom_op(
+    "robustft::linear_token_stats_backward",
+    mutates_args=(),
+    schema="(Tensor? entropy_grad, Tensor? logprob_grad, Tensor? logsumexp_grad, "
+    "Tensor? max_logprob_grad, Tensor hidden, Tensor weight, Tensor? target_ids, Tensor? bias, "
+    "Tensor entropy, Tensor max_logprob, Tensor argmax, float temperature, float softcap, "
+    "int ignore_index, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+)
+def linear_token_stats_backward_op(
+    entropy_grad: Tensor | None,
+    logprob_grad: Tensor | None,
+    logsumexp_grad: Tensor | None,
+    max_logprob_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None,
+    bias: Tensor | None,
+    entropy: Tensor,
+    max_logprob: Tensor,
+    argmax: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for hidden, weight and bias (empty where not needed); logits are made again."""
+    n, vocab = hidden.shape[0], weight.shape[0]
+    grads = (entropy_grad, logprob_grad, logsumexp_grad, max_logprob_grad)
+    hidden_grad = torch.empty_like(hidden)
+    # Sums over chunks stay in float32 even for 16-bit parameters.
+    weight_grad = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else None
+    bias_grad = weight.new_zeros(vocab, dtype=_wide(weight)) if needs_bias else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        step = rows_per_chunk(n, vocab, hidden.dtype)
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            h = hidden[rows]
+            x = h.new_empty((h.shape[0], vocab))
+            _product(h, weight, bias, x)
+            part: Grads = tuple(None if g is None else g[rows] for g in grads)  # type: ignore[assignment]
+            ids = None if target_ids is None else target_ids[rows]
+            saved = (ids, entropy[rows], max_logprob[rows], argmax[rows])
+            backward(part, x, *saved, temperature, softcap, ignore_index, x)
+            hidden_grad[rows] = x @ weight
+            if weight_grad is not None:
+                weight_grad += x.t() @ h
+            if bias_grad is not None:
+                bias_grad += x.sum(0, dtype=bias_grad.dtype)
+    nothing = hidden.new_empty(0)
+    return (
+        hidden_grad,
+        nothing if weight_grad is None else weight_grad.to(weight.dtype),
+        nothing.clone() if bias_grad is None else bias_grad.to(weight.dtype),
+    )
+
+
+@linear_token_stats_backward_op.register_fake
+def _(
+    entropy_grad: Tensor | None,
+    logprob_grad: Tensor | None,
+    logsumexp_grad: Tensor | None,
+    max_logprob_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_weight, needs_bias = rest[-2:]
+    return (
+        torch.empty_like(hidden),
+        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0] if needs_bias else 0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
+    hidden, weight, target_ids, bias, *ctx.options, _ = inputs
+    entropy, _, _, max_logprob, argmax, _, _ = output
+    ctx.save_for_backward(hidden, weight, target_ids, bias, entropy, max_logprob, argmax)
+
+
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    hidden, weight, bias = linear_token_stats_backward_op(
+        *grads[:4], *ctx.saved_tensors, *ctx.options, needs_weight, needs_bias
+    )
+    made = (hidden, weight if needs_weight else None, None, bias if needs_bias else None)
+    return *made, None, None, None, None
+
+
+linear_token_stats_op.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---- public ------------------------------------------------------------------------------------
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    design: str = "auto",
+) -> TokenStats:
+    """`token_stats` of logit_scale * (hidden @ weight.T + bias), without holding those logits.
+
+    Args:
+        hidden: [..., D] float32, bfloat16, float16 or float64.
+        weight: [V, D], the lm_head, in hidden's dtype (under autocast both are cast, as
+            `torch.nn.functional.linear` does).
+        target_ids: [...] integers in [0, V), or `ignore_index`; None leaves out logprob and rank.
+        bias: [V], or None. -inf masks a column.
+        temperature: divides the (capped) logits.
+        softcap: Gemma-2's cap, applied after `logit_scale`; None for no cap.
+        logit_scale: Cohere's multiplier; above 0.
+        ignore_index: the target of positions that have none.
+        vocab_size: use only the first `vocab_size` rows of weight.
+        cu_seqlens: [sequences + 1], see `token_stats`; hidden must then be [N, D].
+        design: "auto", or, to compare them, "chunked" (the vendor's matrix product on row
+            chunks, then the logits kernel) or "fused" (one kernel; CUDA and ROCm only).
+
+    Returns:
+        TokenStats, each field shaped [...]. Extra memory does not grow with N times V. On the
+        CPU, 16-bit logits are rounded to 16 bits as `hidden @ weight.T` would be; on a GPU they
+        keep the float32 sums.
+
+    Raises:
+        TypeError, ValueError: as `token_stats`, and where hidden, weight and bias disagree.
+    """
+    if hidden.dtype not in FLOATS:
+        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden must be [..., D] and weight [V, D], "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        cast = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(cast), weight.to(cast)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], got {vocab_size}")
+    if weight.shape[0] < 1:
+        raise ValueError("weight must have at least one row, got none")
+    if not (math.isfinite(logit_scale) and logit_scale > 0):
+        raise ValueError(f"logit_scale must be finite and above 0, got {logit_scale}")
+    if design not in ("auto", "chunked", "fused"):
+        raise ValueError(f"design must be 'auto', 'chunked' or 'fused', got {design!r}")
+    cap = check_options(temperature, softcap)
+    shape = hidden.shape[:-1]
+    check_targets(target_ids, shape, hidden.device)
+    found = linear_token_stats_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight[:vocab_size],
+        None if target_ids is None else target_ids.reshape(-1),
+        None if bias is None else bias[:vocab_size].to(hidden.dtype),
+        # scale * x capped at c is c/scale capping x, times scale: no second multiplication.
+        temperature / logit_scale,
+        cap / logit_scale,
+        ignore_index,
+        design,
+    )
+    a, b, c, d, i, e, j = (column.view(shape) for column in found)
+    return assemble((a, b, c, d, i, e, j), target_ids, cu_seqlens, ignore_index)
