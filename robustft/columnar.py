@@ -18,8 +18,8 @@ from robustft.framing import Reject
 
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
-GROUP_BYTES = 64 << 20  # a row group is written when it holds this much, or this many rows
-GROUP_ROWS = 64 << 10
+GROUP_BYTES = 16 << 20  # a row group is written when it holds this much, or this many rows
+GROUP_ROWS = 16 << 10
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ class ColumnReader:
 
 
 class ColumnWriter:
-    """Writes rows as Parquet, in row groups of at most 64 MiB."""
+    """Writes rows as Parquet, in row groups of at most 16 MiB or 16,384 rows."""
 
     def __init__(self, file: IO[bytes], schema: Any, compression: str) -> None:
         import pyarrow.parquet as pq

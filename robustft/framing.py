@@ -299,4 +299,6 @@ def split_csv(
 def _csv_reason(error: str) -> str:
     if error in ("", "unexpected end of data"):
         return "a quoted field is never closed"
+    if error.startswith("new-line character"):
+        return "a carriage return outside quotes"
     return "text after a closing quote" if error.startswith("',' expected") else error

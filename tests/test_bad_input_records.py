@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from robustft.records import Record, RecordSource, RecordWriter, Reject, open_re
 
 GOOD = {"question": "2+2?", "options": ["3", "4"], "answer": "B"}
 LINE = orjson.dumps(GOOD)
+RANDOM = random.Random(0)
 
 
 def save(path: Path, data: bytes | str) -> str:
@@ -317,7 +319,7 @@ def split(items: Iterator[Record | Reject]) -> tuple[list[Record], list[Reject]]
 
 
 def test_truncated_gzip_keeps_the_records_before_the_break(tmp_path: Path) -> None:
-    rows = [{"question": os.urandom(20).hex(), "answer": "a"} for _ in range(5000)]
+    rows = [{"question": RANDOM.randbytes(20).hex(), "answer": "a"} for _ in range(5000)]
     plain = b"".join(orjson.dumps(row) + b"\n" for row in rows)
     for name, data in (
         ("d.jsonl.gz", gzip.compress(plain)),
@@ -330,13 +332,12 @@ def test_truncated_gzip_keeps_the_records_before_the_break(tmp_path: Path) -> No
         (reject,) = rejects
         assert reject.line == len(records) + 1
         assert "the compressed file is truncated or damaged from here on" in reject.reason
-        assert rows[len(records)]["question"][:0] == ""
         assert orjson.dumps(rows[len(records)]).startswith(reject.data)
 
 
 def test_truncated_gzip_of_csv_and_json(tmp_path: Path) -> None:
-    table = "question,answer\n" + "".join(f"{os.urandom(20).hex()},a\n" for _ in range(5000))
-    array = json.dumps([{"question": os.urandom(20).hex(), "answer": "a"}] * 5000)
+    table = "question,answer\n" + "".join(f"{RANDOM.randbytes(20).hex()},a\n" for _ in range(5000))
+    array = json.dumps([{"question": RANDOM.randbytes(20).hex(), "answer": "a"}] * 5000)
     for name, text in (("d.csv.gz", table), ("d.json.gz", array)):
         data = gzip.compress(text.encode())
         records, rejects = split(iter(open_records(save(tmp_path / name, data[: len(data) // 2]))))
@@ -366,6 +367,7 @@ HEADER = "question,answer\n"
         ('q,"open\nq,a\nq,a\n', "xrr", "broken CSV: a quoted field is never closed"),
         ('q,a\nq,"open\nq,a\n"q",a\nq,a\n', "rxrrr", "broken CSV: text after a closing quote"),
         ('q,"x"y\nq,a\n', "xr", "broken CSV: text after a closing quote"),
+        ("q,a\rb\nq,a\n", "xr", "broken CSV: a carriage return outside quotes"),
         ("q,a,b\nq,a\n", "xr", "expected 2 fields, found 3"),
         ("q\nq,a\n", "xr", "expected 2 fields, found 1"),
         ("q,\nq,a\n", "xr", "empty answer (field 'answer')"),
@@ -435,7 +437,7 @@ def small_files() -> Iterator[None]:
     "name", ["d.jsonl", "d.json", "d.csv", "d.csv.gz", "d.csv.zst", "d.parquet"]
 )
 def test_disk_full(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
-    rows = [{"question": os.urandom(500).hex(), "answer": "a"} for _ in range(300)]
+    rows = [{"question": RANDOM.randbytes(500).hex(), "answer": "a"} for _ in range(300)]
     data = (
         b"[" + b",".join(map(orjson.dumps, rows)) + b"]"
         if name == "d.json"
