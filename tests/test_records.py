@@ -187,6 +187,17 @@ def test_open_schemas(
     assert named.schema == schema
 
 
+def test_chat_turns_in_a_csv_cell(tmp_path: Path) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([("id", "messages"), ("a", json.dumps(MESSAGES))])
+    source = open_records(save(tmp_path / "d.csv", text.getvalue().encode()))
+    (record,) = records(source)
+    assert (source.schema, record.answer, record.context) == ("messages", "4", CONTEXT)
+    rewrite(source, tmp_path / "o.csv", {0: "5"})
+    (again,) = records(open_records(str(tmp_path / "o.csv")))
+    assert json.loads(again.row["messages"]) == [*MESSAGES[:-1], MESSAGES[-1] | {"content": "5"}]
+
+
 ARC = {"text": ["up", "down"], "label": ["1", "2"]}
 
 
