@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from robustft.errors import UserError
 
@@ -35,3 +36,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text (UTF-8) or bytes to `path` so that a reader sees the old or the new file."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a binary file that appears as `path` only when the block has succeeded."""
+    with replacing(path) as temporary, temporary.open("wb") as handle:
+        yield handle

@@ -1,0 +1,163 @@
+"""`clean`: one call from an input file to an output folder, and what is left beside the data."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+import robustft
+from robustft.config import CleanConfig, EngineConfig, ExpertConfig
+from robustft.embedding import Embedder
+from robustft.engines import Engine
+from robustft.engines.transformers import TransformersEngine
+from robustft.errors import UserError
+from robustft.files import atomic_file
+from robustft.pipeline import CleanResult, CleanRun, count_records
+from robustft.records import open_records
+from robustft.reporting import write_run_report
+from robustft.store import Stopwatch, Store, folder_lock
+
+_log = logging.getLogger("robustft")
+_PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
+
+
+def clean(
+    data: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    out: str | Path,
+    model: str | None = None,
+    engine: Engine | None = None,
+    experts: ExpertConfig | None = None,
+    **settings: Any,
+) -> CleanResult:
+    """Clean a noisy SFT corpus: detect, relabel, select (RobustFT, arXiv 2412.14922).
+
+    Parameters
+    ----------
+    data: a file (JSONL, JSON, CSV, Parquet, .gz, .zst), a hub dataset id, or rows as mappings.
+    out: the output folder; a folder with an unfinished run is resumed.
+    model: hub id, folder or .gguf file; None is the embedded small model.
+    engine: a ready `robustft.engines.Engine` instead of `model`.
+    experts, settings: the other fields of `robustft.config.CleanConfig`.
+
+    Raises
+    ------
+    UserError (a ValueError) with one clear line where the input or an argument is wrong.
+    """
+    folder = Path(out)
+    if not isinstance(data, str | Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "input.jsonl"
+        with atomic_file(path) as handle:
+            handle.writelines(orjson.dumps(dict(row)) + b"\n" for row in data)
+        data = path
+    config = CleanConfig(
+        input=str(data),
+        out=folder,
+        engine=EngineConfig(model=model),
+        experts=experts or ExpertConfig(),
+        **settings,
+    )
+    return run_clean(config, engine=engine)
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What is known before the first question is asked."""
+
+    records: int
+    rejects: int
+    model: str
+    embedder: str
+    small_models: bool
+    resumed: bool
+
+
+def run_clean(
+    config: CleanConfig,
+    *,
+    engine: Engine | None = None,
+    embedder: Embedder | None = None,
+    announce: Callable[[Announcement], None] = lambda announcement: None,
+) -> CleanResult:
+    """Run `config` from the input file to the report; see `clean` for errors."""
+    watch = Stopwatch()
+    source = open_records(
+        config.input, schema=config.schema, limit=config.limit, split=config.split
+    )
+    total, rejects = count_records(source)
+    if total == 0:
+        raise UserError(
+            f"{config.input}: no readable record ({rejects} rejected); the first: "
+            f"{source.first_reject_reason()}"
+        )
+    with folder_lock(config.out), Store(config.out / "run.sqlite") as store:
+        identity = config.fingerprint() | {"input": source.content_hash}
+        resumed = store.claim(identity)
+        engine = engine or TransformersEngine(config.engine)
+        embedder = embedder or Embedder(config.embedder)
+        models = {"model": f"{engine.model_id}@{engine.revision}", "embedder": embedder.model_id}
+        store.claim(models, name="models")
+        announce(
+            Announcement(
+                total, rejects, engine.model_id, embedder.model_id,
+                bool(getattr(engine, "embedded", False)), resumed,
+            )
+        )  # fmt: skip
+        run = CleanRun(config, source, engine, embedder, store)
+        result = run.execute(total)
+        result.counts["rejected"] = rejects
+        result.counts["input"] = total + rejects
+        result.seconds["total"] = round(watch.seconds(), 3)
+        manifest = _manifest(config, result, store, engine, embedder, source.content_hash)
+        with atomic_file(config.out / "manifest.json") as handle:
+            handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+        write_run_report(config, result, manifest)
+    return result
+
+
+def _manifest(
+    config: CleanConfig,
+    result: CleanResult,
+    store: Store,
+    engine: Engine,
+    embedder: Embedder,
+    content_hash: str,
+) -> dict[str, Any]:
+    versions = {"robustft": robustft.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
+    return {
+        "command": sys.argv,
+        "config": config.fingerprint(),
+        "input": {"path": config.input, "blake2b": content_hash},
+        "versions": versions,
+        "platform": platform.platform(),
+        "models": {
+            "engine": engine.name,
+            "model": engine.model_id,
+            "revision": engine.revision,
+            "embedder": embedder.model_id,
+            "small_embedded_model": bool(getattr(engine, "embedded", False)),
+        },
+        "counts": dict(result.counts),
+        "warnings": result.warnings,
+        "threshold_nll": result.threshold,
+        "agreement_with_given": result.agreement,
+        "seconds": result.seconds,
+        "experts": store.totals(),
+        "peak_memory_bytes": peak,
+    }

