@@ -156,7 +156,9 @@ def _manifest(
         "counts": dict(result.counts),
         "warnings": result.warnings,
         "threshold_nll": result.threshold,
-        "agreement_with_given": result.agreement,
+        "agreed_with_given": {
+            name: count for (name, what), count in result.tallies.items() if what == "agreed"
+        },
         "seconds": result.seconds,
         "experts": store.totals(),
         "peak_memory_bytes": peak,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from robustft import prompts
 from robustft.config import CleanConfig
-from robustft.detection import Detection, detect_paper
+from robustft.detection import Detection, agrees, detect_paper
 from robustft.embedding import Embedder, EmbeddingFile
 from robustft.engines import Engine
 from robustft.errors import UserError
@@ -55,6 +55,7 @@ class Judged:
     neighbours: tuple[tuple[str, float, Neighbour], ...] = ()  # id, cosine, question and answer
     action: str = "keep"  # keep, relabel, drop
     answer: str = ""
+    cause: str = ""  # why this action, in words that many records share
     reason: str = ""
 
     @property
@@ -81,12 +82,15 @@ class CleanResult:
     threshold: float = float("nan")  # largest response entropy kept, nats (eq. 8)
     seconds: dict[str, float] = field(default_factory=dict)
     suspicious: list[Judged] = field(default_factory=list)
-    noise_scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    score_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 24), np.int64))
     kept_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     dropped_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     answers_before: Counter[str] = field(default_factory=Counter)
     answers_after: Counter[str] = field(default_factory=Counter)
-    agreement: dict[str, float] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)  # action and cause -> records
+    reject_reasons: Counter[str] = field(default_factory=Counter)
+    # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
+    tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 class CleanRun:
@@ -108,13 +112,11 @@ class CleanRun:
         self._progress: Progress | None = None
         self._counted: frozenset[str] = frozenset()  # experts whose answers move the bar
         self._noisy: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._scores: NDArray[np.float32] = np.zeros(0, np.float32)
         self._index: CosineKNN | None = None
 
     def execute(self, total: int) -> CleanResult:
         """Run every pass over the `total` records of the source."""
         self._noisy = np.zeros(total, np.bool_)
-        self._scores = np.zeros(total, np.float32)
         path = self.config.out / "embeddings.f32"
         with EmbeddingFile(path, self.embedder.dimensions) as embeddings:
             self._timed("detect", lambda: self._detect_all(embeddings))
@@ -132,7 +134,6 @@ class CleanRun:
     # --- pass 1: experts and verdicts --------------------------------------------------------
 
     def _detect_all(self, embeddings: EmbeddingFile) -> None:
-        agree: Counter[str] = Counter()
         steps = len(self._noisy) * self._detect_weight()
         self._counted = frozenset(("base", "reasoning", "reflection", "reasoned", "checker"))
         with Progress("detect", steps) as self._progress:
@@ -140,16 +141,8 @@ class CleanRun:
                 self._panel.unit = unit
                 self._remember(chunk, embeddings)
                 for judged in self._judge(chunk):
-                    position = judged.record.index
-                    self._noisy[position] = judged.detection.noisy
-                    self._scores[position] = judged.detection.noise_score
-                    agree.update(
-                        name for name, said in judged.opinions.items()
-                        if said.answer in (judged.record.answer, "yes")
-                    )  # fmt: skip
+                    self._noisy[judged.record.index] = judged.detection.noisy
         self._progress = None
-        self.result.noise_scores = self._scores
-        self.result.agreement = {name: n / len(self._noisy) for name, n in agree.items()}
         noisy = int(self._noisy.sum())
         self.result.counts.update(clean=len(self._noisy) - noisy, noisy=noisy)
 
@@ -275,14 +268,18 @@ class CleanRun:
             atomic_file(out / "rejects.jsonl") as rejects,
             Progress("write", len(nll), unit="records") as progress,
         ):
-            for unit, chunk in self._chunks(on_reject=lambda r: rejects.write(_reject_line(r))):
+
+            def on_reject(reject: Reject) -> None:
+                rejects.write(_reject_line(reject))
+                self.result.reject_reasons[reject.reason] += 1
+
+            for unit, chunk in self._chunks(on_reject):
                 self._panel.unit = unit
                 judged = self._judge(chunk)
                 self._relabel([j for j in judged if j.detection.noisy], embeddings)
                 for one in judged:
                     self._settle(one, bool(selected[one.record.index]))
-                    counts[one.action] += 1
-                    self._count_answers(one)
+                    self._count(one)
                     if one.action != "drop":
                         cleaned.write(one.record, one.answer)
                     verdicts.write(verdict_line(one))
@@ -295,29 +292,40 @@ class CleanRun:
         self.result.suspicious = [one for _, _, one in sorted(suspicious, reverse=True)]
 
     def _settle(self, judged: Judged, selected: bool) -> None:
-        """The final action on one record, with its reason."""
-        judged.answer = judged.record.answer
-        judged.reason = judged.detection.reason
+        """The final action on one record, with its cause."""
+        judged.answer, judged.cause = judged.record.answer, "found clean"
         label = judged.label
-        if label is None:
-            return
-        if label.answer is None:
-            judged.action, judged.reason = "drop", f"{judged.reason}; {label.reason}"
-        elif not selected:
-            judged.action = "drop"
-            why = f"not among the most confident {self.config.beta:.0%} (nll {label.nll:.3f})"
-            judged.reason = f"{judged.reason}; {label.reason}; {why}"
-        elif label.answer == judged.record.answer:
-            judged.reason = f"{judged.reason}; {label.reason}: the given answer is confirmed"
-        else:
-            judged.action, judged.answer = "relabel", label.answer
-            judged.reason = f"{judged.reason}; {label.reason} (nll {label.nll:.3f})"
+        if label is not None:
+            if label.answer is None:
+                judged.action, judged.cause = "drop", "no expert gave an answer"
+            elif not selected:
+                judged.action = "drop"
+                judged.cause = f"new label not among the most confident {self.config.beta:.0%}"
+            elif agrees(judged.record, Opinion(label.answer)):
+                judged.cause = "the experts confirmed the given answer"
+            else:
+                judged.action, judged.answer = "relabel", label.answer
+                judged.cause = "new label from the experts"
+        parts = [judged.detection.reason, judged.cause]
+        if label is not None and label.answer is not None:
+            parts.append(f"{label.reason}: {label.answer} (nll {label.nll:.3f})")
+        judged.reason = "; ".join(parts)
 
-    def _count_answers(self, judged: Judged) -> None:
+    def _count(self, judged: Judged) -> None:
+        result = self.result
+        result.counts[judged.action] += 1
+        result.reasons[f"{judged.action}: {judged.cause}"] += 1
+        score, bins = judged.detection.noise_score, result.score_counts.shape[1]
+        result.score_counts[int(judged.detection.noisy), min(int(score * bins), bins - 1)] += 1
+        for name, said in judged.opinions.items():
+            result.tallies[name, "asked"] += 1
+            result.tallies[name, "answered"] += said.answer is not None
+            agreed = said.answer == "yes" if name == "checker" else agrees(judged.record, said)
+            result.tallies[name, "agreed"] += agreed
         if judged.record.options is not None:
-            self.result.answers_before[judged.record.answer] += 1
+            result.answers_before[judged.record.answer] += 1
             if judged.action != "drop":
-                self.result.answers_after[judged.answer] += 1
+                result.answers_after[judged.answer] += 1
 
     # --- shared ----------------------------------------------------------------------------
 

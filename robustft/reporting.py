@@ -1,0 +1,128 @@
+"""From a finished cleaning run to the data its report is drawn from."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+from robustft.config import CleanConfig
+from robustft.pipeline import CleanResult, Judged
+from robustft.report import write_report
+from robustft.report.data import (
+    Counts,
+    ExpertRow,
+    Histogram,
+    ModelRow,
+    NeighbourRow,
+    Opinion,
+    ReportData,
+    Suspect,
+)
+
+_SMALL = "a small model that the package carries: good for a first look, not for real verdicts"
+_FILES = {
+    "cleaned": "the training set: same schema and field order as the input",
+    "verdicts.jsonl": "one line a record: verdict, score, action, experts, neighbours, reason",
+    "rejects.jsonl": "input lines that could not be read, with the reason",
+    "manifest.json": "command, versions, models, counts, seconds, tokens",
+    "run.sqlite": "every opinion of every expert; a resumed run asks nothing twice",
+}
+
+
+def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[str, Any]) -> None:
+    """Write `report.html` of a finished run."""
+    counts = result.counts
+    small = _SMALL if manifest["models"]["small_embedded_model"] else ""
+    models = manifest["models"]
+    top = max(
+        (float(values.max()) for values in (result.kept_nll, result.dropped_nll) if len(values)),
+        default=1.0,
+    )
+    files = {(result.cleaned.name if name == "cleaned" else name): _FILES[name] for name in _FILES}
+    data = ReportData(
+        source=config.input,
+        command=shlex.join(manifest["command"]),
+        version=manifest["versions"]["robustft"],
+        finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        counts=Counts(
+            **{name: counts[name] for name in Counts.__dataclass_fields__}
+        ),
+        reasons=result.reasons,
+        reject_reasons=result.reject_reasons,
+        before=dict(sorted(result.answers_before.items())),
+        after=dict(sorted(result.answers_after.items())),
+        scores_clean=Histogram(0.0, 1.0, tuple(result.score_counts[0])),
+        scores_noisy=Histogram(0.0, 1.0, tuple(result.score_counts[1])),
+        nll_kept=Histogram.of(result.kept_nll.tolist(), 0.0, max(top, 1e-6)),
+        nll_dropped=Histogram.of(result.dropped_nll.tolist(), 0.0, max(top, 1e-6)),
+        nll_threshold=None if math.isnan(result.threshold) else result.threshold,
+        stage_seconds=result.seconds,
+        experts=_expert_rows(result, manifest["experts"]),
+        models=(
+            ModelRow("experts", models["model"], models["revision"], small),
+            ModelRow("embeddings", models["embedder"]),
+        ),
+        peak_memory_bytes=manifest["peak_memory_bytes"],
+        settings={name: str(value) for name, value in manifest["config"].items()},
+        files=files,
+        next_steps=next_steps(result),
+        suspects=tuple(_suspect(judged) for judged in result.suspicious),
+    )
+    write_report(config.out / "report.html", data)
+
+
+def next_steps(result: CleanResult) -> tuple[str, ...]:
+    """Commands worth running after `clean`."""
+    adapter = result.out / "adapter"
+    return (
+        f"robustft train {shlex.quote(str(result.cleaned))} --out {shlex.quote(str(adapter))}",
+        f"robustft eval TEST_FILE --adapter {shlex.quote(str(adapter))}",
+    )
+
+
+def _expert_rows(result: CleanResult, totals: dict[str, dict[str, float]]) -> tuple[ExpertRow, ...]:
+    tallies: Counter[tuple[str, str]] = result.tallies
+    rows = []
+    for name in ("base", "reasoned", "checker", "context", "review"):
+        if tallies[name, "asked"]:
+            cost = totals.get(name, {})
+            rows.append(
+                ExpertRow(
+                    name,
+                    asked=tallies[name, "asked"],
+                    answered=tallies[name, "answered"],
+                    agreed=tallies[name, "agreed"],
+                    prompt_tokens=int(cost.get("prompt_tokens", 0)),
+                    generated_tokens=int(cost.get("new_tokens", 0)),
+                )
+            )
+    return tuple(rows)
+
+
+def _suspect(judged: Judged) -> Suspect:
+    record = judged.record
+    return Suspect(
+        id=record.id,
+        noise_score=judged.detection.noise_score,
+        action=judged.action,
+        question=record.question,
+        given=record.answer,
+        answer=judged.answer,
+        options=record.options,
+        opinions=tuple(
+            Opinion(name, said.answer, _finite(said.nll), _finite(said.entropy))
+            for name, said in judged.opinions.items()
+        ),
+        neighbours=tuple(
+            NeighbourRow(id_, cosine, question, answer)
+            for id_, cosine, (question, _, answer) in judged.neighbours
+        ),
+        reason=judged.reason,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

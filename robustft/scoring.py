@@ -1,0 +1,98 @@
+"""`score`: token statistics of every given response, teacher-forced, nothing generated."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from robustft import prompts
+from robustft.config import EngineConfig
+from robustft.engines import Engine, Prompt
+from robustft.engines.transformers import TransformersEngine
+from robustft.errors import UserError
+from robustft.experts import record_kind
+from robustft.files import atomic_file
+from robustft.progress import Progress
+from robustft.records import Record, Reject, open_records
+from robustft.store import Stopwatch
+
+_CHUNK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSummary:
+    """What `score` did; `str()` is its closing line."""
+
+    path: Path
+    records: int
+    rejects: int
+    tokens: int
+    seconds: float
+    mean_nll: float  # over records, nats per token
+
+    def __str__(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.records} responses scored, {self.rejects} lines rejected, mean nll "
+            f"{self.mean_nll:.4f} nats; {self.tokens} response tokens in {self.seconds:.1f} s "
+            f"({rate:.0f}/s); written to {self.path}"
+        )
+
+
+def response_request(record: Record) -> tuple[Prompt, str]:
+    """The prompt of a record and its given response as the model would have to write it."""
+    prompt = prompts.answer_prompt(record, record_kind(record))
+    return prompt, (f" {record.answer}" if prompt.prefix else record.answer)
+
+
+def score_file(
+    path: str,
+    out: Path,
+    config: EngineConfig,
+    *,
+    schema: str | None = None,
+    limit: int | None = None,
+    engine: Engine | None = None,
+) -> ScoreSummary:
+    """Score every record of a file; one JSON line each, in input order.
+
+    Lines hold `id` and the fields of `robustft.engines.ResponseScore` (nats); an unreadable input
+    line becomes `{"line": …, "rejected": reason}`. The file appears when it is whole.
+    """
+    source = open_records(path, schema=schema, limit=limit)
+    total = sum(1 for item in source if isinstance(item, Record))
+    if total == 0:
+        raise UserError(f"{path}: no readable record")
+    engine = engine or TransformersEngine(config)
+    watch = Stopwatch()
+    tokens = rejects = 0
+    nll = 0.0
+    with atomic_file(out) as handle, Progress("score", total, unit="records") as progress:
+        stream = iter(source)
+        while items := list(itertools.islice(stream, _CHUNK)):
+            records = [item for item in items if isinstance(item, Record)]
+            requests = [response_request(record) for record in records]
+            scores = {}
+            for rows in engine.plan([prompt for prompt, _ in requests], 16):
+                found = engine.score(
+                    [requests[row][0] for row in rows], [requests[row][1] for row in rows]
+                )
+                scores.update(
+                    {records[row].index: one for row, one in zip(rows, found, strict=True)}
+                )
+                progress.update(len(rows))
+            for item in items:
+                if isinstance(item, Reject):
+                    rejects += 1
+                    body: dict[str, object] = {"line": item.line, "rejected": item.reason}
+                else:
+                    score = scores[item.index]
+                    tokens += score.tokens
+                    nll += score.nll if score.tokens else 0.0
+                    body = {"id": item.id} | dataclasses.asdict(score)
+                handle.write(orjson.dumps(body) + b"\n")
+    return ScoreSummary(out, total, rejects, tokens, watch.seconds(), nll / total)
