@@ -122,8 +122,8 @@ def _add_expert_options(parser: _Parser) -> None:
         help="read a lettered answer from one prefill, or from generated text",
     )  # fmt: skip
     parser.add_argument(
-        "--calibrate", action=argparse.BooleanOptionalAction, default=True,
-        help="divide out what the model answers to an empty question",
+        "--calibrate", action=argparse.BooleanOptionalAction, default=False,
+        help="divide out of the option likelihoods what the model answers to an empty question",
     )  # fmt: skip
     parser.add_argument(
         "--without", action="append", metavar="PART", default=[],

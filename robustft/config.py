@@ -49,7 +49,7 @@ class ExpertConfig:
     reasoning_tokens: int = 64  # at most, for each reasoning and each reflection
     answer_tokens: int = 128  # at most, for one free-text answer
     choice: Literal["likelihood", "generate"] = "likelihood"  # how a lettered answer is read
-    calibrate: bool = True  # divide out the letters' content-free probabilities (Zhao et al. 2021)
+    calibrate: bool = False  # divide the letters' content-free probabilities out (Zhao et al. 2021)
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "at least 1", self.rounds)

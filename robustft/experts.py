@@ -117,7 +117,9 @@ class Panel:
     ) -> list[Opinion]:
         """Is the given answer consistent with the predictions (eq. 3)? "yes" or "no".
 
-        Read from the probabilities of the two allowed answers, never from prose.
+        Read from the probabilities of the two allowed answers, never from prose, each divided by
+        its probability after an empty question (Zhao et al. 2021): what a model says to nothing
+        at all must not decide the split.
         """
         questions = [
             _Question(
@@ -220,7 +222,7 @@ class Panel:
         wanted = {
             (question.neutral, question.candidates)
             for question in batch
-            if question.neutral is not None and self._config.calibrate
+            if question.neutral is not None
         }
         missing = [
             pair for pair in sorted(wanted - self._priors.keys(), key=repr) if pair[0] is not None
