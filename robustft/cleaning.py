@@ -16,7 +16,7 @@ import orjson
 
 import robustft
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
-from robustft.embedding import Embedder
+from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
@@ -36,6 +36,7 @@ def clean(
     out: str | Path,
     model: str | None = None,
     engine: Engine | None = None,
+    embedder: TextEmbedder | str | None = None,
     experts: ExpertConfig | None = None,
     **settings: Any,
 ) -> CleanResult:
@@ -47,6 +48,7 @@ def clean(
     out: the output folder; a folder with an unfinished run is resumed.
     model: hub id, folder or .gguf file; None is the embedded small model.
     engine: a ready `robustft.engines.Engine` instead of `model`.
+    embedder: a sentence-embedding model by name, or a ready one; None is the embedded MiniLM.
     experts, settings: the other fields of `robustft.config.CleanConfig`.
 
     Raises
@@ -64,10 +66,12 @@ def clean(
         input=str(data),
         out=folder,
         engine=EngineConfig(model=model),
+        embedder=embedder if isinstance(embedder, str) else None,
         experts=experts or ExpertConfig(),
         **settings,
     )
-    return run_clean(config, engine=engine)
+    ready = None if isinstance(embedder, str) else embedder
+    return run_clean(config, engine=engine, embedder=ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def run_clean(
     config: CleanConfig,
     *,
     engine: Engine | None = None,
-    embedder: Embedder | None = None,
+    embedder: TextEmbedder | None = None,
     announce: Callable[[Announcement], None] = lambda announcement: None,
 ) -> CleanResult:
     """Run `config` from the input file to the report; see `clean` for errors."""
@@ -130,7 +134,7 @@ def _manifest(
     result: CleanResult,
     store: Store,
     engine: Engine,
-    embedder: Embedder,
+    embedder: TextEmbedder,
     content_hash: str,
 ) -> dict[str, Any]:
     versions = {"robustft": robustft.__version__, "python": platform.python_version()}

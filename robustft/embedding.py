@@ -6,13 +6,24 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from robustft.models import ModelSource, find_embedder, load_encoder, load_tokenizer
+
+
+class TextEmbedder(Protocol):
+    """What turns questions into vectors; `Embedder` is the usual one."""
+
+    model_id: str
+    dimensions: int
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings [len(texts), dimensions], float32, in the order of `texts`."""
+        ...
 
 
 class Embedder:

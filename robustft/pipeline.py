@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from robustft import prompts
 from robustft.config import CleanConfig
 from robustft.detection import Detection, agrees, detect_paper
-from robustft.embedding import Embedder, EmbeddingFile
+from robustft.embedding import EmbeddingFile, TextEmbedder
 from robustft.engines import Engine
 from robustft.errors import UserError
 from robustft.experts import Neighbour, Panel
@@ -97,7 +97,7 @@ class CleanRun:
     """One run over one output folder. `execute` does it all; the passes below are its steps."""
 
     def __init__(
-        self, config: CleanConfig, source: RecordSource, engine: Engine, embedder: Embedder,
+        self, config: CleanConfig, source: RecordSource, engine: Engine, embedder: TextEmbedder,
         store: Store,
     ) -> None:  # fmt: skip
         self.config = config

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scripted import LetterEmbedder, ScriptedEngine
+
+from robustft.cleaning import clean, run_clean
+from robustft.config import ABLATIONS, CleanConfig, ExpertConfig
+from robustft.engines import Prompt
+from robustft.errors import UserError
+
+HERE = Path(__file__).parent
+WORDS = "amber birch cedar delta ember fjord grove heron iris jade kelp lotus maple".split()
+
+
+def choice_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {
+            "id": f"r{i}",
+            "note": {"kept": [i, None]},
+            "question": f"Number {i}: {' '.join(rng.choices(WORDS, k=6))}?",
+            "options": ["red", "green", "blue"],
+            "answer": rng.choice("ABC"),
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(path: Path, out: Path, engine: ScriptedEngine | None = None, **settings: Any) -> Any:
+    config = CleanConfig(
+        input=str(path), out=out, experts=ExpertConfig(rounds=2), **settings
+    )
+    return run_clean(config, engine=engine or ScriptedEngine(), embedder=LetterEmbedder())  # type: ignore[arg-type]
+
+
+def all_doubt(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
+    """A checker that never believes; the content-free question gets even odds."""
+    if candidates == (" Yes", " No"):
+        return [0.5, 0.5] if "N/A" in prompt.messages[-1].content else [0.1, 0.9]
+    return [0.7] + [0.1] * (len(candidates) - 1)
+
+
+def all_trust(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
+    return list(reversed(all_doubt(prompt, candidates)))
+
+
+def test_every_input_line_is_accounted_for(tmp_path: Path) -> None:
+    rows: list[Any] = choice_rows(700)
+    rows[3:3] = ["{broken", json.dumps({"question": "no options or answer"})]
+    result = run(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out")
+    counts = result.counts
+    assert counts["input"] == 702
+    assert counts["keep"] + counts["relabel"] + counts["drop"] + counts["rejected"] == 702
+    assert counts["rejected"] == 2
+    verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")
+    assert [verdict["id"] for verdict in verdicts] == [f"r{i}" for i in range(700)]
+    assert Counter(v["action"] for v in verdicts) == Counter(
+        {name: counts[name] for name in ("keep", "relabel", "drop")}
+    )
+    assert [reject["line"] for reject in read_jsonl(tmp_path / "out/rejects.jsonl")] == [4, 5]
+    assert all(0 <= v["noise_score"] <= 1 and v["reason"] for v in verdicts)
+    assert min(counts[name] for name in ("keep", "relabel", "drop", "clean", "noisy")) > 0
+    for name in ("report.html", "manifest.json", "run.sqlite"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_the_training_set_keeps_schema_order_and_unknown_fields(tmp_path: Path) -> None:
+    rows = choice_rows(60)
+    run(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out")
+    verdicts = {v["id"]: v for v in read_jsonl(tmp_path / "out/verdicts.jsonl")}
+    expected = [
+        row | {"answer": verdicts[row["id"]]["answer"]}
+        for row in rows
+        if verdicts[row["id"]]["action"] != "drop"
+    ]
+    cleaned = read_jsonl(tmp_path / "out/cleaned.jsonl")
+    assert cleaned == expected
+    assert [list(row) for row in cleaned] == [list(row) for row in expected]
+
+
+def test_selection_keeps_the_most_confident_half(tmp_path: Path) -> None:
+    run(write_jsonl(tmp_path / "in.jsonl", choice_rows(200)), tmp_path / "out", beta=0.5)
+    noisy = [v for v in read_jsonl(tmp_path / "out/verdicts.jsonl") if v["verdict"] == "noisy"]
+    kept = [v["experts"]["context"]["nll"] for v in noisy if v["action"] != "drop"]
+    dropped = [v["experts"]["context"]["nll"] for v in noisy if v["action"] == "drop"]
+    assert len(kept) == int(len(noisy) * 0.5 + 0.5)
+    assert max(kept) <= min(dropped)
+
+
+def test_neighbours_are_clean_and_never_the_record_itself(tmp_path: Path) -> None:
+    run(write_jsonl(tmp_path / "in.jsonl", choice_rows(300)), tmp_path / "out", k=4)
+    verdicts = {v["id"]: v for v in read_jsonl(tmp_path / "out/verdicts.jsonl")}
+    for id_, verdict in verdicts.items():
+        cosines = [near["cosine"] for near in verdict["neighbours"]]
+        assert cosines == sorted(cosines, reverse=True)
+        assert len(cosines) == (4 if verdict["verdict"] == "noisy" else 0)
+        for near in verdict["neighbours"]:
+            assert near["id"] != id_
+            assert verdicts[near["id"]]["verdict"] == "clean"
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_beta_zero_and_one(tmp_path: Path, beta: float) -> None:
+    result = run(write_jsonl(tmp_path / "in.jsonl", choice_rows(50)), tmp_path / "out", beta=beta)
+    noisy = result.counts["noisy"]
+    assert result.counts["drop"] == (noisy if beta == 0 else 0)
+
+
+def test_an_all_noisy_corpus_and_so_an_empty_clean_set(tmp_path: Path) -> None:
+    engine = ScriptedEngine(choose=all_doubt)
+    result = run(write_jsonl(tmp_path / "in.jsonl", choice_rows(20)), tmp_path / "out", engine)
+    assert result.counts["noisy"] == 20
+    assert result.counts["drop"] == 10
+    assert any("no record was found clean" in warning for warning in result.warnings)
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_an_all_clean_corpus_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(20))
+    result = run(source, tmp_path / "out", ScriptedEngine(choose=all_trust))
+    assert result.counts["keep"] == 20
+    assert read_jsonl(tmp_path / "out/cleaned.jsonl") == read_jsonl(source)
+
+
+def test_one_record(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(1))
+    assert run(source, tmp_path / "a", ScriptedEngine(choose=all_trust)).counts["keep"] == 1
+    assert run(source, tmp_path / "b", ScriptedEngine(choose=all_doubt)).counts["noisy"] == 1
+
+
+def test_k_larger_than_the_clean_set(tmp_path: Path) -> None:
+    result = run(write_jsonl(tmp_path / "in.jsonl", choice_rows(12)), tmp_path / "out", k=50)
+    clean_count = result.counts["clean"]
+    assert 0 < clean_count < 12
+    assert any(f"only {clean_count} clean records exist" in w for w in result.warnings)
+    noisy = [v for v in read_jsonl(tmp_path / "out/verdicts.jsonl") if v["verdict"] == "noisy"]
+    assert all(len(v["neighbours"]) == clean_count for v in noisy)
+
+
+@pytest.mark.parametrize("part", ABLATIONS)
+def test_ablations_leave_out_what_they_say(tmp_path: Path, part: str) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(40))
+    result = run(source, tmp_path / "out", without=frozenset({part}))
+    experts = {
+        name for verdict in read_jsonl(tmp_path / "out/verdicts.jsonl") for name in
+        verdict["experts"]
+    }  # fmt: skip
+    everyone = {"base", "reasoned", "checker", "context", "review"}
+    left_out = {"checker": {"checker"}, "reviewer": {"review"}, "cer": {"context"},
+                "rel": {"reasoned"}, "selection": set()}[part]  # fmt: skip
+    assert experts == everyone - left_out
+    assert result.counts["noisy"] > 0
+    if part == "selection":
+        assert result.counts["drop"] == 0
+
+
+def test_duplicate_questions_are_asked_once(tmp_path: Path) -> None:
+    rows = choice_rows(10)
+    twice = [*rows, *({**row, "id": row["id"] + "b"} for row in rows)]
+    engine = ScriptedEngine(choose=all_trust)
+    run(write_jsonl(tmp_path / "in.jsonl", twice), tmp_path / "out", engine)
+    once = ScriptedEngine(choose=all_trust)
+    run(write_jsonl(tmp_path / "in2.jsonl", rows), tmp_path / "out2", once)
+    assert len(engine.asked) == len(once.asked)
+
+
+def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(40))
+    run(source, tmp_path / "out")
+    before = (tmp_path / "out/verdicts.jsonl").read_bytes()
+    engine = ScriptedEngine()
+    run(source, tmp_path / "out", engine)
+    assert engine.asked == []
+    assert (tmp_path / "out/verdicts.jsonl").read_bytes() == before
+
+
+def test_a_changed_configuration_or_input_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(5))
+    run(source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"beta was 0\.5, now 0\.6"):
+        run(source, tmp_path / "out", beta=0.6)
+    write_jsonl(source, choice_rows(6))
+    with pytest.raises(UserError, match="input was"):
+        run(source, tmp_path / "out")
+
+
+def test_rows_in_memory(tmp_path: Path) -> None:
+    result = clean(
+        choice_rows(8), out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder()
+    )
+    assert result.counts["input"] == 8
+    assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 8
+
+
+def alpaca(rows: list[dict[str, Any]], path: Path) -> Path:
+    body = [{"instruction": r["question"], "input": "", "output": f"It is {r['answer']}."} for r in
+            rows]  # fmt: skip
+    path.write_text(json.dumps(body))
+    return path
+
+
+def chat(rows: list[dict[str, Any]], path: Path) -> Path:
+    turns = [
+        [{"role": "user", "content": r["question"]},
+         {"role": "assistant", "content": f"A long answer about {r['answer']} and more words."}]
+        for r in rows
+    ]  # fmt: skip
+    return write_jsonl(path, [{"messages": messages} for messages in turns])
+
+
+def table(rows: list[dict[str, Any]], path: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def comma(rows: list[dict[str, Any]], path: Path) -> Path:
+    with path.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["question", "options", "answer"])
+        for row in rows:
+            writer.writerow([row["question"], json.dumps(row["options"]), row["answer"]])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(alpaca, "a.json"), (chat, "a.jsonl"), (table, "a.parquet"), (comma, "a.csv")],
+)
+def test_every_format_and_schema(tmp_path: Path, make: Any, name: str) -> None:
+    rows = [{k: v for k, v in row.items() if k != "note"} for row in choice_rows(40)]
+    result = run(make(rows, tmp_path / name), tmp_path / "out")
+    assert result.cleaned.name == f"cleaned{Path(name).suffix}"
+    assert result.counts["keep"] + result.counts["relabel"] + result.counts["drop"] == 40
+    assert len(read_jsonl(tmp_path / "out/verdicts.jsonl")) == 40
+    again = run(result.cleaned, tmp_path / "out2")  # what was written can be read
+    assert again.counts["input"] == result.counts["keep"] + result.counts["relabel"]
+
+
+def test_interrupted_anywhere_the_result_is_the_same(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(60))
+    run(source, tmp_path / "whole")
+    countdown = random.Random(1)
+    for _ in range(200):
+        left = countdown.randint(0, 12)
+
+        def tick() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        try:
+            run(source, tmp_path / "parts", ScriptedEngine(before_batch=tick))
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "parts/verdicts.jsonl").exists()
+    else:
+        pytest.fail("never finished")
+    for name in ("verdicts.jsonl", "cleaned.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+KILLED = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path
+from test_pipeline import run
+from scripted import ScriptedEngine, slowly
+run(Path(sys.argv[1]), Path(sys.argv[2]), ScriptedEngine(before_batch=slowly(0.02)))
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_nothing_is_asked_twice(tmp_path: Path, kills: int) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(200))
+    run(source, tmp_path / "whole")
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out")]
+    moments = random.Random(kills)
+    for _ in range(kills):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out/run.sqlite").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 2.5))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("verdicts.jsonl", "cleaned.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    database = sqlite3.connect(tmp_path / "out/run.sqlite")
+    opinions, most = database.execute("SELECT COUNT(*), MAX(asked) FROM opinions").fetchone()
+    (questions,) = database.execute("SELECT SUM(questions) FROM requests").fetchone()
+    assert (most, questions) == (1, opinions)
+
+
+def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
+    config = CleanConfig(input="x", out=tmp_path)
+    for change, message in (
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"without": frozenset({"x"})}, "without must be one of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            replace(config, **change)
