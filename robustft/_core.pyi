@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 def hardware_threads() -> int: ...
+
 @final
 class CosineIndex:
     def __init__(self, dim: int, dtype: str) -> None: ...

@@ -51,7 +51,7 @@ def clean(
     embedder: a sentence-embedding model by name, or a ready one; None is the embedded MiniLM.
     experts, settings: the other fields of `robustft.config.CleanConfig`.
 
-    Raises
+    Raises:
     ------
     UserError (a ValueError) with one clear line where the input or an argument is wrong.
     """
@@ -98,12 +98,10 @@ def run_clean(
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
-    total, rejects = count_records(source)
+    total, rejects, first = count_records(source)
     if total == 0:
-        raise UserError(
-            f"{config.input}: no readable record ({rejects} rejected); the first: "
-            f"{source.first_reject_reason()}"
-        )
+        why = f"; line {first.line}: {first.reason}" if first else ""
+        raise UserError(f"{config.input}: no readable record ({rejects} rejected{why})")
     with folder_lock(config.out), Store(config.out / "run.sqlite") as store:
         identity = config.fingerprint() | {"input": source.content_hash}
         resumed = store.claim(identity)

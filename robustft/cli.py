@@ -138,10 +138,13 @@ def _add_expert_options(parser: _Parser) -> None:
 
 def _add_clean(commands: Any) -> None:
     parser = _command(
-        commands, "clean", _run_clean, "Detect noisy answers, relabel them, keep the confident ones",
-        "Writes cleaned.*, verdicts.jsonl, rejects.jsonl, report.html, manifest.json and run.sqlite "
-        "to --out. Killed at any moment, the same command resumes.",
-    )  # fmt: skip
+        commands,
+        "clean",
+        _run_clean,
+        "Detect noisy answers, relabel them, keep the confident ones",
+        "Writes cleaned.*, verdicts.jsonl, rejects.jsonl, report.html, manifest.json and "
+        "run.sqlite to --out. Killed at any moment, the same command resumes.",
+    )
     _add_input(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder")
     parser.add_argument("--split", default="train", help="split of a hub dataset")
@@ -169,9 +172,12 @@ def _add_score(commands: Any) -> None:
 
 def _add_corrupt(commands: Any) -> None:
     parser = _command(
-        commands, "corrupt", _run_corrupt, "A noisy copy at an exact rate, the truth kept beside it",
+        commands,
+        "corrupt",
+        _run_corrupt,
+        "A noisy copy at an exact rate, the truth kept beside it",
         "Rates nest for one seed: what is wrong at 0.3 is wrong at 0.5.",
-    )  # fmt: skip
+    )
     _add_input(parser)
     parser.add_argument("--rate", type=_share, default=0.3, help="share of answers made wrong")
     parser.add_argument("--seed", type=int, default=0, help="which answers, and how")
@@ -352,9 +358,7 @@ def _run_bench(options: argparse.Namespace) -> int:
     import importlib
 
     names = {"linear-token-stats": "linear_token_stats", "token-stats": "token_stats"}
-    module = importlib.import_module(
-        f"robustft.benchmarks.{names.get(options.what, options.what)}"
-    )
+    module = importlib.import_module(f"robustft.benchmarks.{names.get(options.what, options.what)}")
     arguments = ["--quick"] if options.quick else []
     arguments += ["--out", options.out] if options.out else []
     return int(module.main(arguments) or _DONE)

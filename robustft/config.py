@@ -53,7 +53,9 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
-        _require(self.reasoning_tokens >= 1, "reasoning_tokens", "at least 1", self.reasoning_tokens)
+        _require(
+            self.reasoning_tokens >= 1, "reasoning_tokens", "at least 1", self.reasoning_tokens
+        )
         _require(self.answer_tokens >= 1, "answer_tokens", "at least 1", self.answer_tokens)
         modes = ("likelihood", "generate")
         _require(self.choice in modes, "choice", f"one of {', '.join(modes)}", self.choice)

@@ -65,7 +65,5 @@ def doubt(record: Record, opinion: Opinion) -> float:
     if record.options is not None and opinion.probabilities is not None:
         return 1.0 - opinion.probabilities[LETTERS.index(record.answer)]
     kind = record_kind(record)
-    agreement = answers.agreement(
-        record.answer, opinion.answer, kind=kind, options=record.options
-    )
+    agreement = answers.agreement(record.answer, opinion.answer, kind=kind, options=record.options)
     return min(max(1.0 - agreement, 0.0), 1.0)

@@ -27,7 +27,7 @@ class TextEmbedder(Protocol):
 
 
 class Embedder:
-    """Mean-pooled, unit-length sentence embeddings of a BERT-like encoder (sentence-transformers)."""
+    """Mean-pooled, unit-length sentence embeddings of a BERT-like encoder."""
 
     def __init__(self, spec: str | None = None, *, device: str = "cpu") -> None:
         source: ModelSource = find_embedder(spec)
@@ -85,9 +85,7 @@ class EmbeddingFile:
         """All rows [rows, dimensions], read-only, mapped rather than loaded."""
         if self.rows == 0:
             return np.empty((0, self.dimensions), dtype=np.float32)
-        return np.memmap(
-            self.path, dtype=np.float32, mode="r", shape=(self.rows, self.dimensions)
-        )
+        return np.memmap(self.path, dtype=np.float32, mode="r", shape=(self.rows, self.dimensions))
 
     def __enter__(self) -> Self:
         return self

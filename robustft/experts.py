@@ -7,6 +7,7 @@ a record. Whatever the store already holds is not asked again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -229,7 +230,7 @@ class Panel:
         ]
         if len(self._priors) > 10_000:
             self._priors.clear()
-            missing = sorted(wanted, key=repr)  # type: ignore[arg-type]
+            missing = sorted(wanted, key=repr)
         texts = [prompt for prompt, _ in missing if prompt is not None]
         for rows in self._engine.plan(texts):
             choices = self._engine.choose(
@@ -266,19 +267,23 @@ def _read_choice(question: _Question, choice: Choice, prior: np.ndarray | None) 
 
 
 def _read_text(question: _Question, reply: Generation) -> Opinion:
-    cost = {"prompt_tokens": reply.prompt_tokens, "new_tokens": len(reply.nll)}
+    silent = Opinion(
+        answer=None,
+        text=reply.text,
+        prompt_tokens=reply.prompt_tokens,
+        new_tokens=len(reply.nll),
+    )
     if question.kind is None:
-        return Opinion(answer=None, text=reply.text, **cost)
+        return silent
     text = question.prompt.prefix + reply.text
     shift = len(question.prompt.prefix)
     parsed = answers.parse(text, kind=question.kind, options=question.options)
     if parsed.answer is None:
-        return Opinion(answer=None, text=reply.text, **cost)
+        return silent
     start, stop = max(parsed.start - shift, 0), max(parsed.stop - shift, 0)
-    return Opinion(
+    return dataclasses.replace(
+        silent,
         answer=parsed.answer,
-        text=reply.text,
         nll=reply.span_mean(reply.nll, start, stop),
         entropy=reply.span_mean(reply.entropy, start, stop),
-        **cost,
     )

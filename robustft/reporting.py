@@ -47,9 +47,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         command=shlex.join(manifest["command"]),
         version=manifest["versions"]["robustft"],
         finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        counts=Counts(
-            **{name: counts[name] for name in Counts.__dataclass_fields__}
-        ),
+        counts=Counts(**{name: counts[name] for name in Counts.__dataclass_fields__}),
         reasons=result.reasons,
         reject_reasons=result.reject_reasons,
         before=dict(sorted(result.answers_before.items())),

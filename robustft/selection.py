@@ -14,7 +14,7 @@ def select_confident(nll: ArrayLike, beta: float) -> tuple[NDArray[np.bool_], fl
     nll: [n] mean negative log-likelihood of each answer (eq. 7), nats; NaN is never selected.
     beta: share of the n entries to keep, in [0, 1]; the count is rounded half up.
 
-    Returns
+    Returns:
     -------
     [n] mask, True where kept, ties broken by lower position; and the largest nll kept
     (NaN where nothing is).

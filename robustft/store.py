@@ -165,7 +165,8 @@ class Store:
     def set_meta(self, name: str, value: Any) -> None:
         """Keep a JSON value."""
         self._db.execute(
-            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            "INSERT INTO meta VALUES (?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
             (name, orjson.dumps(value)),
         )
 

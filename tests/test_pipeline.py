@@ -26,7 +26,7 @@ from robustft.engines import Prompt
 from robustft.errors import UserError
 
 HERE = Path(__file__).parent
-WORDS = "amber birch cedar delta ember fjord grove heron iris jade kelp lotus maple".split()
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "jade")
 
 
 def choice_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -54,9 +54,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def run(path: Path, out: Path, engine: ScriptedEngine | None = None, **settings: Any) -> Any:
-    config = CleanConfig(
-        input=str(path), out=out, experts=ExpertConfig(rounds=2), **settings
-    )
+    config = CleanConfig(input=str(path), out=out, experts=ExpertConfig(rounds=2), **settings)
     return run_clean(config, engine=engine or ScriptedEngine(), embedder=LetterEmbedder())  # type: ignore[arg-type]
 
 
@@ -212,9 +210,7 @@ def test_a_changed_configuration_or_input_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_in_memory(tmp_path: Path) -> None:
-    result = clean(
-        choice_rows(8), out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder()
-    )
+    result = clean(choice_rows(8), out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder())
     assert result.counts["input"] == 8
     assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 8
 

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from robustft_kernels import linear_token_stats, token_stats
 
 from robustft.config import EngineConfig
 from robustft.engines import Choice, Generation, Prompt, ResponseScore
 from robustft.engines.encoding import PromptEncoder
 from robustft.errors import UserError
 from robustft.models import find_model, load_causal_lm, load_tokenizer
+from robustft_kernels import linear_token_stats, token_stats
 
 _T = TypeVar("_T")
 _CPU_BATCH_TOKENS = 8192
@@ -70,7 +70,8 @@ class _GumbelSampler:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         vocabulary = scores.shape[-1]
         uniform = torch.stack([torch.rand(vocabulary, generator=g) for g in self._generators])
-        gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-20)).clamp_min(1e-20))
+        exponential = -torch.log1p(-uniform)  # of a uniform draw in [0, 1)
+        gumbel = -torch.log(exponential.clamp_min(1e-20))
         return scores / self._temperature + gumbel.to(scores.device)
 
 
@@ -93,27 +94,28 @@ class TransformersEngine:
             source = find_model(config.model)
             self.model_id = source.name
             self.embedded = source.embedded
-            tokenizer = load_tokenizer(source)
+            loaded = load_tokenizer(source)
             dtype = _pick_dtype(config.dtype, self.device)
             model = load_causal_lm(source, dtype=dtype, attention=config.attention)
         else:
+            loaded = tokenizer
             self.model_id = str(config.model or getattr(model.config, "_name_or_path", "model"))
             self.embedded = False
         self.revision = str(getattr(model.config, "_commit_hash", None) or "local")
-        self.model = model.to(self.device).eval()
-        self.tokenizer = tokenizer
+        self.model: Any = model.to(self.device).eval()
+        self.tokenizer: Any = loaded
         self.temperature = config.temperature
-        self.encoder = PromptEncoder(tokenizer)
+        self.encoder = PromptEncoder(loaded)
         self.truncated = 0  # prompts cut to the model's window so far
         self._window = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
         default = _CPU_BATCH_TOKENS if self.device.type == "cpu" else _CUDA_BATCH_TOKENS
         self._batch_tokens = config.batch_tokens or default
         self._max_rows = _MAX_ROWS.get(self.device.type, 64)
         self._head_is_linear: bool | None = None
-        ends = model.generation_config.eos_token_id if model.generation_config else None
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
-        self._ends = {int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None}
-        pad = tokenizer.pad_token_id
+        self._ends = {int(end) for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
+        pad = self.tokenizer.pad_token_id
         self._pad = int(pad if pad is not None else min(self._ends, default=0))
 
     # --- batches ---------------------------------------------------------------------------
@@ -136,7 +138,9 @@ class TransformersEngine:
                 current.append(index)
         return batches
 
-    def _with_back_off(self, rows: Sequence[int], ask: Callable[[Sequence[int]], list[_T]]) -> list[_T]:
+    def _with_back_off(
+        self, rows: Sequence[int], ask: Callable[[Sequence[int]], list[_T]]
+    ) -> list[_T]:
         """Ask for `rows`; on out-of-memory, for each half in turn."""
         try:
             return ask(rows)
@@ -184,7 +188,7 @@ class TransformersEngine:
     def _generate(
         self, encoded: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
     ) -> list[Generation]:
-        from transformers import GenerationConfig, LogitsProcessorList
+        import transformers
 
         recorder = _TokenRecorder()
         processors: list[Any] = [recorder]
@@ -192,14 +196,17 @@ class TransformersEngine:
             processors.append(_GumbelSampler(self.temperature, seeds))
         inputs = self._left_padded(encoded)
         # A config of our own: a model folder's generation_config must not change the method.
-        settings = GenerationConfig(
+        make: Any = transformers.GenerationConfig
+        settings = make(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=self._pad,
         )
         output = self.model.generate(
-            **inputs, generation_config=settings, logits_processor=LogitsProcessorList(processors)
+            **inputs,
+            generation_config=settings,
+            logits_processor=transformers.LogitsProcessorList(processors),
         )
         recorder.note(output[:, -1])
         tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
@@ -237,8 +244,9 @@ class TransformersEngine:
     def choose(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
     ) -> list[Choice]:
-        """Log-probability of each candidate continuation, from a single prefill where each
-        candidate is one token, else from one teacher-forced pass a candidate.
+        """Log-probability of each candidate continuation.
+
+        Read from a single prefill where a candidate is one token, else from a teacher-forced pass.
         """
         encoded = self._encode(prompts, 8)
         endings = [
@@ -315,10 +323,14 @@ class TransformersEngine:
             logits = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
             kept = [column - (width - logits.shape[1]) for column in columns]
             stats = token_stats(logits[rows, kept], targets)
+        assert stats.logprob is not None
+        assert stats.rank is not None
         fields = {
-            "nll": -stats.logprob, "entropy": stats.entropy, "margin": stats.margin,
+            "nll": -stats.logprob,
+            "entropy": stats.entropy,
+            "margin": stats.margin,
             "rank": stats.rank,
-        }  # fmt: skip
+        }
         arrays = {name: value.detach().cpu().numpy() for name, value in fields.items()}
         ends = list(itertools.accumulate(len(tail) for tail in endings))
         return [
