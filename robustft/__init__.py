@@ -6,20 +6,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustft_kernels import TokenStats
-    from robustft_kernels.linear_token_stats import linear_token_stats
-    from robustft_kernels.token_stats import token_stats
+    from robustft_kernels import TokenStats, linear_token_stats, token_stats
+
+    from robustft.cleaning import clean
+    from robustft.config import CleanConfig
+    from robustft.pipeline import CleanResult
+    from robustft.retrieval import CosineKNN
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it, imported on first use: `import robustft` stays light.
 _LAZY = {
+    "CleanConfig": "robustft.config",
+    "CleanResult": "robustft.pipeline",
+    "CosineKNN": "robustft.retrieval",
     "TokenStats": "robustft_kernels",
+    "clean": "robustft.cleaning",
     "linear_token_stats": "robustft_kernels",
     "token_stats": "robustft_kernels",
 }
 
-__all__ = ["TokenStats", "__version__", "linear_token_stats", "token_stats"]
+__all__ = [
+    "CleanConfig",
+    "CleanResult",
+    "CosineKNN",
+    "TokenStats",
+    "__version__",
+    "clean",
+    "linear_token_stats",
+    "token_stats",
+]
 
 
 def __getattr__(name: str) -> Any:
