@@ -6,12 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustft_kernels import TokenStats, linear_token_stats, token_stats
-
     from robustft.cleaning import clean
     from robustft.config import CleanConfig
     from robustft.pipeline import CleanResult
     from robustft.retrieval import CosineKNN
+    from robustft_kernels import TokenStats, linear_token_stats, token_stats
 
 __version__ = "0.1.0"
 
