@@ -68,3 +68,26 @@ def token_stats_backward(
     out: NDArray[Any],
     isa: str = "",
 ) -> None: ...
+def consistency_pairwise(
+    tokens: NDArray[np.int32],
+    start: NDArray[np.int64],
+    length: NDArray[np.int64],
+    metric: str,
+    threads: int,
+) -> NDArray[np.float32]: ...
+def consistency_summarise(
+    agreement: NDArray[np.float32],
+    present: NDArray[np.bool_],
+    weight: NDArray[np.float64] | None,
+    threshold: float,
+    clustering: str,
+    threads: int,
+) -> tuple[
+    NDArray[np.float32],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.float32],
+    NDArray[np.float32],
+]: ...
+def consistency_instruction_set() -> str: ...
+def consistency_force_instruction_set(name: str) -> None: ...
