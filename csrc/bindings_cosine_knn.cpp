@@ -31,6 +31,14 @@ DType parse_dtype(const std::string& name) {
     throw py::type_error("dtype must be float16, bfloat16, float32 or float64, got " + name);
 }
 
+knn::Tier parse_tier(const std::string& name) {
+    if (name == "auto") return knn::Tier::automatic;
+    if (name == "int8") return knn::Tier::int8;
+    if (name == "float32") return knn::Tier::float32;
+    if (name == "exact") return knn::Tier::exact;
+    throw std::invalid_argument("tier must be auto, int8, float32 or exact, got " + name);
+}
+
 knn::Rows view(const py::array& array, DType dtype, std::size_t dim, const char* name) {
     if (array.ndim() != 2 || static_cast<std::size_t>(array.shape(1)) != dim ||
         static_cast<std::size_t>(array.itemsize()) != knn::item_size(dtype) ||
@@ -52,7 +60,8 @@ Monitor::Poll python_poll(const py::object& progress) {
 
 class Index {
   public:
-    Index(std::size_t dim, const std::string& dtype) : index_(dim, parse_dtype(dtype)) {}
+    Index(std::size_t dim, const std::string& dtype, const std::string& isa)
+        : index_(dim, parse_dtype(dtype), knn::choose_kernels(isa)) {}
 
     void append(const py::array& rows, const std::optional<Ids>& ids, unsigned threads,
                 const py::object& progress) {
@@ -67,19 +76,53 @@ class Index {
                 locked<std::unique_lock<std::shared_timed_mutex>>(monitor);
             index_.append(block, ids ? ids->data() : nullptr, threads, monitor);
         }
-        owners_.push_back(rows);
+        keep(rows);
+    }
+
+    // The first rows of an empty index and the blocks `blocks` gave for them.
+    void attach(const py::array& rows, const std::optional<Ids>& ids,
+                const py::array_t<std::uint8_t, py::array::c_style>& blocks) {
+        const knn::Rows block = view(rows, index_.dtype(), index_.dim(), "embeddings");
+        const std::size_t count = (block.count + knn::kBlockRows - 1) / knn::kBlockRows;
+        if (ids && (ids->ndim() != 1 || static_cast<std::size_t>(ids->size()) != block.count)) {
+            throw std::invalid_argument("ids must be one per row");
+        }
+        if (static_cast<std::size_t>(blocks.size()) != count * index_.blocks().block_bytes() ||
+            reinterpret_cast<std::uintptr_t>(blocks.data()) % alignof(knn::BlockHead) != 0) {
+            throw std::invalid_argument("blocks must be those of the rows, aligned");
+        }
+        const std::unique_lock lock(mutex_);
+        index_.attach(block, ids ? ids->data() : nullptr, blocks.data());
+        keep(rows);
+        keep(blocks);
+    }
+
+    // The quantised rows [blocks, bytes per block] in parts, without copying; they stay valid only
+    // until the next append.
+    py::list blocks(const py::object& self) const {
+        py::list out;
+        const auto bytes = static_cast<py::ssize_t>(index_.blocks().block_bytes());
+        const std::shared_lock lock(mutex_);
+        for (const auto& span :
+             index_.blocks().spans((index_.size() + knn::kBlockRows - 1) / knn::kBlockRows)) {
+            out.append(py::array_t<std::uint8_t>({static_cast<py::ssize_t>(span.blocks), bytes},
+                                                 static_cast<const std::uint8_t*>(span.data),
+                                                 self));
+        }
+        return out;
     }
 
     void check(const py::array& rows, unsigned threads) {
         const knn::Rows block = view(rows, index_.dtype(), index_.dim(), "embeddings");
         Monitor monitor(python_poll(py::none()));
         const py::gil_scoped_release release;
-        index_.check(block, threads, monitor);
+        index_.check(block, "embeddings", threads, monitor);
     }
 
     py::tuple search(const py::array& queries, const std::string& dtype, std::size_t k,
                      const std::optional<Ids>& exclude, const std::optional<Bitmap>& allowed,
-                     double threshold, unsigned threads, const py::object& progress) {
+                     double threshold, unsigned threads, const std::string& tier,
+                     const py::object& progress) {
         const knn::Rows rows = view(queries, parse_dtype(dtype), index_.dim(), "queries");
         if (exclude && static_cast<std::size_t>(exclude->size()) != rows.count) {
             throw std::invalid_argument("exclude must be one id per query");
@@ -89,6 +132,7 @@ class Index {
         options.exclude = exclude ? exclude->data() : nullptr;
         options.threshold = threshold;
         options.threads = threads;
+        options.tier = parse_tier(tier);
         const auto shape = std::vector<py::ssize_t>{static_cast<py::ssize_t>(rows.count),
                                                     static_cast<py::ssize_t>(k)};
         py::array_t<std::int64_t> ids(shape);
@@ -109,6 +153,8 @@ class Index {
             stats = index_.search(rows, options, id_data, cosine_data, monitor);
         }
         py::dict counters;
+        counters["int8_pairs"] = stats.int8_pairs;
+        counters["float_pairs"] = stats.float_pairs;
         counters["rescored"] = stats.rescored;
         return py::make_tuple(ids, cosines, counters);
     }
@@ -117,6 +163,7 @@ class Index {
         const std::shared_lock lock(mutex_);
         return Ids(static_cast<py::ssize_t>(index_.ids().size()), index_.ids().data());
     }
+    const CosineIndex& core() const { return index_; }
     std::size_t size() const {
         const std::shared_lock lock(mutex_);
         return index_.size();
@@ -135,24 +182,41 @@ class Index {
         return lock;
     }
 
+    // Whatever owns the memory, once however many views of it come.
+    void keep(const py::array& array) {
+        py::object owner = array.base() ? array.base() : py::object(array);
+        if (owners_.empty() || !owners_.back().is(owner)) owners_.push_back(std::move(owner));
+    }
+
     CosineIndex index_;
     mutable std::shared_timed_mutex mutex_;
-    std::vector<py::object> owners_;  // what the rows live in
+    std::vector<py::object> owners_;  // of the rows' memory
 };
 
 }  // namespace
 
 void bind_cosine_knn(py::module_& module) {
     module.def("hardware_threads", &hardware_threads);
+    module.def("knn_isas", [] {
+        std::vector<std::string> names;
+        for (const knn::Kernels* kernels : knn::available_kernels()) names.push_back(kernels->name);
+        return names;
+    });
     py::class_<Index>(module, "CosineIndex")
-        .def(py::init<std::size_t, const std::string&>(), py::arg("dim"), py::arg("dtype"))
+        .def(py::init<std::size_t, const std::string&, const std::string&>(), py::arg("dim"),
+             py::arg("dtype"), py::arg("isa"))
         .def("append", &Index::append, py::arg("rows"), py::arg("ids"), py::arg("threads"),
              py::arg("progress"))
+        .def("attach", &Index::attach, py::arg("rows"), py::arg("ids"), py::arg("blocks"))
+        .def("blocks",
+             [](const py::object& self) { return self.cast<const Index&>().blocks(self); })
         .def("check", &Index::check, py::arg("rows"), py::arg("threads"))
         .def("search", &Index::search, py::arg("queries"), py::arg("dtype"), py::arg("k"),
              py::arg("exclude"), py::arg("allowed"), py::arg("threshold"), py::arg("threads"),
-             py::arg("progress"))
+             py::arg("tier"), py::arg("progress"))
         .def("ids", &Index::ids)
+        .def_property_readonly("isa",
+                               [](const Index& index) { return index.core().kernels().name; })
         .def_property_readonly("extra_bytes", &Index::extra_bytes)
         .def("__len__", &Index::size);
 }

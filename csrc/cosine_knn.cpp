@@ -1,127 +1,106 @@
 #include "cosine_knn.hpp"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
+#include <iterator>
 #include <stdexcept>
-#include <string>
 
 namespace robustft::knn {
 namespace {
 
 constexpr std::size_t kMaxRows = 0xffff'ff00;  // rows are numbered in 32 bits
-constexpr std::size_t kSlab = 1024;            // rows per task
+constexpr std::size_t kTaskBlocks = 16;
 
-std::invalid_argument bad_row(const char* name, std::size_t row, DType dtype) {
+void lower(std::atomic<std::size_t>& value, std::size_t candidate) {
+    std::size_t seen = value.load();
+    while (candidate < seen && !value.compare_exchange_weak(seen, candidate)) {
+    }
+}
+
+[[noreturn]] void refuse(const char* name, std::size_t row, DType dtype) {
     const char* range = dtype == DType::float64 ? " and within 1e-140 ... 1e140" : "";
-    return std::invalid_argument(std::string(name) + " row " + std::to_string(row) +
-                                 " must be finite" + range);
+    throw std::invalid_argument(std::string(name) + " row " + std::to_string(row) +
+                                " must be finite" + range);
 }
 
 }  // namespace
 
-std::size_t item_size(DType dtype) {
-    switch (dtype) {
-        case DType::float64:
-            return 8;
-        case DType::float32:
-            return 4;
-        default:
-            return 2;
-    }
-}
-
-double inverse_norm(const double* row, std::size_t dim) {
-    const double squared = kPortable.dot[static_cast<int>(DType::float64)](row, row, dim);
-    return squared > 0 ? 1 / std::sqrt(squared) : 0;
-}
-
-CosineIndex::CosineIndex(std::size_t dim, DType dtype) : dim_(dim), dtype_(dtype) {
+CosineIndex::CosineIndex(std::size_t dim, DType dtype, const Kernels& kernels)
+    : dim_(dim), dtype_(dtype), kernels_(kernels), blocks_(dim) {
     if (dim == 0) throw std::invalid_argument("embeddings must have at least one column");
 }
 
 std::size_t CosineIndex::extra_bytes() const {
-    return inv_norm_.capacity() * sizeof(double) + ids_.capacity() * sizeof(std::int64_t);
+    return blocks_.owned_bytes() + ids_.capacity() * sizeof(std::int64_t);
 }
 
 const void* CosineIndex::row(std::size_t position) const {
-    if (blocks_.size() == 1) return blocks_.front().rows[position];
-    auto block = std::upper_bound(
-        blocks_.begin(), blocks_.end(), position,
-        [](std::size_t value, const Block& candidate) { return value < candidate.first; });
-    --block;
-    return block->rows[position - block->first];
+    if (parts_.size() == 1) return parts_.front().rows[position];
+    const auto part = std::prev(std::upper_bound(
+        parts_.begin(), parts_.end(), position,
+        [](std::size_t value, const Part& candidate) { return value < candidate.first; }));
+    return part->rows[position - part->first];
 }
 
-std::vector<double> CosineIndex::inverse_norms(const Rows& rows, unsigned threads,
-                                               Monitor& monitor) const {
-    std::vector<double> inv_norm(rows.count);
+void CosineIndex::check(const Rows& rows, const char* name, unsigned threads,
+                        Monitor& monitor) const {
+    constexpr std::size_t slab = kTaskBlocks * kBlockRows;
     std::atomic<std::size_t> bad{rows.count};
-    parallel_for((rows.count + kSlab - 1) / kSlab, threads, monitor,
-                 [&](std::size_t task, unsigned) {
-                     std::vector<double> wide(dim_);
-                     const std::size_t end = std::min(rows.count, (task + 1) * kSlab);
-                     for (std::size_t i = task * kSlab; i < end; ++i) {
-                         if (!widen_row(rows[i], dtype_, dim_, wide.data())) {
-                             std::size_t seen = bad.load();
-                             while (i < seen && !bad.compare_exchange_weak(seen, i)) {
-                             }
-                             return;
-                         }
-                         inv_norm[i] = inverse_norm(wide.data(), dim_);
-                     }
-                 });
-    if (bad != rows.count) throw bad_row("embeddings", bad.load(), dtype_);
-    return inv_norm;
+    parallel_for((rows.count + slab - 1) / slab, threads, monitor, [&](std::size_t task, unsigned) {
+        std::vector<double> wide(dim_);
+        const std::size_t end = std::min(rows.count, (task + 1) * slab);
+        for (std::size_t i = task * slab; i < end && i < bad; ++i) {
+            if (!widen_row(rows[i], rows.dtype, dim_, wide.data())) lower(bad, i);
+        }
+    });
+    if (bad != rows.count) refuse(name, bad, rows.dtype);
 }
 
 void CosineIndex::append(const Rows& rows, const std::int64_t* ids, unsigned threads,
                          Monitor& monitor) {
     if (rows.count == 0) return;
-    if (rows.count > kMaxRows - size()) throw std::invalid_argument("too many rows");
-    const std::vector<double> inv_norm = inverse_norms(rows, threads, monitor);
-    inv_norm_.reserve(size() + rows.count);
-    if (ids != nullptr) ids_.insert(ids_.end(), ids, ids + rows.count);
-    Block* last = blocks_.empty() ? nullptr : &blocks_.back();
-    if (last != nullptr && last->rows.stride == rows.stride &&
-        last->rows[last->rows.count] == rows.data) {
-        last->rows.count += rows.count;
-    } else {
-        blocks_.push_back({rows, size()});
+    if (rows.count > kMaxRows - size_) {
+        throw std::invalid_argument("embeddings must be at most 4294967040 rows");
     }
-    inv_norm_.insert(inv_norm_.end(), inv_norm.begin(), inv_norm.end());
-}
-
-SearchStats CosineIndex::search(const Rows& queries, const SearchOptions& options,
-                                std::int64_t* ids, float* cosines, Monitor& monitor) const {
-    const std::size_t k = std::min(options.k, size());
-    std::fill_n(ids, queries.count * options.k, -1);
-    std::fill_n(cosines, queries.count * options.k, std::numeric_limits<float>::quiet_NaN());
-    const DotFn dot = kPortable.dot[static_cast<int>(dtype_)];
-    parallel_for(queries.count, options.threads, monitor, [&](std::size_t q, unsigned) {
-        std::vector<double> query(dim_);
-        if (!widen_row(queries[q], queries.dtype, dim_, query.data())) {
-            throw bad_row("queries", q, queries.dtype);
-        }
-        const double inv_norm = inverse_norm(query.data(), dim_);
-        TopK best(k);
-        for (std::size_t i = 0; i < size(); ++i) {
-            if (i % kSlab == 0) monitor.advance(std::min(kSlab, size() - i));
-            if (options.allowed != nullptr && (options.allowed[i / 64] >> (i % 64) & 1) == 0) {
-                continue;
+    const std::size_t first_block = size_ / kBlockRows;
+    const std::size_t blocks = (size_ + rows.count + kBlockRows - 1) / kBlockRows;
+    blocks_.grow(size_, blocks);
+    std::atomic<std::size_t> bad{rows.count};
+    const std::size_t tasks = (blocks - first_block + kTaskBlocks - 1) / kTaskBlocks;
+    parallel_for(tasks, threads, monitor, [&](std::size_t task, unsigned) {
+        const std::size_t block = first_block + task * kTaskBlocks;
+        const std::size_t begin = std::max(size_, block * kBlockRows) - size_;
+        const std::size_t end =
+            std::min(size_ + rows.count, (block + kTaskBlocks) * kBlockRows) - size_;
+        std::vector<double> wide(dim_);
+        for (std::size_t i = begin; i < end && i < bad; ++i) {
+            if (widen_row(rows[i], dtype_, dim_, wide.data())) {
+                blocks_.put(size_ + i, wide.data(), inverse_norm(wide.data(), dim_), dim_);
+            } else {
+                lower(bad, i);
             }
-            if (options.exclude != nullptr && options.exclude[q] == id(i)) continue;
-            const double score = dot(row(i), query.data(), dim_) * (inv_norm * inv_norm_[i]);
-            if (score > options.threshold) {
-                best.push({score, id(i), static_cast<std::uint32_t>(i)});
-            }
-        }
-        std::size_t rank = q * options.k;
-        for (const Scored& item : best.sorted()) {
-            ids[rank] = item.id;
-            cosines[rank++] = static_cast<float>(item.score);
         }
     });
-    return {.rescored = queries.count * size()};
+    if (bad != rows.count) refuse("embeddings", bad, dtype_);
+    commit(rows, ids);
+}
+
+void CosineIndex::attach(const Rows& rows, const std::int64_t* ids, const void* blocks) {
+    if (size_ != 0) throw std::logic_error("attach needs an empty index");
+    if (rows.count == 0) return;
+    blocks_.attach(blocks, (rows.count + kBlockRows - 1) / kBlockRows);
+    commit(rows, ids);
+}
+
+void CosineIndex::commit(const Rows& rows, const std::int64_t* ids) {
+    if (ids != nullptr) ids_.insert(ids_.end(), ids, ids + rows.count);
+    if (!parts_.empty() && parts_.back().rows.stride == rows.stride &&
+        parts_.back().rows[parts_.back().rows.count] == rows.data) {
+        parts_.back().rows.count += rows.count;  // the caller filled more of the same buffer
+    } else {
+        parts_.push_back({rows, size_});
+    }
+    size_ += rows.count;
 }
 
 }  // namespace robustft::knn

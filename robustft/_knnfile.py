@@ -8,8 +8,10 @@ Layout, all little-endian:
     4 bytes   CRC-32 of the header
     header    JSON: dim, dtype, count, and for each section its offset, bytes and CRC-32
     sections  each at a multiple of 4096 bytes:
-              rows   [count, dim] in the named dtype (bfloat16 as its 16 bits)
-              ids    [count] int64, absent when a row's id is its position
+              rows    [count, dim] in the named dtype (bfloat16 as its 16 bits)
+              blocks  [ceil(count / 64), 1024 + 256 * ceil(dim / 4)] bytes: the rows quantised, as
+                      csrc/cosine_knn_codes.hpp describes
+              ids     [count] int64, absent when a row's id is its position
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,11 +40,12 @@ _STORAGE = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file holds; `rows` [count, dim] is mapped, not read."""
+    """What a file holds; `rows` [count, dim] and `blocks` are mapped, not read."""
 
     dim: int
     dtype: str
     rows: NDArray[Any]
+    blocks: NDArray[np.uint8]
     ids: NDArray[np.int64] | None
 
 
@@ -52,7 +54,8 @@ def write(
     *,
     dim: int,
     dtype: str,
-    rows: Iterable[NDArray[Any]],
+    rows: list[NDArray[Any]],
+    blocks: list[NDArray[np.uint8]],
     ids: NDArray[np.int64] | None,
 ) -> None:
     """Write all sections to a temporary file beside `path`, then give it its name."""
@@ -60,12 +63,14 @@ def write(
     try:
         with partial.open("wb") as file:
             file.seek(_PAGE * 2)  # room for the header, which needs the checksums
-            parts = list(rows)
-            sections = {"rows": _write_section(file, parts, _STORAGE[dtype])}
+            sections = {
+                "rows": _write_section(file, rows, _STORAGE[dtype]),
+                "blocks": _write_section(file, blocks, "|u1"),
+            }
             if ids is not None:
                 sections["ids"] = _write_section(file, [ids], "<i8")
             header = json.dumps(
-                {"dim": dim, "dtype": dtype, "count": sum(map(len, parts)), "sections": sections}
+                {"dim": dim, "dtype": dtype, "count": sum(map(len, rows)), "sections": sections}
             ).encode()
             file.truncate(file.tell())  # an empty last section writes nothing
             file.seek(0)
@@ -108,19 +113,23 @@ def read(path: Path, *, verify: bool) -> Content:
         header = json.loads(raw)
         dim, count, dtype = int(header["dim"]), int(header["count"]), str(header["dtype"])
         storage = np.dtype(_STORAGE[dtype])
-        shapes = {"rows": (storage, (count, dim)), "ids": (np.dtype("<i8"), (count,))}
+        shapes = {
+            "rows": (storage, (count, dim)),
+            "blocks": (np.dtype("u1"), (-(-count // 64), 1024 + 256 * -(-dim // 4))),
+            "ids": (np.dtype("<i8"), (count,)),
+        }
         sections = {
             name: (int(place["offset"]), int(place["bytes"]), int(place["crc32"]))
             for name, place in header["sections"].items()
         }
-        if dim < 1 or count < 0 or not {"rows"} <= set(sections) <= set(shapes):
+        if dim < 1 or count < 0 or not {"rows", "blocks"} <= set(sections) <= set(shapes):
             raise ValueError("impossible header")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: expected a valid header, found {error}") from None
     arrays: dict[str, NDArray[Any]] = {}
     for name, (offset, length, checksum) in sections.items():
         dtype_, shape = shapes[name]
-        if offset < _PREFIX.size or length != dtype_.itemsize * int(np.prod(shape, dtype=object)):
+        if offset % _PAGE or length != dtype_.itemsize * int(np.prod(shape, dtype=object)):
             raise UserError(f"{path}: section '{name}' does not have the size its header implies")
         if offset + length > size:
             raise UserError(
@@ -132,7 +141,8 @@ def read(path: Path, *, verify: bool) -> Content:
             np.memmap(path, dtype_, "r", offset, shape) if length else np.empty(shape, dtype_)
         )
     ids = arrays.get("ids")
-    return Content(dim, dtype, arrays["rows"], None if ids is None else np.array(ids, np.int64))
+    names = None if ids is None else np.array(ids, np.int64)
+    return Content(dim, dtype, arrays["rows"], arrays["blocks"], names)
 
 
 def _checksum(path: Path, offset: int, length: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -66,8 +67,10 @@ class CosineKNN:
         )
         self._dim = dim
         self._dtype = dtype
+        self._lock = threading.Lock()  # `add` and `save` one at a time
         self._named = False  # whether rows carry ids of their own
-        self._core = _core.CosineIndex(dim, dtype)
+        self._core = _core.CosineIndex(dim, dtype, os.environ.get("ROBUSTFT_ISA", ""))
+        self._tier = os.environ.get("ROBUSTFT_KNN_TIER", "auto")
         self._tail: NDArray[Any] | None = None  # where `add` puts its copies
         self._tail_used = 0
         self._parts: list[NDArray[Any]] = []  # every row, in order
@@ -167,36 +170,43 @@ class CosineKNN:
         if rows.shape[1] != self._dim:
             raise ValueError(f"embeddings must be [M, {self._dim}], got {list(rows.shape)}")
         names = None if ids is None else _as_ids(ids, len(rows))
-        if len(self) and (names is not None) != self._named:
-            expected = "must" if self._named else "must not"
-            raise ValueError(f"ids {expected} be given: the index was built that way")
-        self._core.check(rows, self._threads)  # all of them, so that none is added if one is bad
-        done = 0
-        while done < len(rows):
-            if self._tail is None or self._tail_used == len(self._tail):
-                capacity = _FIRST_TAIL if self._tail is None else 2 * len(self._tail)
-                capacity = max(min(capacity, _LARGEST_TAIL), len(rows) - done)
-                self._tail = np.empty((capacity, self._dim), rows.dtype)
-                self._tail_used = 0
-            count = min(len(rows) - done, len(self._tail) - self._tail_used)
-            part = self._tail[self._tail_used : self._tail_used + count]
-            part[:] = rows[done : done + count]
-            self._append(part, None if names is None else names[done : done + count])
-            self._tail_used += count
-            done += count
+        with self._lock:
+            if len(self) and (names is not None) != self._named:
+                expected = "must" if self._named else "must not"
+                raise ValueError(f"ids {expected} be given: the index was built that way")
+            self._core.check(rows, self._threads)  # all first: none is added if one is bad
+            done = 0
+            while done < len(rows):
+                if self._tail is None or self._tail_used == len(self._tail):
+                    capacity = _FIRST_TAIL if self._tail is None else 2 * len(self._tail)
+                    capacity = max(min(capacity, _LARGEST_TAIL), len(rows) - done)
+                    self._tail = np.empty((capacity, self._dim), rows.dtype)
+                    self._tail_used = 0
+                count = min(len(rows) - done, len(self._tail) - self._tail_used)
+                end = self._tail_used + count
+                part = self._tail[self._tail_used : end]
+                part[:] = rows[done : done + count]
+                self._append(part, None if names is None else names[done : done + count])
+                if self._tail_used:  # one part a buffer, however many calls fill it
+                    del self._parts[-1]
+                    self._parts[-1] = self._tail[:end]
+                self._tail_used = end
+                done += count
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index, rows included, to one file (format: `robustft/_knnfile.py`).
 
         The file appears under its name only when it is complete.
         """
-        _knnfile.write(
-            Path(path),
-            dim=self._dim,
-            dtype=self._dtype,
-            rows=self._parts,
-            ids=self._core.ids() if self._named else None,
-        )
+        with self._lock:
+            _knnfile.write(
+                Path(path),
+                dim=self._dim,
+                dtype=self._dtype,
+                rows=self._parts,
+                blocks=self._core.blocks(),
+                ids=self._core.ids() if self._named else None,
+            )
 
     @classmethod
     def load(
@@ -212,7 +222,10 @@ class CosineKNN:
         content = _knnfile.read(Path(path), verify=verify)
         index = cls.__new__(cls)
         index._setup(content.dim, content.dtype, threads)
-        index._append(content.rows, content.ids)
+        if content.rows.size:
+            index._core.attach(content.rows, content.ids, content.blocks)
+            index._parts.append(content.rows)
+        index._named = content.ids is not None
         return index
 
     def _append(self, rows: NDArray[Any], ids: NDArray[np.int64] | None) -> None:
@@ -245,6 +258,7 @@ class CosineKNN:
             None if allowed is None else self._bitmap(allowed),
             floor,
             self._threads,
+            self._tier,
             None if progress is None else lambda done: progress(min(done, total), total),
         )
         if progress is not None:

@@ -17,11 +17,63 @@ inline constexpr std::size_t kLanes = 16;
 // row [dim] of the kernel's dtype, query [dim].
 using DotFn = double (*)(const void* row, const double* query, std::size_t dim);
 
+// Rows are filtered in blocks of 64. A block's head describes its quantised rows: the unit row is
+// scale * code within a Euclidean distance of `error`.
+inline constexpr std::size_t kBlockRows = 64;
+
+struct BlockHead {
+    float scale[kBlockRows];
+    float error[kBlockRows];
+    double inv_norm[kBlockRows];  // of the caller's row; 0 for a zero row
+};
+
+// One query's stand against a block: a row survives if
+//     bound = scale * dot(row codes, query codes) + slope * error >= floor.
+struct Sieve {
+    float slope;
+    float floor;
+    std::int32_t offset;  // integer codes: what the dot product starts from
+    std::uint32_t count;  // survivors so far
+    std::uint32_t* rows;  // [>= count + 80] their positions
+    float* bounds;        // [>= count + 80]
+};
+
+struct Block {
+    const void* codes;               // uint8 [steps][64][4] (code + 128), or float [steps][64]
+    const float* scale;              // [64]
+    const float* error;              // [64]
+    const std::uint32_t* positions;  // [64]
+    std::uint64_t mask;              // the rows that take part
+};
+
+// Filters one block for `count` queries. Their codes lie in tiles of `Kernels::tile` queries (the
+// last one narrower), int8 [steps][width][4] or float [steps][width]. Returns whether some sieve
+// now holds more than `limit` survivors.
+using FilterFn = bool (*)(const Block& block, const void* queries, std::size_t steps, Sieve* sieves,
+                          std::size_t count, std::uint32_t limit);
+
+// panel [dim][64] = the unit vectors of 64 rows of one dtype, rounded to fp32.
+using PackFn = void (*)(const void* const* rows, const double* inv_norm, std::size_t dim,
+                        float* panel);
+
 struct Kernels {
     const char* name;
-    DotFn dot[4];  // by DType
+    std::size_t tile;        // queries per tile
+    std::int32_t query_max;  // largest |query code| for which no sum overflows
+    bool fast_int8;          // whether the integer filter beats the fp32 one
+    FilterFn filter_int8;
+    FilterFn filter_float;
+    DotFn dot[4];    // by DType
+    PackFn pack[4];  // by DType
 };
 
 extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;
+extern const Kernels kAvx512Vnni;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
+#endif
 
 }  // namespace robustft::knn

@@ -1,0 +1,386 @@
+#include "cosine_knn_scan.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <utility>
+
+namespace robustft::knn {
+namespace {
+
+// With unit vectors x = x' + e and y = y' + f (primes: quantised), x.y - x'.y' = x'.f + e.y, so
+// |x.y - x'.y'| <= |x'| |f| + |e|: exact norms, no assumption about the data. kSlack covers the
+// fp32 arithmetic of the filter: up to four roundings (2^-24 each) of terms below 4.
+constexpr double kSlack = 2e-6;
+
+// The fp32 tier multiplies unit vectors rounded to fp32: at most d + 2 roundings, each relative to
+// a sum of |x_i y_i| <= 1, and twice that for good measure.
+double float_slack(std::size_t dim) { return 1.32e-7 * static_cast<double>(dim) + 2e-6; }
+
+constexpr float kOnes[kBlockRows] = {
+    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+constexpr float kZeros[kBlockRows] = {};
+
+constexpr std::size_t kFirstFloatSpan = 64;  // blocks before the 8-bit filter gets another try
+constexpr std::size_t kPrefetchLines = 32;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+float round_down(double x) {
+    const auto near = static_cast<float>(x);
+    return near > x ? std::nextafter(near, -std::numeric_limits<float>::infinity()) : near;
+}
+
+}  // namespace
+
+std::uint32_t Plan::raw_limit() const {
+    return static_cast<std::uint32_t>(std::clamp<std::size_t>(2 * k, 128, 4096));
+}
+std::size_t Plan::kept_limit() const { return 4 * k + 256; }
+std::size_t Plan::query_bytes() const {
+    return index.dim() * (sizeof(double) + sizeof(float) + 1) + (raw_limit() + 80) * 8 +
+           (kept_limit() + raw_limit()) * 24 + k * sizeof(Scored);
+}
+
+Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
+    : first_(first),
+      count_(count),
+      dim_(plan.index.dim()),
+      wide_(count * dim_),
+      inv_norm_(count),
+      float_(count),
+      floors_(count) {
+    const Kernels& kernels = plan.index.kernels();
+    const std::size_t steps = plan.index.blocks().steps();
+    const bool int8 = plan.tier == Tier::int8;
+    const bool floats = plan.tier == Tier::float32 || plan.adaptive;
+    if (int8) {
+        int8_.resize(count);
+        int8_codes_.resize(count * steps * 4);
+    }
+    if (floats) float_codes_.resize(count * dim_);
+    std::vector<std::int8_t> codes(steps * 4);
+    for (std::size_t q = 0; q < count; ++q) {
+        double* wide = wide_.data() + q * dim_;
+        widen_row(plan.queries[first + q], plan.queries.dtype, dim_, wide);
+        inv_norm_[q] = inverse_norm(wide, dim_);
+        floors_[q].store(plan.options.threshold, std::memory_order_relaxed);
+        const std::size_t tile = q / kernels.tile;
+        const std::size_t width = std::min(kernels.tile, count - tile * kernels.tile);
+        const std::size_t lane = q % kernels.tile;
+        if (int8) {
+            const Quantised x = quantise(wide, inv_norm_[q], dim_, kernels.query_max, codes.data());
+            std::int32_t sum = 0;
+            for (std::size_t i = 0; i < dim_; ++i) sum += codes[i];
+            std::int8_t* out = int8_codes_.data() + tile * kernels.tile * steps * 4 + lane * 4;
+            for (std::size_t step = 0; step < steps; ++step, out += width * 4) {
+                std::memcpy(out, codes.data() + step * 4, 4);
+            }
+            const double unit = zero(q) ? 1 : x.scale;
+            const auto slope = static_cast<float>(x.norm / unit * (1 + 1e-6));
+            int8_[q] = {unit, x.norm, x.error + kSlack, slope, -128 * sum};
+        }
+        if (floats) {
+            float* out = float_codes_.data() + tile * kernels.tile * dim_ + lane;
+            for (std::size_t i = 0; i < dim_; ++i) {
+                out[i * width] = static_cast<float>(wide[i] * inv_norm_[q]);
+            }
+        }
+        float_[q] = {1, 0, float_slack(dim_), 0, 0};
+    }
+}
+
+Scan::Scan(const Plan& plan, Batch& batch)
+    : plan_(plan),
+      batch_(batch),
+      index_(plan.index),
+      dot_(index_.kernels().dot[static_cast<int>(index_.dtype())]),
+      tier_(plan.tier),
+      raw_limit_(plan.raw_limit()),
+      sieves_(batch.count()),
+      queries_(batch.count()),
+      float_span_(kFirstFloatSpan) {
+    const std::size_t room = raw_limit_ + 80;
+    if (tier_ != Tier::exact) {
+        raw_rows_.resize(batch.count() * room);
+        raw_bounds_.resize(batch.count() * room);
+    }
+    for (std::size_t q = 0; q < batch.count(); ++q) {
+        queries_[q].best.reset(plan.k);
+        queries_[q].floor = plan.options.threshold;
+        sieves_[q].count = 0;
+        sieves_[q].rows = raw_rows_.data() + q * room;
+        sieves_[q].bounds = raw_bounds_.data() + q * room;
+    }
+    use(tier_);
+}
+
+// Every query's sieve in the units of a tier. What the last one let through must be settled.
+void Scan::use(Tier tier) {
+    tier_ = tier;
+    if (tier == Tier::exact) return;
+    for (std::size_t q = 0; q < batch_.count(); ++q) {
+        sieves_[q].slope = batch_.scale(tier, q).slope;
+        sieves_[q].offset = batch_.scale(tier, q).offset;
+        lower_sieve(q);
+    }
+}
+
+void Scan::lower_sieve(std::size_t q) {
+    const Batch::Scale& scale = batch_.scale(tier_, q);
+    // A zero query needs no filter: its answer is known.
+    sieves_[q].floor = batch_.zero(q) ? std::numeric_limits<float>::infinity()
+                                      : round_down((queries_[q].floor - scale.slack) / scale.unit);
+}
+
+// The rows of one block that take part: their positions and a bit for each.
+std::uint64_t Scan::select(std::size_t block, std::uint32_t* positions) const {
+    const auto first = static_cast<std::uint32_t>(block * kBlockRows);
+    if (plan_.gather) {
+        const std::size_t count = std::min(kBlockRows, plan_.gathered.size() - first);
+        for (std::size_t i = 0; i < kBlockRows; ++i) {
+            positions[i] = plan_.gathered[first + std::min(i, count - 1)];
+        }
+        return ~std::uint64_t{0} >> (kBlockRows - count);
+    }
+    const std::size_t count = std::min(kBlockRows, index_.size() - first);
+    for (std::uint32_t i = 0; i < kBlockRows; ++i) positions[i] = first + i;
+    const std::uint64_t mask = ~std::uint64_t{0} >> (kBlockRows - count);
+    return plan_.options.allowed == nullptr ? mask : mask & plan_.options.allowed[block];
+}
+
+void Scan::run(std::size_t first_block, std::size_t last_block, Monitor& monitor) {
+    std::uint64_t done = 0;
+    for (std::size_t block = first_block; block < last_block; ++block) {
+        const std::uint64_t mask = select(block, positions_);
+        const std::size_t pairs = static_cast<std::size_t>(std::popcount(mask)) * batch_.count();
+        if (mask != 0) {
+            if (tier_ == Tier::exact) {
+                compute_all(mask);
+            } else {
+                filter(block, mask);
+                if (plan_.adaptive) choose_tier(block, pairs);
+            }
+        }
+        done += kBlockRows * batch_.count();
+        if (done >= 4096) {
+            monitor.advance(done);
+            done = 0;
+        }
+    }
+    monitor.advance(done);
+}
+
+void Scan::compute_all(std::uint64_t mask) {
+    for (; mask != 0; mask &= mask - 1) {
+        const std::uint32_t row = positions_[std::countr_zero(mask)];
+        for (std::size_t q = 0; q < batch_.count(); ++q) {
+            if (!batch_.zero(q)) rescore_one(q, row);
+        }
+    }
+}
+
+void Scan::filter(std::size_t block, std::uint64_t mask) {
+    const Kernels& kernels = index_.kernels();
+    const BlockStore& store = index_.blocks();
+    Block view{nullptr, kOnes, kZeros, positions_, mask};
+    bool full;
+    if (tier_ == Tier::int8) {
+        if (plan_.gather) {
+            gathered_codes_.resize(store.steps() * kBlockRows);
+            for (std::size_t i = 0; i < kBlockRows; ++i) {
+                const std::size_t from = positions_[i] / kBlockRows,
+                                  lane = positions_[i] % kBlockRows;
+                gathered_scale_[i] = store.head(from).scale[lane];
+                gathered_error_[i] = store.head(from).error[lane];
+                const std::uint8_t* codes = store.codes(from) + lane * 4;
+                for (std::size_t step = 0; step < store.steps(); ++step) {
+                    std::memcpy(&gathered_codes_[step * kBlockRows + i],
+                                codes + step * 4 * kBlockRows, 4);
+                }
+            }
+            view.codes = gathered_codes_.data();
+            view.scale = gathered_scale_;
+            view.error = gathered_error_;
+        } else {
+            view.codes = store.codes(block);
+            view.scale = store.head(block).scale;
+            view.error = store.head(block).error;
+        }
+        full = kernels.filter_int8(view, batch_.codes(tier_), store.steps(), sieves_.data(),
+                                   batch_.count(), raw_limit_);
+        int8_pairs_ += static_cast<std::size_t>(std::popcount(mask)) * batch_.count();
+    } else {
+        panel_.resize(index_.dim() * kBlockRows);
+        const void* rows[kBlockRows];
+        double inv_norm[kBlockRows];
+        const std::size_t some = positions_[std::countr_zero(mask)];
+        for (std::size_t i = 0; i < kBlockRows; ++i) {
+            // Rows outside the mask may not exist; any other stands in for them.
+            const std::size_t row = (mask >> i & 1) != 0 ? positions_[i] : some;
+            rows[i] = index_.row(row);
+            inv_norm[i] = store.head(row / kBlockRows).inv_norm[row % kBlockRows];
+        }
+        kernels.pack[static_cast<int>(index_.dtype())](rows, inv_norm, index_.dim(), panel_.data());
+        view.codes = panel_.data();
+        full = kernels.filter_float(view, batch_.codes(tier_), index_.dim(), sieves_.data(),
+                                    batch_.count(), raw_limit_);
+        float_pairs_ += static_cast<std::size_t>(std::popcount(mask)) * batch_.count();
+    }
+    if (!full) return;
+    for (std::size_t q = 0; q < batch_.count(); ++q) {
+        if (sieves_[q].count > raw_limit_) probe_rescored_ += settle(q);
+    }
+}
+
+// Turns survivors into candidates, drops those that can no longer win, raises the floor.
+std::size_t Scan::settle(std::size_t q) {
+    Query& query = queries_[q];
+    Sieve& sieve = sieves_[q];
+    std::atomic<double>& shared = batch_.floor(q);
+    query.floor = std::max(query.floor, shared.load(std::memory_order_relaxed));
+    const Batch::Scale& scale = batch_.scale(tier_, q);
+    const std::int64_t* exclude = plan_.options.exclude;
+    const std::int64_t excluded = exclude == nullptr ? -1 : exclude[batch_.first() + q];
+    for (std::uint32_t i = 0; i < sieve.count; ++i) {
+        const std::uint32_t row = sieve.rows[i];
+        const double upper = sieve.bounds[i] * scale.unit + scale.slack;
+        if (upper < query.floor || (exclude != nullptr && index_.id(row) == excluded)) continue;
+        double reach = scale.slack;
+        if (tier_ == Tier::int8) {
+            reach += scale.norm * index_.blocks().head(row / kBlockRows).error[row % kBlockRows];
+        }
+        const double lower = upper - 2 * reach;
+        query.kept.push_back({upper, lower == lower ? lower : -kInfinity, row});
+    }
+    sieve.count = 0;
+    tighten(query);
+    const std::size_t rescored = query.kept.size() > plan_.kept_limit() ? rescore(q) : 0;
+    double seen = shared.load(std::memory_order_relaxed);
+    while (query.floor > seen &&
+           !shared.compare_exchange_weak(seen, query.floor, std::memory_order_relaxed)) {
+    }
+    lower_sieve(q);
+    return rescored;
+}
+
+// The k-th largest of what is known to be reached (computed cosines and lower bounds) is a floor.
+void Scan::tighten(Query& query) {
+    if (query.best.size() + query.kept.size() >= plan_.k && !query.kept.empty()) {
+        std::vector<double>& scores = query.scores;
+        scores.clear();
+        for (const Scored& item : query.best.items()) scores.push_back(item.score);
+        for (const Candidate& candidate : query.kept) scores.push_back(candidate.lower);
+        const auto kth = scores.begin() + static_cast<std::ptrdiff_t>(plan_.k - 1);
+        std::nth_element(scores.begin(), kth, scores.end(), std::greater<>());
+        query.floor = std::max(query.floor, *kth);
+    }
+    std::erase_if(query.kept, [&](const Candidate& c) { return c.upper < query.floor; });
+}
+
+void Scan::rescore_one(std::size_t q, std::uint32_t row) {
+    const double inv_norm = index_.blocks().head(row / kBlockRows).inv_norm[row % kBlockRows];
+    ++queries_[q].rescored;
+    offer(q, row,
+          dot_(index_.row(row), batch_.wide(q), index_.dim()) * (batch_.inv_norm(q) * inv_norm));
+}
+
+void Scan::offer(std::size_t q, std::uint32_t row, double score) {
+    if (!(score > plan_.options.threshold)) return;
+    const std::int64_t id = index_.id(row);
+    if (plan_.options.exclude != nullptr && plan_.options.exclude[batch_.first() + q] == id) return;
+    queries_[q].best.push({score, id, row});
+}
+
+// Computes candidates in fp64, the most promising first, until none can win any more.
+std::size_t Scan::rescore(std::size_t q) {
+    Query& query = queries_[q];
+    std::sort(query.kept.begin(), query.kept.end(),
+              [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
+    const std::size_t lines =
+        std::min(index_.dim() * item_size(index_.dtype()) / 64 + 1, kPrefetchLines);
+    const auto prefetch = [&](std::size_t i) {
+        if (i >= query.kept.size() || query.kept[i].upper < query.floor) return;
+        const char* row = static_cast<const char*>(index_.row(query.kept[i].row));
+        for (std::size_t line = 0; line < lines; ++line) __builtin_prefetch(row + line * 64);
+    };
+    prefetch(0);
+    prefetch(1);
+    std::size_t i = 0;
+    for (; i < query.kept.size() && query.kept[i].upper >= query.floor; ++i) {
+        prefetch(i + 2);
+        rescore_one(q, query.kept[i].row);
+        query.floor = std::max(query.floor, query.best.floor());
+    }
+    query.kept.clear();
+    return i;
+}
+
+// The 8-bit bound is useless where most cosines lie closer together than its error: almost every
+// row is then computed in fp64. Such stretches go through the fp32 filter, with a fresh try of the
+// 8-bit one at growing intervals.
+void Scan::choose_tier(std::size_t block, std::size_t pairs) {
+    const auto change = [&](Tier tier) {
+        for (std::size_t q = 0; q < batch_.count(); ++q) settle(q);
+        use(tier);
+    };
+    if (tier_ == Tier::float32) {
+        if (block >= float_until_) {
+            change(Tier::int8);
+            probe_pairs_ = probe_rescored_ = 0;
+        }
+        return;
+    }
+    probe_pairs_ += pairs;
+    if (probe_rescored_ > batch_.count() * plan_.kept_limit() / 2 + probe_pairs_ / 16) {
+        change(Tier::float32);
+        float_until_ = block + float_span_;
+        float_span_ *= 2;
+    }
+}
+
+void Scan::absorb(Scan& other, std::size_t q) {
+    if (plan_.tier != Tier::exact) other.settle(q);
+    Query& mine = queries_[q];
+    Query& theirs = other.queries_[q];
+    mine.floor = std::max(mine.floor, theirs.floor);
+    mine.kept.insert(mine.kept.end(), theirs.kept.begin(), theirs.kept.end());
+    theirs.kept = {};
+    for (const Scored& item : theirs.best.items()) mine.best.push(item);
+    mine.rescored += std::exchange(theirs.rescored, 0);
+    theirs.best.reset(0);
+}
+
+void Scan::finish(std::size_t q, std::int64_t* ids, float* cosines) {
+    Query& query = queries_[q];
+    if (batch_.zero(q)) {
+        // Cosine 0 with every row: the lowest ids win.
+        query.best.reset(plan_.k);
+        std::uint32_t positions[kBlockRows];
+        for (std::size_t block = 0; block < plan_.blocks; ++block) {
+            for (std::uint64_t mask = select(block, positions); mask != 0; mask &= mask - 1) {
+                offer(q, positions[std::countr_zero(mask)], 0);
+            }
+        }
+    } else if (plan_.tier != Tier::exact) {
+        settle(q);
+        rescore(q);
+    }
+    std::size_t rank = 0;
+    for (const Scored& item : query.best.sorted()) {
+        ids[rank] = item.id;
+        cosines[rank++] = static_cast<float>(item.score);
+    }
+    query.best.reset(0);
+}
+
+SearchStats Scan::stats() const {
+    SearchStats stats{.int8_pairs = int8_pairs_, .float_pairs = float_pairs_};
+    for (const Query& query : queries_) stats.rescored += query.rescored;
+    return stats;
+}
+
+}  // namespace robustft::knn
