@@ -92,14 +92,79 @@ class CleanConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""
-        flat: dict[str, Any] = {}
-        for name, value in dataclasses.asdict(self).items():
-            if name in {"out", "threads"}:
-                continue
-            if isinstance(value, dict):
-                flat.update({f"{name}.{inner}": item for inner, item in value.items()})
-            elif isinstance(value, frozenset):
-                flat[name] = sorted(value)
-            else:
-                flat[name] = value
-        return flat
+        return _flat(self, {"out", "threads"})
+
+
+def _flat(config: Any, without: set[str]) -> dict[str, Any]:
+    """Fields as JSON values; those of a nested config are named "outer.inner"."""
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{inner}": item for inner, item in value.items()})
+        else:
+            flat[name] = sorted(value) if isinstance(value, frozenset) else value
+    return {name: value for name, value in flat.items() if name not in without}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """LoRA fine-tuning (eq. 9); the defaults are the paper's (LLaMA-Factory's)."""
+
+    input: str
+    out: Path
+    schema: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    seed: int = 0
+    epochs: int = 2
+    learning_rate: float = 1e-4  # at its peak; cosine after the warm-up
+    warmup: float = 0.1  # share of the steps
+    rank: int = 8
+    alpha: int | None = None  # None: twice the rank
+    dropout: float = 0.0
+    batch_size: int = 16  # records a step
+    cutoff: int = 2048  # longest record, tokens
+    top_layers: int | None = None  # adapt only the last N layers; None: all
+    checkpoint_seconds: float = 60.0  # what a killed run loses at most
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "rank", "batch_size"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("limit", "top_layers"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        _require(self.cutoff >= 16, "cutoff", "at least 16", self.cutoff)
+        rate = self.learning_rate
+        _require(math.isfinite(rate) and rate > 0, "learning_rate", "above 0", rate)
+        _require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
+        _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        _require(self.alpha is None or self.alpha >= 1, "alpha", "at least 1", self.alpha)
+        _require(self.seed >= 0, "seed", "at least 0", self.seed)
+
+    @property
+    def scale(self) -> int:
+        """LoRA's alpha: as given, else twice the rank."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it resumes, as flat JSON values."""
+        return _flat(self, {"input", "out", "checkpoint_seconds", "engine.batch_tokens"})
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """Accuracy of a model, with or without an adapter, on a test file."""
+
+    input: str
+    adapter: Path | None = None
+    out: Path | None = None  # predictions as JSONL
+    schema: str | None = None
+    split: str = "test"
+    limit: int | None = None
+    answer_tokens: int = 256  # at most, for one free-text answer
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
+        _require(self.answer_tokens >= 1, "answer_tokens", "at least 1", self.answer_tokens)

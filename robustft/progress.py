@@ -8,15 +8,21 @@ from typing import Any, Self
 
 
 class Progress:
-    """One bar of known total, in units of estimated work; `desc` says what is being done now."""
+    """One bar of known total, in units of estimated work; `desc` says what is being done now.
 
-    def __init__(self, desc: str, total: float, *, unit: str | None = None) -> None:
+    `done` is what an earlier run has done already; the estimate of what is left ignores it.
+    """
+
+    def __init__(
+        self, desc: str, total: float, *, done: float = 0, unit: str | None = None
+    ) -> None:
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()
         count = "{n:.0f}/{total:.0f} " + unit + " " if unit else ""
         self._bar: Any = tqdm(
             total=total,
+            initial=done,
             desc=desc,
             file=sys.stderr,
             delay=2.0,

@@ -57,7 +57,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         nll_kept=Histogram.of(result.kept_nll.tolist(), 0.0, max(top, 1e-6)),
         nll_dropped=Histogram.of(result.dropped_nll.tolist(), 0.0, max(top, 1e-6)),
         nll_threshold=None if math.isnan(result.threshold) else result.threshold,
-        stage_seconds=result.seconds,
+        stage_seconds={name: s for name, s in result.seconds.items() if name != "total"},
         experts=_expert_rows(result, manifest["experts"]),
         models=(
             ModelRow("experts", models["model"], models["revision"], small),

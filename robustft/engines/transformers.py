@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from robustft.config import EngineConfig
+from robustft.devices import pick_device, pick_dtype
 from robustft.engines import Choice, Generation, Prompt, ResponseScore
 from robustft.engines.encoding import PromptEncoder
-from robustft.errors import UserError
 from robustft.models import find_model, load_causal_lm, load_tokenizer
 from robustft_kernels import linear_token_stats, token_stats
 
@@ -89,13 +89,13 @@ class TransformersEngine:
     def __init__(
         self, config: EngineConfig, *, model: Any | None = None, tokenizer: Any | None = None
     ) -> None:
-        self.device = _pick_device(config.device)
+        self.device = pick_device(config.device)
         if model is None:
             source = find_model(config.model)
             self.model_id = source.name
             self.embedded = source.embedded
             loaded = load_tokenizer(source)
-            dtype = _pick_dtype(config.dtype, self.device)
+            dtype = pick_dtype(config.dtype, self.device)
             model = load_causal_lm(source, dtype=dtype, attention=config.attention)
         else:
             loaded = tokenizer
@@ -371,30 +371,3 @@ def _response_score(values: dict[str, np.ndarray[Any, Any]]) -> ResponseScore:
         margin=float(values["margin"].mean(dtype=np.float64)),
         rank=float(values["rank"].mean(dtype=np.float64)),
     )
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device must be auto, cpu or cuda[:N], got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no CUDA device")
-    return device
-
-
-def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware computes in it, else float16 on CUDA, float32 on a CPU."""
-    if name != "auto":
-        chosen = getattr(torch, name)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    native = any(
-        getattr(torch.cpu, probe, lambda: False)()
-        for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return torch.bfloat16 if native else torch.float32

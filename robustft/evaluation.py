@@ -1,0 +1,265 @@
+"""Accuracy of a model, with or without an adapter, on a file whose answers are trusted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import numpy as np
+import orjson
+
+from robustft.answers import answer_kind, matches, parse
+from robustft.config import EvalConfig
+from robustft.engines import Engine, Prompt
+from robustft.files import atomic_file
+from robustft.metrics import Tally, macro_f1
+from robustft.progress import Progress
+from robustft.prompts import LETTERS, answer_prompt, letters
+from robustft.records import Record, RecordSource, Reject, open_records
+
+_CHUNK = 512
+_CATEGORY_FIELDS = ("Subject", "subject", "Category", "category")
+_MOST_CATEGORIES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model answered to one record."""
+
+    record: Record
+    answer: str | None  # None: no answer could be read
+    correct: bool
+    reply: str = ""  # generated text; empty for a choice read from likelihoods
+    probability: float | None = None  # of the chosen option among the options
+    category: str | None = None
+
+
+@dataclass(slots=True)
+class EvalResult:
+    """What `evaluate` found. `macro_f1` and `majority` exist where all records share options."""
+
+    model: str
+    adapter: str | None
+    overall: Tally = field(default_factory=Tally)
+    categories: dict[str, Tally] = field(default_factory=dict)
+    macro_f1: float | None = None
+    majority: float | None = None  # accuracy of always giving the commonest answer
+    unanswered: int = 0
+    rejected: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """The closing summary of the command line."""
+        low, high = self.overall.interval
+        who = self.model if self.adapter is None else f"{self.model} with {self.adapter}"
+        lines = [
+            f"{who}: accuracy {self.overall.accuracy:.4f} "
+            f"({self.overall.correct:,} of {self.overall.total:,}; 95 % interval {low:.4f} to "
+            f"{high:.4f}), {self.seconds:,.0f} s"
+        ]
+        if self.macro_f1 is not None and self.majority is not None:
+            lines.append(
+                f"macro-F1 {self.macro_f1:.4f}; always the commonest answer: accuracy "
+                f"{self.majority:.4f}"
+            )
+        if self.unanswered:
+            lines.append(f"{self.unanswered:,} replies held no readable answer and count as wrong.")
+        if self.rejected:
+            lines.append(f"{self.rejected:,} lines could not be read and were left out.")
+        for name, tally in sorted(self.categories.items()):
+            low, high = tally.interval
+            lines.append(
+                f"  {name}: {tally.accuracy:.4f} ({tally.correct:,} of {tally.total:,}; "
+                f"{low:.4f} to {high:.4f})"
+            )
+        return "\n".join(lines)
+
+
+def evaluate(config: EvalConfig, *, engine: Engine | None = None) -> EvalResult:
+    """Ask the model every question of `config.input` and compare with the file's answers.
+
+    Multiple choice is read from the options' likelihoods after "Answer:", other answers from
+    generated text. With `config.out`, predictions are written there, one JSON line a record.
+    `engine` is used instead of loading `config.engine` and `config.adapter`.
+
+    Raises:
+        UserError: the input, the model or the adapter cannot be read, or `out` not written.
+    """
+    source = open_records(
+        config.input, schema=config.schema, limit=config.limit, split=config.split
+    )
+    total = sum(isinstance(item, Record) for item in source)
+    started = time.monotonic()
+    engine = engine or _load(config)
+    result = EvalResult(engine.model_id, None if config.adapter is None else str(config.adapter))
+    scores = _Scores(result)
+    with ExitStack() as stack:
+        out: IO[bytes] | None = None
+        if config.out is not None:
+            out = stack.enter_context(atomic_file(config.out))
+        progress = stack.enter_context(Progress("eval", total, unit="records"))
+        for chunk in _chunks(source, result):
+            for prediction in _predict(chunk, engine, config, progress):
+                scores.add(prediction)
+                if out is not None:
+                    out.write(_line(prediction))
+    scores.finish()
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def _load(config: EvalConfig) -> Engine:
+    from robustft.engines.transformers import TransformersEngine
+
+    if config.adapter is None:
+        return TransformersEngine(config.engine)
+    from robustft.devices import pick_device, pick_dtype
+    from robustft.models import find_model, load_causal_lm, load_tokenizer
+    from robustft.training import load_adapter
+
+    source = find_model(config.engine.model)
+    dtype = pick_dtype(config.engine.dtype, pick_device(config.engine.device))
+    model = load_causal_lm(source, dtype=dtype, attention=config.engine.attention)
+    adapted = load_adapter(model, config.adapter)
+    engine = TransformersEngine(config.engine, model=adapted, tokenizer=load_tokenizer(source))
+    engine.model_id = source.name
+    return engine
+
+
+def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    for item in source:
+        if isinstance(item, Reject):
+            result.rejected += 1
+            continue
+        chunk.append(item)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _predict(
+    records: Sequence[Record], engine: Engine, config: EvalConfig, progress: Progress
+) -> list[Prediction]:
+    """Predictions in the order of `records`."""
+    found: dict[int, Prediction] = {}
+    choices = [i for i, record in enumerate(records) if record.options]
+    others = [i for i, record in enumerate(records) if not record.options]
+    for group, ask, room in ((choices, _choose, 0), (others, _generate, config.answer_tokens)):
+        prompts = [answer_prompt(records[i], answer_kind(records[i].answer, records[i].options))
+                   for i in group]  # fmt: skip
+        for batch in engine.plan(prompts, room):
+            asked = [records[group[i]] for i in batch]
+            answered = ask(asked, [prompts[i] for i in batch], engine, config)
+            found.update(zip((group[i] for i in batch), answered, strict=True))
+            progress.update(len(batch))
+    return [found[i] for i in range(len(records))]
+
+
+def _choose(
+    records: Sequence[Record], prompts: Sequence[Prompt], engine: Engine, config: EvalConfig
+) -> list[Prediction]:
+    """The likeliest option; of equally likely ones the first."""
+    options = [record.options or () for record in records]
+    chosen = engine.choose(prompts, [letters(texts) for texts in options])
+    predictions = []
+    for record, choice in zip(records, chosen, strict=True):
+        best = int(np.argmax(choice.logprobs))
+        answer = LETTERS[best]
+        predictions.append(
+            Prediction(
+                record,
+                answer,
+                answer == record.answer,
+                probability=float(choice.probabilities[best]),
+                category=_category(record.row),
+            )
+        )
+    return predictions
+
+
+def _generate(
+    records: Sequence[Record], prompts: Sequence[Prompt], engine: Engine, config: EvalConfig
+) -> list[Prediction]:
+    """The answer in a generated reply."""
+    replies = engine.generate(prompts, config.answer_tokens)
+    predictions = []
+    for record, reply in zip(records, replies, strict=True):
+        kind = answer_kind(record.answer)
+        answer = parse(reply.text, kind=kind).answer
+        predictions.append(
+            Prediction(
+                record,
+                answer,
+                matches(answer, record.answer, kind=kind),
+                reply=reply.text,
+                category=_category(record.row),
+            )
+        )
+    return predictions
+
+
+class _Scores:
+    """Adds predictions up into an `EvalResult`."""
+
+    def __init__(self, result: EvalResult) -> None:
+        self._result = result
+        self._options: tuple[str, ...] | None = None
+        self._fixed = True  # all records so far share their options
+        self._pairs: Counter[tuple[str, str | None]] = Counter()  # (expected, predicted)
+
+    def add(self, prediction: Prediction) -> None:
+        result, record = self._result, prediction.record
+        result.overall.add(prediction.correct)
+        result.unanswered += prediction.answer is None
+        if prediction.category is not None:
+            result.categories.setdefault(prediction.category, Tally()).add(prediction.correct)
+        if self._options is None:
+            self._options = record.options
+        self._fixed = self._fixed and record.options is not None
+        self._fixed = self._fixed and record.options == self._options
+        if self._fixed:
+            self._pairs[record.answer, prediction.answer] += 1
+
+    def finish(self) -> None:
+        result = self._result
+        if self._fixed and self._pairs:
+            result.macro_f1 = macro_f1(self._pairs)
+            expected: Counter[str] = Counter()
+            for (answer, _), number in self._pairs.items():
+                expected[answer] += number
+            result.majority = max(expected.values()) / result.overall.total
+        if len(result.categories) > _MOST_CATEGORIES:
+            result.categories.clear()  # as good as one a record: not categories
+
+
+def _category(row: Mapping[str, Any]) -> str | None:
+    for name in _CATEGORY_FIELDS:
+        value = row.get(name)
+        if isinstance(value, str) and 0 < len(value.strip()) <= 100:
+            return value.strip()
+    return None
+
+
+def _line(prediction: Prediction) -> bytes:
+    """One line of the predictions file."""
+    record = prediction.record
+    fields: dict[str, Any] = {
+        "id": record.id,
+        "expected": record.answer,
+        "predicted": prediction.answer,
+        "correct": prediction.correct,
+    }
+    if prediction.probability is not None:
+        fields["probability"] = round(prediction.probability, 6)
+    if record.options is None:
+        fields["reply"] = prediction.reply
+    if prediction.category is not None:
+        fields["category"] = prediction.category
+    return orjson.dumps(fields) + b"\n"

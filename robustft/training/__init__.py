@@ -1,0 +1,201 @@
+"""LoRA fine-tuning on D_clean and D_select (eq. 9), and loading what it made."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import robustft
+from robustft.config import TrainConfig
+from robustft.devices import pick_device, pick_dtype
+from robustft.errors import UserError
+from robustft.files import write_atomically
+from robustft.models import find_model, load_causal_lm, load_tokenizer
+from robustft.records import Record, RecordSource, Reject, open_records
+from robustft.store import folder_lock
+from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
+from robustft.training.data import TrainingSet, encode_records
+from robustft.training.loop import History, TrainingLoop
+
+__all__ = ["TrainResult", "load_adapter", "train"]
+
+_log = logging.getLogger("robustft")
+_STATE, _CHECKPOINT = "training.json", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What `train` did."""
+
+    out: Path
+    model: str
+    records: int
+    rejected: int
+    shortened: int  # records cut to the cutoff
+    trained_parameters: int
+    history: History
+    resumed: int = 0  # steps already done when this call began
+
+    def __str__(self) -> str:
+        """The closing summary of the command line."""
+        losses = ", ".join(f"{loss:.4f}" for loss in self.history.epoch_losses)
+        lines = [
+            f"Trained a LoRA adapter of {self.trained_parameters:,} parameters on "
+            f"{self.records:,} records ({self.history.step:,} steps, "
+            f"{self.history.tokens:,} tokens, {self.history.seconds:,.0f} s).",
+            f"Mean loss of each epoch, nats per response token: {losses}",
+        ]
+        if self.resumed:
+            lines.append(f"Resumed at step {self.resumed:,}.")
+        if self.rejected:
+            lines.append(f"{self.rejected:,} lines could not be read and were left out.")
+        if self.shortened:
+            lines.append(f"{self.shortened:,} records were cut to the cutoff.")
+        lines += [f"Adapter: {self.out}", f"Next: robustft eval TEST_FILE --adapter {self.out}"]
+        return "\n".join(lines)
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tune a LoRA adapter on the responses of `config.input` and write it to `config.out`.
+
+    The folder receives `adapter_model.safetensors` and `adapter_config.json` (peft's layout), a
+    README.md, `training.json` and, while training, `checkpoint.safetensors`. Called again with
+    the same configuration it resumes; a finished run returns at once.
+
+    Raises:
+        UserError: the input or the model cannot be read, a setting does not fit the model, or the
+            folder holds a run with another configuration (the differences are named).
+        KeyboardInterrupt: on SIGINT or SIGTERM, after the step at work was saved.
+    """
+    source = open_records(
+        config.input, schema=config.schema, limit=config.limit, split=config.split
+    )
+    model_source = find_model(config.engine.model)
+    device = pick_device(config.engine.device)
+    identity = config.fingerprint() | {
+        "input": source.content_hash,
+        "model": model_source.name,
+        "device": device.type,
+    }
+    with folder_lock(config.out):
+        finished = _claim(config.out, identity)
+        if finished is not None:
+            return finished
+        tokenizer = load_tokenizer(model_source)
+        data, rejected = _read(source, tokenizer, config.cutoff)
+        dtype = pick_dtype(config.engine.dtype, device, training=True)
+        model = load_causal_lm(model_source, dtype=dtype, attention=config.engine.attention)
+        adapted = attach_adapter(model, config, model_source.name).to(device)
+        loop = TrainingLoop(adapted, data, config, config.out / _CHECKPOINT)
+        loop.resume()
+        resumed = loop.history.step
+        result = TrainResult(
+            out=config.out,
+            model=model_source.name,
+            records=len(data.examples),
+            rejected=rejected,
+            shortened=data.shortened,
+            trained_parameters=loop.trained_parameters,
+            resumed=resumed,
+            history=loop.run(),
+        )
+        save_adapter(adapted, config.out)
+        write_atomically(config.out / "README.md", _readme(config, result))
+        _write_state(config.out, identity, result)
+        (config.out / _CHECKPOINT).unlink(missing_ok=True)
+    return result
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> TrainResult | None:
+    """Make `out` this run's folder; the result, if it is finished already."""
+    path = out / _STATE
+    if not path.exists():
+        if (out / WEIGHTS).exists():
+            raise UserError(f"{out}: holds an adapter that robustft did not train; choose another")
+        write_atomically(path, _json({"identity": identity}))
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        before, result = state["identity"], state.get("result")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the state of a training run ({error})") from error
+    changed = [
+        f"{name} was {before.get(name)!r}, is now {identity.get(name)!r}"
+        for name in sorted({*before, *identity})
+        if before.get(name) != identity.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{out}: holds a run with another configuration: {'; '.join(changed)}; "
+            "choose another --out or repeat the old settings"
+        )
+    if result is None or not (out / WEIGHTS).exists():
+        return None
+    return TrainResult(**result | {"out": out, "history": History(**result["history"])})
+
+
+def _write_state(out: Path, identity: dict[str, Any], result: TrainResult) -> None:
+    written = asdict(result) | {"out": str(out)}
+    write_atomically(out / _STATE, _json({"identity": identity, "result": written}))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _readme(config: TrainConfig, result: TrainResult) -> str:
+    layers = "all layers" if config.top_layers is None else f"the top {config.top_layers} layers"
+    losses = ", ".join(f"{loss:.4f}" for loss in result.history.epoch_losses)
+    return f"""---
+library_name: peft
+base_model: {result.model}
+tags: [lora, robustft]
+---
+# LoRA adapter for {result.model}
+
+Trained by [robustft](https://arxiv.org/abs/2412.14922) {robustft.__version__} on
+{result.records:,} records of `{Path(config.input).name}`, loss on the response tokens only.
+
+| setting | value |
+| --- | --- |
+| rank, alpha, dropout | {config.rank}, {config.scale:g}, {config.dropout:g} |
+| target | all linear layers of {layers} |
+| epochs, steps, records a step | {config.epochs}, {result.history.step:,}, {config.batch_size} |
+| learning rate | {config.learning_rate:g}, cosine, warm-up {config.warmup:g} |
+| cutoff | {config.cutoff} tokens ({result.shortened:,} records were cut) |
+| seed | {config.seed} |
+| mean loss of each epoch | {losses} nats per response token |
+
+`adapter_model.safetensors` and `adapter_config.json` are in peft's own layout. Prompts must be
+rendered as in training: `robustft eval TEST_FILE --model MODEL --adapter {config.out.name}` does.
+"""
+
+
+# --- small choices -----------------------------------------------------------------------------
+
+
+def _read(source: RecordSource, tokenizer: Any, cutoff: int) -> tuple[TrainingSet, int]:
+    """The tokenised training set and the number of lines that could not be read."""
+    rejected = 0
+
+    def readable() -> Iterator[Record]:
+        nonlocal rejected
+        for item in source:
+            if isinstance(item, Reject):
+                rejected += 1
+            else:
+                yield item
+
+    data = encode_records(readable(), tokenizer, cutoff)
+    if rejected:
+        _log.warning("%s: %d lines could not be read and are left out", source.path, rejected)
+    if data.shortened:
+        _log.warning("%d records are longer than %d tokens and are cut", data.shortened, cutoff)
+    return data, rejected

@@ -1,0 +1,165 @@
+"""LoRA adapters: attached for training, written and read as safetensors in peft's own layout.
+
+The only module that imports peft. A pickled adapter is refused, and so is any setting that is not
+understood.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustft.config import TrainConfig
+from robustft.errors import UserError
+from robustft.files import replacing
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# Fields of peft's LoraConfig that say what an adapter computes …
+_UNDERSTOOD = (
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
+    "fan_in_fan_out", "modules_to_save",
+)  # fmt: skip
+# … and that do not matter once it is trained. Anything else that is set is refused by name.
+_IRRELEVANT = (
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path",
+    "revision", "inference_mode", "init_lora_weights", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "runtime_config", "megatron_config", "megatron_core",
+    "qalora_group_size",
+)  # fmt: skip
+
+
+def attach_adapter(model: Any, config: TrainConfig, model_name: str) -> Any:
+    """`model` with a fresh LoRA adapter on all its linear layers, or those of the top ones.
+
+    Adapter weights are float32 whatever the model's dtype; first weights follow `config.seed`.
+
+    Raises:
+        UserError: `top_layers` exceeds the model's layers.
+    """
+    from peft import LoraConfig
+
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    top = config.top_layers
+    if top is not None and top > layers:
+        raise UserError(f"top_layers must be in [1, {layers}] for {model_name}, got {top}")
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.scale,
+        lora_dropout=config.dropout,
+        target_modules=linear_names(model),
+        layers_to_transform=None if top is None else list(range(layers - top, layers)),
+    )
+    torch.manual_seed(config.seed)
+    adapted = _attached(model, settings)
+    # A name that means something on another machine, where a cache folder does not.
+    adapted.peft_config["default"].base_model_name_or_path = model_name
+    return adapted
+
+
+def _attached(model: Any, settings: Any) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not ours
+        return get_peft_model(model, settings)
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last name parts (q_proj, up_proj …) of all linear layers but the output embedding.
+
+    What peft calls "all-linear", as a list, because only a list can be limited to some layers.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        }
+    )
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """`model` with the LoRA adapter in `folder` applied, in evaluation mode.
+
+    The adapter is merged into float32 weights, which is exact to rounding and faster; over
+    weights of lower precision it stays beside them. Only safetensors are read, and only
+    settings that are understood: nothing in the folder can name code to run.
+
+    Raises:
+        UserError: no adapter there, a pickled one, or one that does not fit the model.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    settings = _read_settings(folder)
+    try:
+        weights = load_file(folder / WEIGHTS)
+        adapted = _attached(model, settings)
+        loaded: Any = set_peft_model_state_dict(adapted, weights)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: the adapter does not fit the model: {reason}") from error
+    strange = list(loaded.unexpected_keys)
+    lacking = [name for name in loaded.missing_keys if "lora_" in name]
+    if strange or lacking:
+        what = f"lacks {lacking[0]}" if lacking else f"has {strange[0]}"
+        raise UserError(f"{folder}: the adapter does not fit the model: it {what}")
+    if next(model.parameters()).dtype == torch.float32:
+        return adapted.merge_and_unload().eval()
+    return adapted.get_base_model().eval()
+
+
+def _read_settings(folder: Path) -> Any:
+    from peft import LoraConfig
+
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder}: expected a LoRA adapter ({SETTINGS}), found none")
+    if not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise UserError(
+                f"{folder}: expected {WEIGHTS}, found adapter_model.bin, a pickle checkpoint, "
+                "which can run code and is refused"
+            )
+        raise UserError(f"{folder}: expected {WEIGHTS}, found none; is training unfinished?")
+    path = folder / SETTINGS
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, found: {error}") from error
+    kind = stored.get("peft_type") if isinstance(stored, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{path}, field 'peft_type': expected LORA, found {kind!r}")
+    default = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    for name, value in stored.items():
+        known = name in _UNDERSTOOD or name in _IRRELEVANT
+        if not known and value and value != default.get(name):
+            raise UserError(f"{path}, field {name!r}: {value!r} is not supported")
+    try:
+        return LoraConfig(
+            **{name: stored[name] for name in _UNDERSTOOD if name in stored},
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def save_adapter(adapted: Any, out: Path) -> None:
+    """Write the adapter in peft's layout, each file in one step, the weights last."""
+    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=out) as folder:
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+        for name in (SETTINGS, WEIGHTS):
+            with replacing(out / name) as temporary:
+                shutil.copyfile(Path(folder) / name, temporary)

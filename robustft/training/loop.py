@@ -1,0 +1,295 @@
+"""The training loop: response-only loss, AdamW, cosine schedule, checkpoints without pickle.
+
+It trains whatever parameters of the model require gradients and knows nothing of adapters. A
+checkpoint is one safetensors file replaced in a single step. All randomness is a function of
+(seed, step), so a run killed at any moment and resumed takes the same steps as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from robustft.config import TrainConfig
+from robustft.devices import fast_matmul
+from robustft.errors import UserError
+from robustft.files import replacing
+from robustft.progress import Progress
+from robustft.training.data import (
+    Example,
+    TrainingSet,
+    epoch_batches,
+    learning_rate_at,
+    micro_batches,
+)
+
+_CPU_BATCH_TOKENS = 2048
+_CUDA_BATCH_TOKENS = 16384
+_MAX_GRADIENT_NORM = 1.0
+_MIN_SHARED = 16  # tokens; computing fewer once is not worth a second pass
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True)
+class History:
+    """What training has done so far; the part of a checkpoint that is not tensors."""
+
+    step: int = 0
+    tokens: int = 0  # without padding, prompt and response
+    response_tokens: int = 0
+    seconds: float = 0.0
+    epoch_losses: list[float] = field(default_factory=list)  # mean nats per response token
+    loss_sum: float = 0.0  # of the unfinished epoch
+    loss_tokens: int = 0
+
+
+class TrainingLoop:
+    """One run of training; `run` starts or continues it."""
+
+    def __init__(
+        self, model: Any, data: TrainingSet, config: TrainConfig, checkpoint: Path
+    ) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.config = config
+        self.history = History()
+        self._examples: Sequence[Example] = data.examples
+        self._lengths = data.lengths
+        self._checkpoint = checkpoint
+        on_cpu = self.device.type == "cpu"
+        self._budget = config.engine.batch_tokens or (
+            _CPU_BATCH_TOKENS if on_cpu else _CUDA_BATCH_TOKENS
+        )
+        self._cacheable = has_plain_cache(model)
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained_parameters = sum(p.numel() for p in self._trained.values())
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(), lr=config.learning_rate, weight_decay=0.0
+        )
+        self._per_epoch = math.ceil(len(self._examples) / config.batch_size)
+        self.steps = self._per_epoch * config.epochs
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one. Raises UserError if it does not fit."""
+        if self._checkpoint.exists():
+            self._load()
+
+    def run(self) -> History:
+        """Train to the end, saving a checkpoint now and then.
+
+        Raises:
+            UserError: the loss is no longer a number, or one record does not fit the memory.
+            KeyboardInterrupt: SIGINT or SIGTERM came; the step at work was finished and saved.
+        """
+        history, started = self.history, time.monotonic()
+        before, saved = history.seconds, started
+        self.model.train()
+        precise = self.config.engine.dtype == "float32"
+        shuffled = -1  # the epoch that `batches` belongs to
+        with (
+            _Interrupt() as interrupt,
+            contextlib.nullcontext() if precise else fast_matmul(),
+            Progress("train", self.steps, done=history.step, unit="steps") as progress,
+        ):
+            while history.step < self.steps:
+                epoch, position = divmod(history.step, self._per_epoch)
+                if epoch != shuffled:
+                    batches = epoch_batches(
+                        self._lengths, self.config.batch_size, self.config.seed, epoch
+                    )
+                    shuffled = epoch
+                loss = self._step(batches[position].tolist())
+                history.step += 1
+                if history.step % self._per_epoch == 0:
+                    history.epoch_losses.append(history.loss_sum / history.loss_tokens)
+                    history.loss_sum, history.loss_tokens = 0.0, 0
+                progress.update(1, f"epoch {epoch + 1} of {self.config.epochs}, loss {loss:.3f}")
+                now = time.monotonic()
+                history.seconds = before + now - started
+                due = now - saved >= self.config.checkpoint_seconds
+                if due or interrupt.came or history.step == self.steps:
+                    self._save()
+                    saved = now
+                if interrupt.came:
+                    raise KeyboardInterrupt
+        return history
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def _step(self, batch: Sequence[int]) -> float:
+        """One optimizer step over `batch`; mean loss in nats per response token."""
+        step = self.history.step
+        response = sum(self._examples[index].response for index in batch)
+        torch.manual_seed(hash((self.config.seed, step)) % 2**63)  # dropout
+        while True:
+            try:
+                loss = self._gradients(batch, response)
+                break
+            except torch.OutOfMemoryError as error:
+                widest = int(self._lengths[list(batch)].max())
+                if self._budget < widest:
+                    raise UserError(
+                        f"a record of {widest} tokens does not fit the device's memory; "
+                        "lower --cutoff, or adapt fewer layers with --top-layers"
+                    ) from error
+                self._budget = min(self._budget, widest * len(batch)) // 2
+            torch.cuda.empty_cache()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {step + 1}; lower --learning-rate "
+                f"(now {self.config.learning_rate:g})"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                step, self.steps, self.config.learning_rate, self.config.warmup
+            )
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), _MAX_GRADIENT_NORM)
+        self._optimizer.step()
+        history = self.history
+        history.tokens += int(self._lengths[list(batch)].sum())
+        history.response_tokens += response
+        history.loss_sum += loss * response
+        history.loss_tokens += response
+        return loss
+
+    def _gradients(self, batch: Sequence[int], response: int) -> float:
+        """Gradients of the mean loss over the batch's response tokens; that mean."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for rows in micro_batches(batch, self._lengths, self._budget):
+            part = self.response_loss([self._examples[row] for row in rows]) / response
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+        return loss
+
+    def response_loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Return the sum of -log p over response tokens, logits made where they are needed.
+
+        Rows are padded on the right: under causal attention no token then sees padding, and
+        neither a mask nor positions have to be handed to the model. What all rows begin with
+        (system prompt, instruction) is computed once; gradients flow through it as usual.
+        """
+        shared = shared_prefix(examples) if self._cacheable else 0
+        inputs: dict[str, Any] = {"use_cache": False}
+        if shared:
+            start = torch.from_numpy(examples[0].ids[:shared]).long().to(self.device)
+            cache = self.model(input_ids=start[None], use_cache=True, logits_to_keep=1)
+            cache.past_key_values.batch_repeat_interleave(len(examples))
+            inputs = {"use_cache": True, "past_key_values": cache.past_key_values}
+        width = max(len(example.ids) for example in examples) - shared
+        ids = torch.zeros((len(examples), width), dtype=torch.long)  # [rows, width]
+        places: list[tuple[int, int]] = []  # (row, column) whose next token is in the response
+        for row, example in enumerate(examples):
+            length = len(example.ids) - shared
+            ids[row, :length] = torch.from_numpy(example.ids[shared:])
+            places += [(row, c) for c in range(max(length - example.response - 1, 0), length - 1)]
+        ids = ids.to(self.device)
+        columns = sorted({column for _, column in places})
+        slot = {column: index for index, column in enumerate(columns)}
+        kept = torch.tensor(columns, device=self.device)
+        logits = self.model(input_ids=ids, logits_to_keep=kept, **inputs).logits
+        rows = torch.tensor([row for row, _ in places], device=self.device)
+        slots = torch.tensor([slot[column] for _, column in places], device=self.device)
+        targets = ids[rows, kept[slots] + 1]
+        return functional.cross_entropy(logits[rows, slots].float(), targets, reduction="sum")
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        from safetensors.torch import save_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self._trained.items():
+            tensors[f"weight/{name}"] = parameter.detach()
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = self._optimizer.state[parameter][moment]
+        with replacing(self._checkpoint) as path:
+            save_file(tensors, path, metadata={"history": json.dumps(asdict(self.history))})
+
+    def _load(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._checkpoint, framework="pt") as stored:
+                history = History(**json.loads(stored.metadata()["history"]))
+                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for index, (name, parameter) in enumerate(self._trained.items()):
+                with torch.no_grad():
+                    parameter.copy_(found[f"weight/{name}"])
+                state[index] = {moment: found[f"{moment}/{name}"] for moment in _MOMENTS}
+                state[index]["step"] = torch.tensor(float(history.step))
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self._checkpoint}: not a checkpoint of this run ({error}); delete it to restart"
+            ) from error
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.history = history
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """How many first tokens all rows share; 0 where sharing would gain little.
+
+    The token before each response is left out: its logits are needed row by row.
+    """
+    length = min(len(example.ids) - example.response - 1 for example in examples)
+    if len(examples) < 2 or length < _MIN_SHARED:
+        return 0
+    heads = np.stack([example.ids[:length] for example in examples])
+    differs = np.flatnonzero((heads != heads[0]).any(axis=0))
+    shared = int(differs[0]) if len(differs) else length
+    return shared if shared >= _MIN_SHARED else 0
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Whether a prefix can be computed once: every layer keeps all keys and values, no more."""
+    from transformers.cache_utils import DynamicLayer
+
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+
+
+class _Interrupt:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step at work.
+
+    A second one has the effect it had before. Outside the main thread, where Python delivers no
+    signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                self._before[name] = signal.signal(name, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+        self._before = {}
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import ScriptedEngine
+
+from robustft.config import EngineConfig, EvalConfig
+from robustft.engines import Prompt
+from robustft.errors import UserError
+from robustft.evaluation import evaluate
+from robustft.metrics import Tally, macro_f1, wilson
+
+torch.set_num_threads(1)
+
+
+def oracle(reply: str = "") -> ScriptedEngine:
+    """Answers the letter that the question starts with, other questions with `reply`."""
+
+    def likelihoods(prompt: Prompt, letters: Sequence[str]) -> list[float]:
+        said = prompt.messages[-1].content.split()[0]
+        return [0.8 if letter.strip() == said else 0.1 for letter in letters]
+
+    return ScriptedEngine(choose=likelihoods, reply=lambda prompt: reply)
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def choice(said: str, answer: str, **more: object) -> dict[str, object]:
+    return {"question": f"{said} is it", "options": ["x", "y", "z"], "answer": answer, **more}
+
+
+def test_choices_are_scored_and_written_in_input_order(tmp_path: Path) -> None:
+    rows = [
+        choice("A", "A", id="one", Subject="law"),
+        choice("B", "C", id="two", Subject="law"),
+        choice("C", "C", id="three", Subject="art"),
+        choice("B", "B", id="four", Subject="art"),
+    ]
+    out = tmp_path / "predictions.jsonl"
+    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows), out=out), engine=oracle())
+    assert (result.overall.correct, result.overall.total) == (3, 4)
+    assert {name: (t.correct, t.total) for name, t in result.categories.items()} == {
+        "law": (1, 2), "art": (2, 2),
+    }  # fmt: skip
+    # F1: A 1, B 2/3, C 2/3; the commonest answer, C, is right twice in four.
+    assert result.macro_f1 == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    assert result.majority == 0.5
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["one", "two", "three", "four"]
+    assert lines[1] == {
+        "id": "two", "expected": "C", "predicted": "B", "correct": False,
+        "probability": 0.8, "category": "law",
+    }  # fmt: skip
+    text = str(result)
+    assert "scripted: accuracy 0.7500 (3 of 4; 95 % interval 0.3006 to 0.9544)" in text
+    assert "  art: 1.0000 (2 of 2" in text
+
+
+def test_options_that_differ_have_no_macro_f1(tmp_path: Path) -> None:
+    rows = [choice("A", "A"), {**choice("B", "B"), "options": ["p", "q"]}]
+    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
+    assert result.overall.accuracy == 1.0
+    assert result.macro_f1 is None
+    assert result.majority is None
+    assert "macro-F1" not in str(result)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply", "correct", "unanswered"),
+    [
+        ("4", "2 + 2 makes **4**.", 1, 0),
+        ("4", "It is 5.", 0, 0),
+        ("4", "", 0, 1),
+        ("Paris", "Paris", 1, 0),
+        ("Paris", "paris.", 1, 0),
+        ("Paris", "Rome", 0, 0),
+    ],
+)
+def test_generated_answers(
+    tmp_path: Path, answer: str, reply: str, correct: int, unanswered: int
+) -> None:
+    rows = [{"question": "q", "answer": answer}]
+    out = tmp_path / "p.jsonl"
+    config = EvalConfig(write(tmp_path / "t.jsonl", rows), out=out)
+    result = evaluate(config, engine=oracle(reply))
+    assert result.overall.correct == correct
+    assert result.unanswered == unanswered
+    assert json.loads(out.read_text())["reply"] == reply
+    assert ("count as wrong" in str(result)) == bool(unanswered)
+
+
+def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(choice("A", "A")) + "\n{broken\n")
+    result = evaluate(EvalConfig(str(path)), engine=oracle())
+    assert (result.overall.total, result.rejected) == (1, 1)
+    assert "1 lines could not be read" in str(result)
+
+
+def test_a_category_in_every_record_is_none(tmp_path: Path) -> None:
+    rows = [choice("A", "A", category=f"c{n}") for n in range(1001)]
+    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
+    assert result.overall.total == 1001
+    assert result.categories == {}
+
+
+def test_predictions_appear_in_full_or_not_at_all(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("power cut")
+
+    out = tmp_path / "p.jsonl"
+    path = write(tmp_path / "t.jsonl", [choice("A", "A")])
+    with pytest.raises(RuntimeError, match="power cut"):
+        evaluate(EvalConfig(path, out=out), engine=ScriptedEngine(before_batch=fail))
+    assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate(EvalConfig(path, out=tmp_path / "file" / "p.jsonl"), engine=oracle())
+
+
+def test_an_adapter_changes_the_answers(tmp_path: Path, tiny_model: Path) -> None:
+    from robustft.config import TrainConfig
+    from robustft.training import train
+
+    rows = [choice("ABC"[n % 3], "ABC"[n % 3]) for n in range(12)]
+    path = write(tmp_path / "t.jsonl", [{**row, "answer": "C"} for row in rows])
+    engine = EngineConfig(model=str(tiny_model), device="cpu", dtype="float32")
+    adapter = tmp_path / "adapter"
+    train(TrainConfig(path, adapter, epochs=6, batch_size=4, learning_rate=3e-2, engine=engine))
+    before = evaluate(EvalConfig(path, engine=engine))
+    after = evaluate(EvalConfig(path, adapter=adapter, engine=engine))
+    assert after.overall.correct == 12
+    assert before.overall.correct < 12
+    assert str(after).startswith(f"{tiny_model.name} with {adapter}: accuracy 1.0000 (12 of 12")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share_within_bounds(pair: tuple[int, int]) -> None:
+    correct, total = pair
+    low, high = wilson(correct, total)
+    assert 0.0 <= low <= high <= 1.0
+    if total:
+        assert low - 1e-12 <= correct / total <= high + 1e-12
+        mirrored = wilson(total - correct, total)
+        assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_wilson_by_hand() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(9, 10) == pytest.approx((0.59585, 0.98212), abs=1e-5)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.27754), abs=1e-5)
+    assert math.isnan(Tally().accuracy)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ABC"), st.sampled_from(["A", "B", "C", "D"])),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_macro_f1_is_scikit_learns(pairs: list[tuple[str, str]]) -> None:
+    from sklearn.metrics import f1_score
+
+    expected, predicted = zip(*pairs, strict=True)
+    reference = f1_score(expected, predicted, average="macro", zero_division=0)
+    assert macro_f1(Counter(pairs)) == pytest.approx(reference)
+
+
+def test_macro_f1_without_an_answer_counts_as_missed() -> None:
+    assert macro_f1({("A", None): 1, ("A", "A"): 1}) == pytest.approx(2 / 3)
+    assert math.isnan(macro_f1({}))

@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from robustft.config import EngineConfig, TrainConfig
+from robustft.errors import UserError
+from robustft.models import find_model, load_causal_lm, load_tokenizer
+from robustft.records import open_records
+from robustft.training import load_adapter, train
+from robustft.training.adapter import attach_adapter, linear_names
+from robustft.training.data import (
+    Example,
+    encode_records,
+    end_of_turn,
+    epoch_batches,
+    fit,
+    learning_rate_at,
+    micro_batches,
+)
+from robustft.training.loop import TrainingLoop, has_plain_cache, shared_prefix
+
+WEIGHTS = "adapter_model.safetensors"
+torch.set_num_threads(1)  # the tiny model gains nothing from more
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Forty choice questions whose answer is the colour that the question names."""
+    path = tmp_path / "colours.jsonl"
+    colours = ["red", "green", "blue"]
+    with path.open("w") as file:
+        for n in range(40):
+            row = {
+                "question": f"What colour? {'The very ' * (n % 5)}{colours[n % 3]} box",
+                "options": colours,
+                "answer": "ABC"[n % 3],
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def config_for(corpus: Path, model: Path, out: Path, **changes: object) -> TrainConfig:
+    base = TrainConfig(
+        input=str(corpus),
+        out=out,
+        batch_size=8,
+        epochs=2,
+        learning_rate=5e-3,
+        engine=EngineConfig(model=str(model), device="cpu"),
+    )
+    return replace(base, **changes)
+
+
+def loop_for(config: TrainConfig, checkpoint: Path) -> TrainingLoop:
+    source = find_model(config.engine.model)
+    data = encode_records(open_records(config.input), load_tokenizer(source), config.cutoff)
+    model = attach_adapter(load_causal_lm(source, dtype=torch.float32), config, "tiny")
+    return TrainingLoop(model, data, config, checkpoint)
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def test_only_the_answer_and_the_end_of_turn_carry_loss(corpus: Path, tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    made = encode_records(open_records(str(corpus)), tokenizer, 2048)
+    assert made.shortened == 0
+    example = made.examples[0]
+    assert tokenizer.decode(example.ids[-example.response :]) == " A<|im_end|>"
+    prompt = tokenizer.decode(example.ids[: -example.response])
+    assert prompt.endswith("<|im_start|>assistant\nAnswer:")
+    assert "A. red\nB. green\nC. blue" in prompt
+
+
+def test_free_text_is_trained_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    text = "Because light is bent by water, which has a higher index than air. <|im_end|>"
+    path.write_text(json.dumps({"question": "Why?", "answer": text}) + "\n")
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    (example,) = encode_records(open_records(str(path)), tokenizer, 2048).examples
+    response = example.ids[-example.response :]
+    assert tokenizer.decode(response) == text + "<|im_end|>"
+    # The record's own "<|im_end|>" is spelled out; only the last token is the control token.
+    assert (response == tokenizer.eos_token_id).sum() == 1
+
+
+def test_end_of_turn_follows_the_template(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert end_of_turn(tokenizer) == ends[:1]
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_of_turn(tokenizer) == ends[:1]
+    tokenizer.chat_template = None
+    assert end_of_turn(tokenizer) == ends[1:]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(16, 64))
+def test_fit_keeps_both_ends(prompt: int, response: int, cutoff: int) -> None:
+    head, tail = list(range(1000, 1000 + prompt)), list(range(2000, 2000 + response))
+    example, cut = fit(head, tail, cutoff)
+    ids = example.ids.tolist()
+    assert len(ids) == min(prompt + response, cutoff)
+    assert cut == (prompt + response > cutoff)
+    assert ids[-example.response :] == tail[: example.response]
+    assert example.response >= min(response, cutoff - cutoff // 2)
+    if len(ids) > example.response + 1:
+        assert ids[0] == head[0]
+        assert ids[-example.response - 1] == head[-1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=90),
+    st.integers(1, 17),
+    st.integers(0, 3),
+    st.integers(0, 3),
+)
+def test_an_epoch_holds_every_record_once(
+    lengths: list[int], size: int, seed: int, epoch: int
+) -> None:
+    array = np.array(lengths, np.int64)
+    batches = epoch_batches(array, size, seed, epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert len(batches) == -(-len(lengths) // size)
+    again = epoch_batches(array, size, seed, epoch)
+    assert all((a == b).all() for a, b in zip(batches, again, strict=True))
+
+
+def test_epochs_differ_and_batches_hold_similar_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 256)
+    first, second = (epoch_batches(lengths, 8, 0, epoch) for epoch in (0, 1))
+    assert any((a != b).any() for a, b in zip(first, second, strict=True))
+    padded = sum(int(lengths[b].max()) * len(b) for b in first)
+    assert padded < 1.1 * lengths.sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 200))
+def test_micro_batches_stay_in_budget(lengths: list[int], budget: int) -> None:
+    array = np.array(lengths, np.int64)
+    parts = list(micro_batches(range(len(lengths)), array, budget))
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= budget
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
+    rates = [learning_rate_at(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[55] == pytest.approx(0.5)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert 0 < rates[-1] < 0.001
+    assert learning_rate_at(0, 1, 1.0, 0.0) == 1.0
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+
+def reference_loss(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
+    """One row at a time, all logits, labels of -100 where there is no loss."""
+    total = torch.zeros(())
+    for example in examples:
+        ids = torch.from_numpy(example.ids).long()[None]
+        labels = ids.clone()
+        labels[0, : len(example.ids) - example.response] = -100
+        logits = model(input_ids=ids).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(
+            logits, labels[0, 1:], ignore_index=-100, reduction="sum"
+        )
+    return total
+
+
+@pytest.mark.parametrize("cacheable", [True, False])
+def test_loss_and_gradients_match_one_row_at_a_time(
+    corpus: Path, tiny_model: Path, tmp_path: Path, cacheable: bool
+) -> None:
+    loop = loop_for(config_for(corpus, tiny_model, tmp_path), tmp_path / "c")
+    for name, parameter in loop.model.named_parameters():
+        if "lora_B" in name:  # zero at first: then no gradient reaches lora_A
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert loop._cacheable
+    loop._cacheable = cacheable
+    examples = [loop._examples[i] for i in (0, 4, 7, 12)]
+    assert shared_prefix(examples) >= 16
+
+    def gradients(loss: torch.Tensor) -> torch.Tensor:
+        loop.model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in loop._trained.values()])
+
+    expected = reference_loss(loop.model, examples)
+    found = loop.response_loss(examples)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradients(found), gradients(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_do_not_change_the_step(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for tokens in (10_000, 200, 1):
+        engine = EngineConfig(model=str(tiny_model), device="cpu", batch_tokens=tokens)
+        loop = loop_for(config_for(corpus, tiny_model, tmp_path, engine=engine), tmp_path / "c")
+        losses.append([loop._step([3, 1, 5, 20, 9]) for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_out_of_memory_halves_the_micro_batch(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loop_for(config_for(corpus, tiny_model, tmp_path), tmp_path / "c")
+    real, asked = loop.response_loss, []
+
+    def scarce(examples: list[Example]) -> torch.Tensor:
+        asked.append(len(examples))
+        if len(examples) > 2:
+            raise torch.OutOfMemoryError("no")
+        return real(examples)
+
+    monkeypatch.setattr(loop, "response_loss", scarce)
+    expected = reference_loss(loop.model, [loop._examples[i] for i in range(8)]).item() / 16
+    assert loop._step(range(8)) == pytest.approx(expected, rel=1e-4)
+    assert asked[0] == 8
+    assert max(asked[-3:]) <= 2
+
+    def full(examples: list[Example]) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(loop, "response_loss", full)
+    with pytest.raises(UserError, match="does not fit the device's memory"):
+        loop._step(range(8))
+
+
+def test_shared_prefix() -> None:
+    def example(head: list[int], tail: int, response: int = 2) -> Example:
+        return Example(np.array(head + [tail] * 5, np.int32), response)
+
+    head = list(range(30))
+    assert shared_prefix([example(head, 1), example(head, 2)]) == 30
+    assert shared_prefix([example(head, 1), example(head, 1)]) == 32  # up to the predicting token
+    assert shared_prefix([example(head, 1)]) == 0
+    assert shared_prefix([example(head, 1), example([9, *head], 1)]) == 0
+    assert shared_prefix([example(head[:9], 1), example(head[:9], 2)]) == 0
+
+
+def test_windowed_attention_is_not_cached_as_a_prefix(tiny_model: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    assert not has_plain_cache(
+        MistralForCausalLM(MistralConfig(**small, **heads, sliding_window=4))
+    )
+    assert has_plain_cache(load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32))
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+def test_training_learns_and_the_adapter_is_standard_peft(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    out = tmp_path / "adapter"
+    result = train(config_for(corpus, tiny_model, out, epochs=8, learning_rate=2e-2))
+    losses = result.history.epoch_losses
+    assert len(losses) == 8
+    assert losses[-1] < 0.6 * losses[0]
+    assert result.history.step == 8 * 5
+    assert result.history.response_tokens == 8 * 40 * 2
+    assert {p.name for p in out.iterdir()} - {".lock"} == {
+        "README.md", WEIGHTS, "adapter_config.json", "training.json",
+    }  # fmt: skip
+    stored = json.loads((out / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == tiny_model.name
+    assert (stored["r"], stored["lora_alpha"], stored["lora_dropout"]) == (8, 16, 0.0)
+    assert "all linear layers of all layers" in (out / "README.md").read_text()
+    assert "Mean loss of each epoch" in str(result)
+
+    ids = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    base = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
+    plain = base(input_ids=ids).logits
+    ours = load_adapter(base, out)(input_ids=ids).logits
+    other = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(other, out).eval()(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - plain).abs().max() > 0.1
+    half = load_causal_lm(find_model(str(tiny_model)), dtype=torch.bfloat16)
+    close = load_adapter(half, out)(input_ids=ids).logits.float()
+    assert (close - theirs).abs().mean() < 0.1 * theirs.abs().mean()
+
+
+def test_a_finished_run_is_not_repeated(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    config = config_for(corpus, tiny_model, tmp_path / "adapter", epochs=1)
+    first = train(config)
+    written = (config.out / WEIGHTS).stat().st_mtime_ns
+    assert train(config) == first
+    assert (config.out / WEIGHTS).stat().st_mtime_ns == written
+
+
+def test_stopped_after_any_step_and_resumed_ends_the_same(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_ = {"dropout": 0.1, "checkpoint_seconds": 0.0}
+    whole = config_for(corpus, tiny_model, tmp_path / "whole", **settings_)
+    train(whole)
+    broken = config_for(corpus, tiny_model, tmp_path / "broken", **settings_)
+    real, stops = TrainingLoop._step, iter((1, 3, 4, 7, 10**9))
+
+    class Killed(BaseException):
+        pass
+
+    limit = next(stops)
+
+    def step(self: TrainingLoop, batch: list[int]) -> float:
+        if self.history.step >= limit:
+            raise Killed
+        return real(self, batch)
+
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+    while True:
+        try:
+            result = train(broken)
+            break
+        except Killed:
+            assert not (broken.out / WEIGHTS).exists()
+            limit = next(stops)
+    assert result.resumed == 7
+    assert result.history.step == 10
+    expected, found = load_file(whole.out / WEIGHTS), load_file(broken.out / WEIGHTS)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+SIGNALLED = """
+import sys
+from pathlib import Path
+from robustft.config import EngineConfig, TrainConfig
+from robustft.training import train
+corpus, model, out = sys.argv[1:]
+engine = EngineConfig(model=model, device="cpu")
+config = TrainConfig(input=corpus, out=Path(out), batch_size=8, epochs=400, learning_rate=5e-3,
+                     checkpoint_seconds=0.0, engine=engine)
+try:
+    train(config)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGINT])
+def test_a_signalled_run_resumes(
+    corpus: Path, tiny_model: Path, tmp_path: Path, name: signal.Signals
+) -> None:
+    out = tmp_path / "adapter"
+    config = config_for(corpus, tiny_model, out, epochs=400, checkpoint_seconds=0.0)
+    command = [sys.executable, "-c", SIGNALLED, str(corpus), str(tiny_model), str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=env)
+    checkpoint = out / "checkpoint.safetensors"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(name)
+    assert process.wait(60) == (-signal.SIGKILL if name == signal.SIGKILL else 130)
+    loop = loop_for(config, checkpoint)
+    loop.resume()
+    assert loop.history.step >= 1
+
+
+# --- what the user can get wrong -----------------------------------------------------------------
+
+
+def test_another_configuration_is_refused_with_the_difference(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = config_for(corpus, tiny_model, tmp_path / "adapter", epochs=1)
+    train(config)
+    with pytest.raises(UserError, match=r"epochs was 1, is now 3; rank was 8, is now 4") as caught:
+        train(replace(config, epochs=3, rank=4))
+    assert "\n" not in str(caught.value)
+    with corpus.open("a") as file:
+        file.write('{"question": "q", "options": ["a", "b"], "answer": "A"}\n')
+    with pytest.raises(UserError, match=r"input was '.*', is now"):
+        train(config)
+
+
+def test_a_foreign_adapter_is_not_overwritten(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / WEIGHTS).write_bytes(b"precious")
+    with pytest.raises(UserError, match="did not train"):
+        train(config_for(corpus, tiny_model, tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == b"precious"
+
+
+def test_more_top_layers_than_layers(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"top_layers must be in \[1, 2\].* got 3"):
+        train(config_for(corpus, tiny_model, tmp_path / "adapter", top_layers=3))
+
+
+def test_top_layers_alone_are_adapted(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    loop = loop_for(config_for(corpus, tiny_model, tmp_path, top_layers=1), tmp_path / "c")
+    assert loop._trained
+    assert all(".layers.1." in name for name in loop._trained)
+    assert linear_names(load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)) == [
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+    ]  # fmt: skip
+
+
+def test_a_loss_that_is_no_number_is_said(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    loop = loop_for(config_for(corpus, tiny_model, tmp_path), tmp_path / "c")
+    with torch.no_grad():
+        next(iter(loop._trained.values())).fill_(float("nan"))
+    with pytest.raises(UserError, match="the loss became nan at step 1; lower --learning-rate"):
+        loop.run()
+
+
+def test_a_damaged_checkpoint_is_said(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(b"\x00" * 40)
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: not a checkpoint of this run"):
+        loop_for(config_for(corpus, tiny_model, tmp_path), checkpoint).resume()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"warmup": 1.0}, "warmup must be in [0, 1), got 1.0"),
+        ({"dropout": -0.1}, "dropout must be in [0, 1), got -0.1"),
+        ({"cutoff": 3}, "cutoff must be at least 16, got 3"),
+        ({"top_layers": 0}, "top_layers must be at least 1, got 0"),
+        ({"alpha": 0}, "alpha must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        TrainConfig(input="x", out=Path("y"), **changes)
+    assert says in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    rows = [{"question": "q", "options": ["a", "b"], "answer": "A"}] * 2
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(config_for(data, tiny_model, folder / "out", epochs=1))
+    return folder / "out"
+
+
+def damaged(adapter: Path, tmp_path: Path, **changes: object) -> Path:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in (WEIGHTS, "adapter_config.json"):
+        (copy / name).write_bytes((adapter / name).read_bytes())
+    stored = json.loads((copy / "adapter_config.json").read_text()) | changes
+    (copy / "adapter_config.json").write_text(json.dumps(stored))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"peft_type": "IA3"}, "field 'peft_type': expected LORA, found 'IA3'"),
+        ({"alora_invocation_tokens": [1, 2]}, "field 'alora_invocation_tokens'"),
+        ({"unheard_of": {"a": 1}}, "field 'unheard_of': {'a': 1} is not supported"),
+        ({"r": 4}, "does not fit the model"),
+        ({"layers_to_transform": [0]}, "does not fit the model"),
+        ({"target_modules": ["nothing"]}, "does not fit the model"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    adapter: Path, tiny_model: Path, tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    model = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
+    with pytest.raises(UserError) as caught:
+        load_adapter(model, damaged(adapter, tmp_path, **changes))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_adapter_is_refused(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    model = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
+    folder = damaged(adapter, tmp_path)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="a pickle checkpoint, which can run code and is refused"):
+        load_adapter(model, folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match="is training unfinished"):
+        load_adapter(model, folder)
+    with pytest.raises(UserError, match="expected a LoRA adapter"):
+        load_adapter(model, tmp_path)
+    (folder / WEIGHTS).write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_adapter(model, folder)
