@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from robustft.config import CleanConfig
     from robustft.pipeline import CleanResult
     from robustft.retrieval import CosineKNN
-    from robustft_kernels import TokenStats, linear_token_stats, token_stats
+    from robustft_kernels import TokenStats
+    from robustft_kernels.linear_token_stats import linear_token_stats
+    from robustft_kernels.token_stats import token_stats
 
 __version__ = "0.1.0"
 

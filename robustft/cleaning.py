@@ -157,6 +157,8 @@ def _manifest(
         },
         "counts": dict(result.counts),
         "warnings": result.warnings,
+        "crowd_weights": result.weights,
+        "powerless": result.powerless,
         "threshold_nll": result.threshold,
         "agreed_with_given": {
             name: count for (name, what), count in result.tallies.items() if what == "agreed"

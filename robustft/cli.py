@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from robustft import __version__
 from robustft.errors import UserError
 
-_DONE, _OTHER, _USER, _INTERRUPTED = 0, 1, 2, 130
+_DONE, _OTHER, _USER, _POWERLESS, _INTERRUPTED = 0, 1, 2, 3, 130
 _log = logging.getLogger("robustft")
 
 
@@ -47,7 +47,8 @@ def _build_parser() -> _Parser:
         description="Clean noisy supervised fine-tuning data (RobustFT, arXiv 2412.14922), "
         "fine-tune on it, and measure the difference.",
         epilog="Start with `robustft demo`. Results go to stdout, progress to stderr. "
-        "Exit status: 0 done, 2 wrong input or arguments, 130 interrupted (run the same command "
+        "Exit status: 0 done, 2 wrong input or arguments, 3 no expert is better than chance (nothing "
+        "changed), 130 interrupted (run the same command "
         "again to resume), 1 anything else.",
     )
     parser.add_argument("--version", action="version", version=f"robustft {__version__}")
@@ -101,7 +102,10 @@ def _add_model(parser: _Parser) -> None:
 
 
 def _add_expert_options(parser: _Parser) -> None:
-    parser.add_argument("--detector", default="paper", help="rule that splits clean from noisy")
+    parser.add_argument(
+        "--detector", default="crowd",
+        help="what splits clean from noisy: crowd (experts weighted by what they know) or paper",
+    )  # fmt: skip
     parser.add_argument("-k", type=_positive, default=3, help="clean neighbours in the context")
     parser.add_argument(
         "--beta", type=_share, default=0.5, help="share of the relabeled records kept"
@@ -275,7 +279,7 @@ def _run_clean(options: argparse.Namespace) -> int:
 
     result = run_clean(config, announce=print_announcement)
     print_clean_summary(result)
-    return _DONE
+    return _POWERLESS if result.powerless else _DONE
 
 
 def _run_demo(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from robustft.errors import UserError
 
 ABLATIONS = ("selection", "checker", "reviewer", "cer", "rel")
 ENGINES = ("transformers",)
-DETECTORS = ("paper",)
+DETECTORS = ("crowd", "paper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -71,7 +71,7 @@ class CleanConfig:
     split: str = "train"
     limit: int | None = None
     seed: int = 0
-    detector: str = "paper"
+    detector: str = "crowd"
     k: int = 3  # clean neighbours in the context (eq. 4)
     beta: float = 0.5  # share of the denoised records kept (eq. 8)
     without: frozenset[str] = frozenset()  # ablations of the paper's table 3

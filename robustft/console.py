@@ -37,6 +37,9 @@ def print_clean_summary(result: CleanResult) -> None:
     print(f"  relabeled  {counts['relabel']:>8}")
     print(f"  dropped    {counts['drop']:>8}")
     print(f"  rejected   {counts['rejected']:>8}")
+    if result.weights and not result.powerless:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in result.weights.items())
+        print(f"votes         {shares}")
     print(f"training set  {result.cleaned}")
     print(f"verdicts      {result.out / 'verdicts.jsonl'}")
     print(f"report        {result.out / 'report.html'}")

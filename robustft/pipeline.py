@@ -21,7 +21,14 @@ import orjson
 from numpy.typing import NDArray
 
 from robustft.config import CleanConfig
-from robustft.detection import Detection, agrees, detect_paper
+from robustft.detection import (
+    Asked,
+    CrowdDetector,
+    Detection,
+    Detector,
+    PaperDetector,
+    agrees,
+)
 from robustft.embedding import EmbeddingFile, TextEmbedder
 from robustft.engines import Engine
 from robustft.experts import Neighbour, Panel
@@ -89,6 +96,8 @@ class CleanResult:
     reject_reasons: Counter[str] = field(default_factory=Counter)
     # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
     tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
+    powerless: bool = False  # no expert was better than chance: nothing was changed
 
 
 class CleanRun:
@@ -111,10 +120,13 @@ class CleanRun:
         self._counted: frozenset[str] = frozenset()  # experts whose answers move the bar
         self._noisy: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._index: CosineKNN | None = None
+        self._detector: Detector = PaperDetector()
 
     def execute(self, total: int) -> CleanResult:
         """Run every pass over the `total` records of the source."""
         self._noisy = np.zeros(total, np.bool_)
+        paper = self.config.detector == "paper"
+        self._detector = PaperDetector() if paper else CrowdDetector(total)
         path = self.config.out / "embeddings.f32"
         with EmbeddingFile(path, self.embedder.dimensions) as embeddings:
             self._timed("detect", lambda: self._detect_all(embeddings))
@@ -138,13 +150,33 @@ class CleanRun:
             for unit, chunk in self._chunks():
                 self._panel.unit = unit
                 self._remember(chunk, embeddings)
-                for judged in self._judge(chunk):
-                    self._noisy[judged.record.index] = judged.detection.noisy
+                self._detector.observe(self._ask_panel(chunk))
         self._progress = None
+        for warning in self._detector.conclude(embeddings.memory_map()):
+            self._warn(warning)
+        self.result.powerless = getattr(self._detector, "powerless", False)
+        self.result.weights = getattr(self._detector, "weights", {})
+        for unit, chunk in self._chunks():
+            self._panel.unit = unit
+            for judged in self._judge(chunk):
+                self._noisy[judged.record.index] = judged.detection.noisy
         noisy = int(self._noisy.sum())
         self.result.counts.update(clean=len(self._noisy) - noisy, noisy=noisy)
 
     def _judge(self, chunk: Sequence[Record]) -> list[Judged]:
+        """The panel's opinions and the detector's verdict, once it has concluded."""
+        return [
+            Judged(
+                asked.record,
+                asked.base,
+                asked.reasoned,
+                asked.checker,
+                self._detector.detection(asked),
+            )
+            for asked in self._ask_panel(chunk)
+        ]
+
+    def _ask_panel(self, chunk: Sequence[Record]) -> list[Asked]:
         without = self.config.without
         base = self._panel.base(chunk)
         reasoned: Sequence[Opinion | None] = [None] * len(chunk)
@@ -154,10 +186,7 @@ class CleanRun:
         if "checker" not in without:
             said = [[o for o in pair if o] for pair in zip(base, reasoned, strict=True)]
             checker = self._panel.checker(chunk, said)
-        return [
-            Judged(*row, detection=detect_paper(*row))
-            for row in zip(chunk, base, reasoned, checker, strict=True)
-        ]
+        return [Asked(*row) for row in zip(chunk, base, reasoned, checker, strict=True)]
 
     def _remember(self, chunk: Sequence[Record], embeddings: EmbeddingFile) -> None:
         """Keep what retrieval needs: the embedding and the text of each record."""
@@ -198,7 +227,19 @@ class CleanRun:
         return nll
 
     def _relabel(self, noisy: Sequence[Judged], embeddings: EmbeddingFile) -> Sequence[Judged]:
-        """Fill context, review, label and neighbours of noisy records."""
+        """Fill label, and where the panel decides it context, review and neighbours."""
+        undecided = []
+        for judged in noisy:
+            own = self._detector.own_label(judged.record)
+            if own is None:
+                undecided.append(judged)
+            else:
+                judged.label = NewLabel(own[0], own[1], "label from the crowd")
+        if undecided:
+            self._relabel_by_panel(undecided, embeddings)
+        return noisy
+
+    def _relabel_by_panel(self, noisy: Sequence[Judged], embeddings: EmbeddingFile) -> None:
         without = self.config.without
         records = [judged.record for judged in noisy]
         context: Sequence[Opinion | None] = [None] * len(noisy)
@@ -216,7 +257,6 @@ class CleanRun:
         for judged, by_context, by_review in zip(noisy, context, review, strict=True):
             judged.context, judged.review = by_context, by_review
             judged.label = relabel(judged.reasoned, judged.base, by_context, by_review)
-        return noisy
 
     def _neighbours(
         self, records: Sequence[Record], embeddings: EmbeddingFile

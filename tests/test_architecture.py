@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"robustft": ROOT / "robustft", "robustft_kernels": ROOT / "kernels/robustft_kernels"}
-STAGES = {"detection", "relabeling", "selection", "retrieval"}
+STAGES = {"detection", "relabeling", "selection"}
 # module -> the only places it may be imported
 CONFINED = {
     "triton": {"robustft_kernels", "robustft.benchmarks"},

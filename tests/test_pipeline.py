@@ -54,6 +54,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def run(path: Path, out: Path, engine: ScriptedEngine | None = None, **settings: Any) -> Any:
+    settings.setdefault("detector", "paper")
     config = CleanConfig(input=str(path), out=out, experts=ExpertConfig(rounds=2), **settings)
     return run_clean(config, engine=engine or ScriptedEngine(), embedder=LetterEmbedder())  # type: ignore[arg-type]
 
@@ -325,3 +326,40 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             replace(config, **change)
+
+
+def test_the_crowd_corrects_a_corpus_with_fixed_options(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows, truth = [], []
+    for i in range(300):
+        label = rng.randrange(3)
+        words = rng.choices(("zebra zoo", "quick quiz", "happy yarn")[label].split(), k=5)
+        given = label if rng.random() > 0.3 else (label + rng.choice((1, 2))) % 3
+        truth.append("ABC"[label])
+        rows.append({"question": f"{' '.join(words)} {i}", "options": ["x", "y", "z"],
+                     "answer": "ABC"[given]})  # fmt: skip
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    result = run(source, tmp_path / "out", detector="crowd", beta=1.0)
+    assert result.weights["regression"] + result.weights["neighbours"] > 0.9
+    verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")
+    final = [verdict["answer"] for verdict in verdicts]
+    assert sum(a == b for a, b in zip(final, truth, strict=True)) > 290
+    assert result.counts["relabel"] > 60
+
+
+def test_experts_at_chance_change_nothing_and_say_so(tmp_path: Path) -> None:
+    rows = [row | {"options": [f"{i} {o}" for o in "xyz"]} for i, row in
+            enumerate(choice_rows(300))]  # fmt: skip
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    result = run(source, tmp_path / "out", detector="crowd")
+    assert result.powerless
+    assert "no more than chance" in result.warnings[0]
+    assert read_jsonl(tmp_path / "out/cleaned.jsonl") == read_jsonl(source)
+
+
+def test_free_text_under_the_crowd_follows_the_papers_rule(tmp_path: Path) -> None:
+    source = chat(choice_rows(30), tmp_path / "in.jsonl")
+    run(source, tmp_path / "crowd", detector="crowd")
+    run(source, tmp_path / "paper", detector="paper")
+    crowd, paper = (tmp_path / name / "verdicts.jsonl" for name in ("crowd", "paper"))
+    assert crowd.read_bytes() == paper.read_bytes()
