@@ -47,9 +47,8 @@ def _build_parser() -> _Parser:
         description="Clean noisy supervised fine-tuning data (RobustFT, arXiv 2412.14922), "
         "fine-tune on it, and measure the difference.",
         epilog="Start with `robustft demo`. Results go to stdout, progress to stderr. "
-        "Exit status: 0 done, 2 wrong input or arguments, 3 no expert is better than chance (nothing "
-        "changed), 130 interrupted (run the same command "
-        "again to resume), 1 anything else.",
+        "Exit status: 0 done, 2 wrong input or arguments, 3 no expert is better than chance "
+        "(nothing changed), 130 interrupted (the same command resumes), 1 anything else.",
     )
     parser.add_argument("--version", action="version", version=f"robustft {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
