@@ -17,4 +17,4 @@ demo: $(INSTALLED)
 	$(BIN)/robustft demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
