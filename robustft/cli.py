@@ -294,7 +294,7 @@ def _run_demo(options: argparse.Namespace) -> int:
 
 
 def demo_corpus() -> Path:
-    """The bundled example corpus: short reviews, a third of their labels wrong."""
+    """The bundled example corpus: messages to a help desk, 30 % of their labels wrong."""
     return Path(__file__).parent / "data" / "demo.jsonl"
 
 
