@@ -337,12 +337,12 @@ class CleanRun:
                 judged.action, judged.cause = "drop", "no expert gave an answer"
             elif not selected:
                 judged.action = "drop"
-                judged.cause = f"new label not among the most confident {self.config.beta:.0%}"
+                judged.cause = "new label too uncertain"
             elif agrees(judged.record, Opinion(label.answer)):
-                judged.cause = "the experts confirmed the given answer"
+                judged.cause = "given answer confirmed"
             else:
                 judged.action, judged.answer = "relabel", label.answer
-                judged.cause = "new label from the experts"
+                judged.cause = "new label"
         parts = [judged.detection.reason, judged.cause]
         if label is not None and label.answer is not None:
             parts.append(f"{label.reason}: {label.answer} (nll {label.nll:.3f})")

@@ -48,7 +48,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         version=manifest["versions"]["robustft"],
         finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         counts=Counts(**{name: counts[name] for name in Counts.__dataclass_fields__}),
-        reasons=result.reasons,
+        reasons={why: n for why, n in result.reasons.items() if why != "keep: found clean"},
         reject_reasons=result.reject_reasons,
         before=dict(sorted(result.answers_before.items())),
         after=dict(sorted(result.answers_after.items())),
