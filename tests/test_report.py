@@ -94,7 +94,11 @@ def sample(**changes: object) -> ReportData:
         version="0.1.0",
         finished="2026-11-23 14:02",
         counts=Counts(input=302, clean=195, noisy=105, keep=195, relabel=53, drop=52, rejected=2),
-        reasons={"experts disagree with the answer": 88, "checker: inconsistent": 17},
+        reasons={
+            "keep: found clean": 195,
+            "relabel: new label from the experts": 53,
+            "drop: new label not among the most confident": 52,
+        },
         reject_reasons={"not valid JSON": 1, "answer outside the options": 1},
         before={"A": 71, "B": 132, "C": 97},
         after={"A": 38, "B": 150, "C": 60},
@@ -237,7 +241,7 @@ def test_hostile_data_stays_text() -> None:
         ({"suspects": (suspect(reason=""),)}, "no reason recorded"),
         ({"before": {}, "after": {}}, "No answer to count."),
         ({"scores_clean": None, "scores_noisy": None}, "No record was scored."),
-        ({"reasons": {}, "reject_reasons": {}}, "Nothing was flagged"),
+        ({"reasons": {}, "reject_reasons": {}}, "No reason was recorded."),
         ({"stage_seconds": {}}, "Not measured."),
     ],
 )
@@ -277,6 +281,20 @@ def test_histogram_edges() -> None:
         Histogram(1.0, 1.0, (0,))
     with pytest.raises(ValueError, match="at least one bin"):
         Histogram(0.0, 1.0, ())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_round_and_inside(low: float, width: float) -> None:
+    ticks = figures._ticks(low, low + width)
+    assert 2 <= len(ticks) <= 7
+    assert all(low - width * 1e-6 <= tick <= low + width * (1 + 1e-6) for tick in ticks)
+
+
+def test_ticks() -> None:
+    assert figures._ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert figures._ticks(0.0, 1.039) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert figures._ticks(0.0, 0.03) == pytest.approx([0, 0.01, 0.02, 0.03])
 
 
 def test_figure_layers_must_share_bins() -> None:

@@ -21,7 +21,7 @@ from robustft.report.data import (
     ReportData,
     Suspect,
 )
-from robustft.report.figures import Series
+from robustft.report.figures import Bar, Series
 from robustft.report.suspects import suspects_section
 
 __all__ = [
@@ -61,7 +61,10 @@ def render(summary: ReportData) -> str:
         _experts(summary),
         _run(summary),
     )
-    name = markup.plain(summary.source, 120)
+    name = markup.plain(Path(summary.source).name or summary.source, 120)
+    where = (
+        "" if name == markup.plain(summary.source) else f"{markup.plain(summary.source, 300)} · "
+    )
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -69,7 +72,7 @@ def render(summary: ReportData) -> str:
         "<meta name='referrer' content='no-referrer'><meta name='color-scheme' "
         f"content='light dark'><title>robustft: {name}</title><style>{style}</style></head>"
         f"<body><header><p class='brand'>robustft <span>cleaning report</span></p><h1>{name}</h1>"
-        f"<p class='when'>{markup.plain(summary.finished)} · version "
+        f"<p class='when'>{where}{markup.plain(summary.finished)} · version "
         f"{markup.plain(summary.version)}</p></header><main>{''.join(sections)}</main>"
         "<footer>Every record of the input has one line in <code>verdicts.jsonl</code> or "
         "<code>rejects.jsonl</code>.</footer></body></html>\n"
@@ -165,10 +168,10 @@ def _figures(summary: ReportData) -> str:
             "No answer to count.",
         ),
         _card(
-            "Why records were flagged or left out",
+            "Why records went where they did",
             "",
-            _counted(summary.reasons, "noisy") + _counted(summary.reject_reasons, "reject"),
-            "Nothing was flagged and nothing was left out.",
+            _counted(summary.reasons) + _counted(summary.reject_reasons),
+            "No reason was recorded.",
         ),
     ]
     return f"<section><h2>What the run saw</h2><div class='cards'>{''.join(cards)}</div></section>"
@@ -200,14 +203,20 @@ def _stacked(
     return figures.histogram(layers, x_label, mark) + _legend(series for series, _ in layers)
 
 
-def _counted(numbers: Mapping[str, int], tone: str) -> str:
+def _counted(numbers: Mapping[str, int]) -> str:
+    """The commonest reasons; those that start with an action have its colour."""
     rows = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))[:8]
-    whole = sum(number for _, number in rows)
-    if not whole:
+    if not sum(number for _, number in rows):
         return ""
     return figures.bars(
-        [(name, number, f"{number:,}") for name, number in rows], tone, "Records by reason."
+        [Bar(name, number, f"{number:,}", _tone(name)) for name, number in rows],
+        "Records by reason.",
     )
+
+
+def _tone(reason: str) -> str:
+    action = reason.partition(":")[0]
+    return action if action in ("keep", "relabel", "drop") else "reject"
 
 
 def _experts(summary: ReportData) -> str:
@@ -216,10 +225,11 @@ def _experts(summary: ReportData) -> str:
         body = "<p class='empty'>No expert was asked.</p>"
     else:
         agreement = [
-            (
+            Bar(
                 expert.name,
                 expert.agreed / expert.answered if expert.answered else 0.0,
                 f"{markup.percent(expert.agreed, expert.answered)} of {expert.answered:,}",
+                "keep",
             )
             for expert in summary.experts
         ]
@@ -231,8 +241,9 @@ def _experts(summary: ReportData) -> str:
         )
         body = (
             "<div class='cards'><figure class='card'><figcaption><h3>Agreement with the given "
-            "answer</h3><p>Share of the answers that could be read.</p></figcaption>"
-            + figures.bars(agreement, "keep", "Agreement with the given answer.", full=1.0)
+            "answer</h3><p>Share of the answers that could be read; for the checker, the share "
+            "that calls it right.</p></figcaption>"
+            + figures.bars(agreement, "Agreement with the given answer.", full=1.0)
             + "</figure><div class='card scroll'><h3>Work</h3><table><thead><tr><th>Expert</th>"
             "<th class='num'>asked</th><th class='num'>unread</th><th class='num'>tokens in</th>"
             f"<th class='num'>tokens out</th></tr></thead><tbody>{rows}</tbody></table></div></div>"
@@ -245,10 +256,9 @@ def _run(summary: ReportData) -> str:
     whole = sum(summary.stage_seconds.values())
     stages = figures.bars(
         [
-            (name, value, f"{markup.seconds(value)} · {markup.percent(value, whole)}")
+            Bar(name, value, f"{markup.seconds(value)} · {markup.percent(value, whole)}", "time")
             for name, value in summary.stage_seconds.items()
         ],
-        "time",
         "Seconds per stage.",
     )
     models = "".join(

@@ -7,6 +7,7 @@ sentence for screen readers and every mark a tooltip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,16 @@ class Series:
     """One coloured series; `tone` names a class of the style sheet (keep, relabel, drop …)."""
 
     name: str
+    tone: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One horizontal bar: its name, its length, and the text at its end."""
+
+    name: str
+    value: float
+    text: str
     tone: str
 
 
@@ -71,9 +82,8 @@ def histogram(
                     f"<title>{_number(low)} to {_number(low + step)}: "
                     f"{h.counts[i]:,} {series.name}</title></rect>"
                 )
-    for tick in range(5):
-        x = left + plot * tick / 4
-        value = first.low + (first.high - first.low) * tick / 4
+    for value in _ticks(first.low, first.high):
+        x = left + plot * (value - first.low) / (first.high - first.low)
         marks.append(f'<text class="tick mid" x="{x:.1f}" y="{base + 15}">{_number(value)}</text>')
     marks.append(
         f'<text class="axis mid" x="{left + plot / 2:.1f}" y="{base + 32}">{x_label}</text>'
@@ -117,20 +127,21 @@ def before_after(before: Mapping[str, int], after: Mapping[str, int], limit: int
     return _svg(int(len(names) * row), "".join(marks), "Answers before and after cleaning.")
 
 
-def bars(rows: Sequence[tuple[str, float, str]], tone: str, said: str, full: float = 0.0) -> str:
-    """One horizontal bar a row: (name, length, text at its end); `full` is the longest length."""
-    longest = max([full, *(value for _, value, _ in rows)]) or 1.0
-    row, marks = 34.0, []
-    for index, (name, value, text) in enumerate(rows):
-        y = index * row
-        width = max(WIDTH * value / longest, 1.5 if value else 0.0)
+def bars(rows: Sequence[Bar], said: str, full: float = 0.0) -> str:
+    """One horizontal bar a row; `full` is the length that fills the width, else the longest is."""
+    longest = max([full, *(bar.value for bar in rows)]) or 1.0
+    height, marks = 34.0, []
+    for index, bar in enumerate(rows):
+        y = index * height
+        width = max(WIDTH * bar.value / longest, 1.5 if bar.value else 0.0)
+        name = markup.plain(bar.name, 44) + "…" * (len(bar.name) > 44)
         marks.append(
-            f'<text class="label" x="0" y="{y + 12}">{markup.plain(name, 40)}</text>'
-            f'<text class="tick end" x="{WIDTH}" y="{y + 12}">{markup.plain(text)}</text>'
+            f'<text class="label" x="0" y="{y + 12}">{name}</text>'
+            f'<text class="tick end" x="{WIDTH}" y="{y + 12}">{markup.plain(bar.text)}</text>'
             f'<rect class="track" x="0" y="{y + 17}" width="{WIDTH}" height="8" rx="3"/>'
-            f'<rect class="{tone}" x="0" y="{y + 17}" width="{width:.2f}" height="8" rx="3"/>'
+            f'<rect class="{bar.tone}" x="0" y="{y + 17}" width="{width:.2f}" height="8" rx="3"/>'
         )
-    return _svg(int(len(rows) * row), "".join(marks), said)
+    return _svg(int(len(rows) * height), "".join(marks), said)
 
 
 def gauge(share: float) -> str:
@@ -169,6 +180,16 @@ def _round_up(value: int) -> int:
     while value > 10 * power:
         power *= 10
     return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers in [low, high], as far as there are that many."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(
+        part * power for part in (0.2, 0.25, 0.5, 1.0, 2.0) if high - low <= 5 * part * power
+    )
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _short(value: int) -> str:
