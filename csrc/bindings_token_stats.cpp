@@ -34,6 +34,9 @@ ts::Logits view(const py::array& logits) {
         throw py::value_error("logits must be [outer, inner, vocab] with vocab >= 1");
     }
     const py::ssize_t size = logits.itemsize();
+    // Where nothing is read strides mean nothing, and numpy makes some up.
+    if (logits.size() == 0)
+        return {nullptr, type, logits.shape(0), logits.shape(1), logits.shape(2), 0, 0};
     if (logits.shape(2) > 1 && logits.strides(2) != size) {
         throw py::value_error("logits must have unit stride in the last dimension");
     }

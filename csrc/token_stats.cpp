@@ -161,7 +161,9 @@ void finish(const RowPartial& p, const Transform& z, bool has_target, std::int64
     const bool defined = !is_nan && std::isfinite(p.max);
     const double log_sum = std::log(p.sum), top = z(p.max);
     const auto put = [row](Real* where, double value) { where[row] = static_cast<Real>(value); };
-    put(out.entropy, defined ? std::max(0.0, log_sum - p.weighted / p.sum) : nan);
+    // Masked columns weigh 2^-125 each, not nothing: what they add is no entropy.
+    const double entropy = log_sum - p.weighted / p.sum;
+    put(out.entropy, defined ? (entropy < 1e-30 ? 0 : entropy) : nan);
     put(out.logsumexp, defined ? top + log_sum : is_nan ? nan : p.max);
     put(out.max_logprob, defined ? 0.0 - log_sum : nan);
     put(out.margin, defined ? top - z(p.second) : nan);

@@ -2,29 +2,178 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import pytest
 import torch
 
 from robustft_kernels import linear_token_stats
+from robustft_kernels.linear_token_stats import linear_token_stats_op
 from robustft_kernels.reference import token_stats_reference
+from robustft_kernels.testing import violations
+from robustft_kernels.token_stats import native
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def problem(dtype: torch.dtype, n: int = 700, vocab: int = 9001) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(n, 16, generator=generator).to(dtype)
+    weight = torch.randn(vocab, 16, generator=generator).to(dtype)
+    bias = torch.randn(vocab, generator=generator).to(dtype)
+    target = torch.randint(vocab, (n,), generator=generator)
+    target[3] = -100
+    return hidden, weight, bias, target
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_matches_logits_in_float64(with_bias: bool) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(3, 200, 16, dtype=torch.float64)
-    weight = torch.randn(9001, 16, dtype=torch.float64)
-    bias = torch.randn(9001, dtype=torch.float64) if with_bias else None
-    target = torch.randint(9001, (3, 200))
-    target[0, 0] = -100
-    logits = hidden @ weight.T + (0 if bias is None else bias)
+@pytest.mark.parametrize("without_core", [False, True])
+def test_float64_is_exact(
+    with_bias: bool, without_core: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias, target = problem(torch.float64, n=600, vocab=5001)
+    if without_core:
+        for name in ("token_stats", "linear_token_stats"):
+            module = sys.modules[f"robustft_kernels.{name}"]  # the attribute is the function
+            monkeypatch.setattr(module, "native", lambda: None)
+    bias[7] = -math.inf
+    target[9] = 7
+    logits = hidden @ weight.T + (bias if with_bias else 0)
     found = linear_token_stats(
-        hidden, weight, target, bias=bias, softcap=30.0, logit_scale=0.5, temperature=0.8
+        hidden.view(2, 300, 16),
+        weight,
+        target.view(2, 300),
+        bias=bias if with_bias else None,
+        softcap=30.0,
+        logit_scale=0.5,
+        temperature=0.8,
     )
-    expected = token_stats_reference(logits * 0.5, target, softcap=30.0, temperature=0.8)
-    for name in ("entropy", "logprob", "logsumexp", "max_logprob", "margin"):
-        torch.testing.assert_close(
-            getattr(found, name), getattr(expected, name), atol=1e-12, rtol=1e-12, equal_nan=True
+    expected = token_stats_reference(
+        (logits * 0.5).view(2, 300, -1), target.view(2, 300), softcap=30.0, temperature=0.8
+    )
+    assert not violations(found, expected, absolute=1e-12, relative=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_good_as_the_logits_of_that_dtype(dtype: torch.dtype) -> None:
+    hidden, weight, bias, target = problem(dtype)
+    exact = token_stats_reference(hidden.double() @ weight.double().T + bias.double(), target)
+    plain = token_stats_reference(torch.nn.functional.linear(hidden, weight, bias), target)
+    found = linear_token_stats(hidden, weight, target, bias=bias)
+    for name in ("entropy", "logprob", "logsumexp", "max_logprob"):
+        ours = (getattr(found, name) - getattr(exact, name)).abs().nan_to_num()
+        theirs = (getattr(plain, name) - getattr(exact, name)).abs().nan_to_num()
+        assert ours.max() <= 1.5 * theirs.max() + 1e-5, name
+    assert torch.equal(found.rank == 0, found.argmax == target)
+
+
+def test_vocab_size_and_sequences() -> None:
+    hidden, weight, _, target = problem(torch.float32, n=20, vocab=100)
+    target %= 60
+    target[3] = -100
+    found = linear_token_stats(
+        hidden, weight, target, vocab_size=60, cu_seqlens=torch.tensor([0, 5, 20])
+    )
+    exact = token_stats_reference(hidden.double() @ weight[:60].double().T, target)
+    assert not violations(found, exact, absolute=1e-5, relative=1e-5)
+    assert found.sequences is not None
+    assert found.sequences.tokens.tolist() == [4, 15]
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
+def test_gradcheck(needs: tuple[bool, bool, bool]) -> None:
+    torch.manual_seed(1)
+    shapes = [(6, 3), (5, 3), (5,)]
+    h, w, b = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=need)
+        for shape, need in zip(shapes, needs, strict=True)
+    )
+    t = torch.tensor([0, 1, 2, 3, 4, -100])
+
+    def outputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden, weight, bias = tensors
+        s = linear_token_stats(hidden, weight, t, bias=bias, softcap=3.0, logit_scale=2.0)
+        return s.entropy, s.logprob[:5], s.logsumexp, s.max_logprob
+
+    assert torch.autograd.gradcheck(outputs, (h, w, b))
+
+
+def test_opcheck() -> None:
+    hidden, weight, bias, target = problem(torch.float32, n=5, vocab=11)
+    target[3] = 0  # opcheck compares NaN as unequal
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    torch.library.opcheck(
+        linear_token_stats_op, (hidden, weight, target, bias, 0.9, 0.0, -100, "auto")
+    )
+
+
+def test_compiles_whole_and_dynamic() -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def loss(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        s = linear_token_stats(h, w, t)
+        return (s.entropy - s.logprob).mean()
+
+    hidden, weight, _, target = problem(torch.float32, n=8, vocab=40)
+    target[3] = 0
+    for n in (4, 8):
+        h = hidden[:n].clone().requires_grad_()
+        loss(h, weight, target[:n]).backward()
+        g = hidden[:n].clone().requires_grad_()
+        s = linear_token_stats(g, weight, target[:n])
+        (s.entropy - s.logprob).mean().backward()
+        torch.testing.assert_close(h.grad, g.grad)
+
+
+def test_meta_autocast_and_empty() -> None:
+    meta = linear_token_stats(
+        torch.empty(2, 3, 8, device="meta"), torch.empty(50, 8, device="meta")
+    )
+    assert meta.entropy.shape == (2, 3)
+    hidden, weight, _, target = problem(torch.float32, n=8, vocab=40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = linear_token_stats(hidden, weight, target)
+    outside = linear_token_stats(hidden.bfloat16(), weight.bfloat16(), target)
+    assert torch.equal(inside.entropy, outside.entropy)
+    assert linear_token_stats(hidden[:0], weight).entropy.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"weight": torch.randn(5, 4)}, ValueError, r"hidden must be \[..., D\]"),
+        ({"weight": torch.randn(5, 3).double()}, TypeError, "weight must be torch.float32"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[5\], got \(4,\)"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and above 0"),
+        ({"design": "best"}, ValueError, "design must be"),
+        ({"design": "fused"}, ValueError, "design 'fused' needs"),
+        ({"vocab_size": 6}, ValueError, r"vocab_size must be in \[1, 5\], got 6"),
+        ({"target_ids": torch.tensor([0, 5])}, ValueError, "got 5 at position 1"),
+    ],
+)
+def test_bad_arguments(arguments: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        linear_token_stats(
+            **({"hidden": torch.randn(2, 3), "weight": torch.randn(5, 3)} | arguments)
         )
-    assert torch.equal(found.argmax, expected.argmax)
-    assert torch.equal(found.rank, expected.rank)
+
+
+def test_memory_does_not_grow_with_n_times_v() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor):
+                    Largest.size = max(Largest.size, x.untyped_storage().nbytes())
+            return out
+
+    hidden, weight, _, target = problem(torch.float32, n=3000, vocab=20000)
+    with Largest():
+        linear_token_stats(hidden, weight, target)
+    assert native() is not None
+    assert Largest.size <= 8 << 20  # one tile; the logits would be 240 MB

@@ -6,6 +6,7 @@ from robustft_kernels.answer_consistency import Consistency, answer_consistency
 from robustft_kernels.generation import TokenStatsLogitsProcessor
 from robustft_kernels.linear_token_stats import linear_token_stats
 from robustft_kernels.results import PartialTokenStats, SequenceStats, TokenStats
+from robustft_kernels.sharding import partial_token_stats, shard_target_logits
 from robustft_kernels.token_stats import token_stats
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "TokenStatsLogitsProcessor",
     "answer_consistency",
     "linear_token_stats",
+    "partial_token_stats",
+    "shard_target_logits",
     "token_stats",
 ]

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustft_kernels.reference import Grads, Seven, columns, empty_columns
+from robustft_kernels.reference import (
+    Grads,
+    Seven,
+    columns,
+    empty_columns,
+)
 from robustft_kernels.results import PartialTokenStats, TokenStats, finish, merge_partials
 from robustft_kernels.token_stats import (
     FLOATS,
@@ -32,26 +37,30 @@ WORKSPACE = 256 << 20
 
 
 def target_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, ignore_index: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The targets' logits [N] in hidden's dtype; NaN where there is no target.
+    """The targets' logits [N] in dtype; NaN where there is no target.
 
     Computed ahead of the tiles and put in their place in them, so that logprob, rank and argmax
     agree on one value whatever the rounding of the matrix product.
     """
-    out = hidden.new_empty(hidden.shape[0])
-    step = max(1, (1 << 20) // hidden.shape[1])
+    out = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    wide = _wide(hidden)
+    step = max(1, (1 << 20) // max(1, hidden.shape[1]))
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, start + step)
         ids = target_ids[rows]
         inside = (ids != ignore_index) & (ids >= 0) & (ids < weight.shape[0])
         safe = ids.where(inside, 0)
-        product = torch.linalg.vecdot(
-            hidden[rows].to(_wide(hidden)), weight[safe].to(_wide(hidden))
-        )
+        product = torch.linalg.vecdot(hidden[rows].to(wide), weight[safe].to(wide))
         if bias is not None:
             product = product + bias[safe]
-        out[rows] = product.to(hidden.dtype).masked_fill(~inside, torch.nan)
+        out[rows] = product.to(dtype).masked_fill(~inside, torch.nan)
     return out
 
 
@@ -80,7 +89,8 @@ def _tiled(
     n, vocab = hidden.shape[0], weight.shape[0]
     levels = None
     if target_ids is not None:
-        levels = target_logits(hidden, weight, bias, target_ids, ignore_index)
+        check_range(target_ids, vocab, ignore_index)
+        levels = target_logits(hidden, weight, bias, target_ids, ignore_index, hidden.dtype)
     workspace = hidden.new_empty(min(n, CPU_ROWS) * min(vocab, CPU_COLUMNS))
     totals: list[PartialTokenStats | None] = [None] * math.ceil(n / CPU_ROWS)
     for first in range(0, vocab, CPU_COLUMNS):
@@ -160,6 +170,30 @@ def _chunked(
     return out
 
 
+def _fused(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> Seven:
+    """GPU: one kernel multiplies and reduces; no logit reaches memory."""
+    from robustft_kernels import linear_token_stats_triton as launch
+
+    if hidden.device.type != "cuda" or not launch.fits(hidden, weight):
+        raise ValueError(
+            "design 'fused' needs 16- or 32-bit tensors on CUDA or ROCm, D a multiple of 64 and "
+            f"16-byte aligned rows, got {hidden.dtype} {tuple(hidden.shape)} on {hidden.device}"
+        )
+    levels = None
+    if target_ids is not None:
+        levels = target_logits(hidden, weight, bias, target_ids, ignore_index, torch.float32)
+    found: Seven = launch.forward(hidden, weight, target_ids, levels, bias, temperature, softcap)
+    return found
+
+
 def rows_per_chunk(n: int, vocab: int, dtype: torch.dtype) -> int:
     """How many rows of logits the workspace holds; a multiple of 128 where it can be."""
     rows = max(1, WORKSPACE // (vocab * dtype.itemsize))
@@ -190,6 +224,8 @@ def linear_token_stats_op(
     options = (temperature, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         core = native() if hidden.device.type == "cpu" else None
+        if design == "fused":
+            return _fused(hidden, weight, target_ids, bias, *options)
         if core is not None:
             return _tiled(core, hidden, weight, target_ids, bias, *options)
         return _chunked(hidden, weight, target_ids, bias, *options)
@@ -343,7 +379,8 @@ def linear_token_stats(
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
         cast = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(cast), weight.to(cast)
     if weight.dtype != hidden.dtype:
@@ -354,7 +391,7 @@ def linear_token_stats(
         raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], got {vocab_size}")
     if weight.shape[0] < 1:
         raise ValueError("weight must have at least one row, got none")
-    if not (math.isfinite(logit_scale) and logit_scale > 0):
+    if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite and above 0, got {logit_scale}")
     if design not in ("auto", "chunked", "fused"):
         raise ValueError(f"design must be 'auto', 'chunked' or 'fused', got {design!r}")

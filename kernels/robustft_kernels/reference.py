@@ -96,6 +96,17 @@ def empty_columns(like: Tensor, shape: torch.Size) -> Seven:
     return a, b, c, d, i, e, j
 
 
+def check_range(target_ids: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError for a target [N] that is neither a column nor ignore_index."""
+    wrong = (target_ids != ignore_index) & ((target_ids < 0) | (target_ids >= vocab))
+    if wrong.any():
+        where = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target_ids must be in [0, {vocab}) or ignore_index {ignore_index}, "
+            f"got {int(target_ids[where])} at position {where}"
+        )
+
+
 def forward_by_reference(
     logits: Tensor,
     target_ids: Tensor | None,
@@ -110,13 +121,7 @@ def forward_by_reference(
     x = logits.reshape(-1, logits.shape[-1])
     targets = None if target_ids is None else target_ids.reshape(-1)
     if targets is not None:
-        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= x.shape[1]))
-        if wrong.any():
-            where = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"target_ids must be in [0, {x.shape[1]}) or ignore_index {ignore_index}, "
-                f"got {int(targets[where])} at position {where}"
-            )
+        check_range(targets, x.shape[1], ignore_index)
     step = max(1, (1 << 22) // x.shape[1])
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -145,6 +145,9 @@ def finish(p: PartialTokenStats) -> TokenStats:
     is_nan = p.sum_exp.isnan()
     defined = ~is_nan & p.max.isfinite()
     log_sum = p.sum_exp.log()
+    entropy = log_sum - p.weighted / p.sum_exp
+    # Kernels give masked columns the weight 2^-125, not zero: what they add is no entropy.
+    entropy = torch.where(entropy < 1e-30, 0.0, entropy)
     top = transform(p.max, p.temperature, p.softcap)
     nan = torch.full_like(top, torch.nan)
     logprob = rank = None
@@ -153,7 +156,7 @@ def finish(p: PartialTokenStats) -> TokenStats:
         logprob = torch.where(defined, (target - top) - log_sum, nan)
         rank = p.rank.masked_fill(is_nan | p.target_logit.isnan(), -1)
     return TokenStats(
-        entropy=torch.where(defined, (log_sum - p.weighted / p.sum_exp).clamp_min(0), nan),
+        entropy=torch.where(defined, entropy, nan),
         logprob=logprob,
         logsumexp=torch.where(defined, top + log_sum, torch.where(is_nan, nan, p.max)),
         max_logprob=torch.where(defined, -log_sum, nan),
@@ -175,4 +178,18 @@ def reshape(stats: TokenStats, shape: torch.Size) -> TokenStats:
         argmax=stats.argmax.reshape(shape),
         margin=stats.margin.reshape(shape),
         rank=None if stats.rank is None else stats.rank.reshape(shape),
+    )
+
+
+def reshape_partial(p: PartialTokenStats, shape: torch.Size, start: int) -> PartialTokenStats:
+    """The same partial with every tensor in the given shape and argmax moved up by `start`."""
+    return replace(
+        p,
+        max=p.max.reshape(shape),
+        second=p.second.reshape(shape),
+        sum_exp=p.sum_exp.reshape(shape),
+        weighted=p.weighted.reshape(shape),
+        argmax=p.argmax.reshape(shape) + start,
+        target_logit=None if p.target_logit is None else p.target_logit.reshape(shape),
+        rank=None if p.rank is None else p.rank.reshape(shape),
     )

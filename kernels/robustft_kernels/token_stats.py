@@ -60,7 +60,7 @@ def flat_ids(target_ids: Tensor | None) -> Any:
 
 @functools.cache
 def triton_module() -> Any:
-    """The launchers of the Triton kernels, or None where Triton is not installed."""
+    """The launcher of the Triton kernel, or None where Triton is not installed."""
     try:
         return importlib.import_module("robustft_kernels.token_stats_triton")
     except ImportError:
@@ -123,7 +123,8 @@ def backward(
         return
     saved = (target_ids, entropy, max_logprob, argmax)
     if launch is not None:
-        launch.backward(grads, x, *saved, *options, out)
+        gradient = importlib.import_module("robustft_kernels.gradient_triton")
+        gradient.backward(grads, x, *saved, *options, out)
     else:
         out.copy_(backward_by_reference(grads, x, *saved, *options))
 
@@ -248,9 +249,9 @@ token_stats_op.register_autograd(_differentiate, setup_context=_save)
 
 def check_options(temperature: float, softcap: float | None) -> float:
     """The soft cap as the operators take it (0: none); raises ValueError."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be None or finite and above 0, got {softcap}")
     return softcap or 0.0
 

@@ -1,0 +1,268 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return"
+"""Token statistics of hidden @ weight.T in one Triton kernel: no logit reaches memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from robustft_kernels.partials_triton import LOG2E, Partials, on, scaled
+from robustft_kernels.reference import Seven, empty_columns
+
+# Columns per program. Fixed, so that a row's sums are formed in one order whatever the batch.
+CHUNK = 4096
+
+
+@triton.jit
+def _absorb(
+    x,  # [N, V] float32 logits of one tile
+    column,  # [V]
+    end,
+    level,  # [N] the target's logit, its column, and the running state
+    target,
+    m,
+    second,
+    s,
+    w,
+    best,
+    count,
+    rate,
+    cap,
+    HAS_TARGET: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Fold one tile into the running state; see the logits kernel for the arithmetic."""
+    if HAS_TARGET:
+        # One value for the target everywhere, so that rank, argmax and logprob agree.
+        x = tl.where(column[None, :] == target[:, None], level[:, None], x)
+        ahead = (x > level[:, None]) | ((x == level[:, None]) & (column[None, :] < target[:, None]))
+        count += tl.sum((ahead & (column < end)[None, :]).to(tl.int32), axis=1)
+    x = tl.where((column < end)[None, :], x, float("-inf"))
+    top = tl.max(x, axis=1)
+    at = tl.min(tl.where(x == top[:, None], column[None, :], 2147483647), axis=1)
+    others = tl.max(tl.where(column[None, :] == at[:, None], float("-inf"), x), axis=1)
+    second = tl.maximum(tl.minimum(m, top), tl.maximum(second, others))
+    best = tl.where((top > m) | (best < 0), at, best)
+    new = tl.maximum(m, top)
+    # An infinite maximum counts from zero, so that inf - inf never occurs.
+    origin = tl.where(tl.abs(new) == float("inf"), 0.0, new)
+    if CAPPED:
+        z_origin = scaled(origin, rate, cap, CAPPED)
+        shift = scaled(m, rate, cap, CAPPED) - z_origin
+        d = scaled(x, rate, cap, CAPPED) - z_origin[:, None]
+    else:
+        shift = (m - origin) * rate
+        d = (x - origin[:, None]) * rate
+    shift = tl.maximum(shift, -126.0)
+    alpha = tl.exp2(shift)
+    d = tl.where(d < -126.0, -126.0, d)
+    e = tl.exp2(d)
+    w = alpha * (w + shift * s) + tl.sum(e * d, axis=1)
+    s = alpha * s + tl.sum(e, axis=1)
+    return new, second, s, w, best, count
+
+
+@triton.jit
+def linear_partial_kernel(
+    hidden,  # [N, D]: a descriptor with blocks [BLOCK_N, BLOCK_D], or a pointer
+    weight,  # [V, D]: a descriptor with blocks [BLOCK_V, BLOCK_D], or a pointer
+    bias_ptr,  # [V], or a dummy
+    target_ptr,  # [N] int64 columns, or a dummy
+    level_ptr,  # [N] float32: the target's logit, NaN without one
+    max_ptr,  # [chunks, N] float32, and so on down to rank_ptr
+    second_ptr,
+    sum_ptr,
+    weighted_ptr,
+    argmax_ptr,  # [chunks, N] int64
+    rank_ptr,
+    hidden_stride,
+    weight_stride,
+    rows,
+    vocab,
+    width,  # D, a multiple of BLOCK_D where pointers are used
+    rate,  # log2(e) / temperature
+    cap,
+    HAS_TARGET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TMA: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_N rows against one chunk of the vocabulary, BLOCK_V columns at a time."""
+    # Row blocks vary fastest: programs that run together share the chunk's weights in L2.
+    blocks = tl.cdiv(rows, BLOCK_N)
+    pid = tl.program_id(0)
+    chunk = pid // blocks
+    first_row = pid % blocks * BLOCK_N
+    row = first_row + tl.arange(0, BLOCK_N)
+    live = row < rows
+    begin = chunk * CHUNK
+    end = tl.minimum(begin + CHUNK, vocab)
+
+    level = tl.full([BLOCK_N], float("nan"), tl.float32)
+    target = tl.full([BLOCK_N], -1, tl.int32)
+    if HAS_TARGET:
+        level = tl.load(level_ptr + row, mask=live, other=float("nan"))
+        target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
+        target = tl.where(level == level, target, -1)
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    second = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_N], tl.float32)
+    w = tl.zeros([BLOCK_N], tl.float32)
+    best = tl.full([BLOCK_N], -1, tl.int32)
+    count = tl.zeros([BLOCK_N], tl.int32)
+    if not TMA:
+        inside = tl.arange(0, BLOCK_D)
+        # Rows and columns past the end read the last one; what they give is dropped below.
+        at_row = tl.minimum(row, rows - 1).to(tl.int64) * hidden_stride
+        a_ptr = hidden + at_row[:, None] + inside[None, :]
+
+    for start in range(begin, end, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        x = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        if TMA:
+            for d in range(0, width, BLOCK_D):
+                a = hidden.load([first_row, d])  # [BLOCK_N, BLOCK_D]
+                b = weight.load([start, d])  # [BLOCK_V, BLOCK_D]
+                x = tl.dot(a, b.T, x, input_precision=PRECISION)
+        else:
+            at_column = tl.minimum(column, vocab - 1).to(tl.int64) * weight_stride
+            b_ptr = weight + at_column[None, :] + inside[:, None]
+            for d in range(0, width, BLOCK_D):
+                a = tl.load(a_ptr + d)  # [BLOCK_N, BLOCK_D]
+                b = tl.load(b_ptr + d)  # [BLOCK_D, BLOCK_V]
+                x = tl.dot(a, b, x, input_precision=PRECISION)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
+        m, second, s, w, best, count = _absorb(
+            x,
+            column,
+            end,
+            level,
+            target,
+            m,
+            second,
+            s,
+            w,
+            best,
+            count,
+            rate,
+            cap,
+            HAS_TARGET,
+            CAPPED,
+        )
+
+    out = chunk.to(tl.int64) * rows + row
+    tl.store(max_ptr + out, m, mask=live)
+    tl.store(second_ptr + out, second, mask=live)
+    tl.store(sum_ptr + out, s, mask=live)
+    tl.store(weighted_ptr + out, w * 0.6931471805599453, mask=live)
+    # A row of NaN has no maximum to find; its sums say so.
+    tl.store(argmax_ptr + out, tl.minimum(best, vocab - 1).to(tl.int64), mask=live)
+    if HAS_TARGET:
+        tl.store(rank_ptr + out, count.to(tl.int64), mask=live)
+
+
+def tile_shape(dtype: torch.dtype, capped: bool, arch: str | int) -> dict[str, Any]:
+    """Tile and launch options for a CUDA capability (80, 90 ...) or an AMD gfx name.
+
+    The largest tiles that keep the epilogue in registers on every target.
+    """
+    tma = isinstance(arch, int) and arch >= 90
+    if dtype == torch.float32:  # full precision has no tensor core to fill
+        tile = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    elif tma:
+        tile = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4}
+    elif isinstance(arch, int):
+        tile = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4}
+    else:
+        tile = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
+    if capped:
+        tile["BLOCK_V"] = 64
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    return {**tile, "TMA": tma, "PRECISION": precision}
+
+
+def arch_of(device: torch.device) -> str | int:
+    """What `tile_shape` calls the device; the interpreter passes for sm_80."""
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def fits(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel can read both: 16-byte aligned rows, D a multiple of its blocks."""
+    return all(
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.stride(1) == 1
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and x.shape[1] % 64 == 0
+        and x.shape[0] < 2**31
+        for x in (hidden, weight)
+    )
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor | None,
+    target_logits: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    **tuning: Any,
+) -> Seven:
+    """`linear_token_stats` of hidden [N, D] and weight [V, D] that `fits` accepts.
+
+    target_logits [N] float32 are the targets' logits, NaN where there is none.
+    """
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    chunk = tuning.pop("CHUNK", CHUNK)
+    partials = Partials(triton.cdiv(vocab, chunk), rows, hidden.device)
+    out = empty_columns(hidden, torch.Size([rows]))
+    if rows == 0:
+        return out
+    tile = tile_shape(hidden.dtype, softcap > 0, arch_of(hidden.device)) | tuning
+    n, v, d = tile["BLOCK_N"], tile["BLOCK_V"], tile["BLOCK_D"]
+    operands: tuple[Any, Any] = (hidden, weight)
+    if tile["TMA"]:
+        operands = (
+            TensorDescriptor.from_tensor(hidden, [n, d]),
+            TensorDescriptor.from_tensor(weight, [v, d]),
+        )
+    if target_logits is not None:
+        partials.level = target_logits
+    with on(hidden.device):
+        linear_partial_kernel[(triton.cdiv(rows, n) * partials.chunks,)](
+            *operands,
+            partials.level if bias is None else bias,
+            partials.argmax if target_ids is None else target_ids.to(torch.int64),
+            *partials.pointers(),
+            hidden.stride(0),
+            weight.stride(0),
+            rows,
+            vocab,
+            hidden.shape[1],
+            LOG2E / temperature,
+            softcap,
+            HAS_TARGET=target_ids is not None,
+            HAS_BIAS=bias is not None,
+            CAPPED=softcap > 0,
+            CHUNK=chunk,
+            **tile,
+        )
+    partials.finish(out, target_ids is not None, temperature, softcap)
+    return out

@@ -1,0 +1,168 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return"
+"""What the Triton kernels share: the logit transform, chunk partials and their finish."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from robustft_kernels.reference import Seven
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _tanh(u):
+    """About 2 ulp (Cephes tanhf): odd polynomial near zero, an exponential elsewhere."""
+    size = tl.abs(u)
+    size = tl.where(size > 9.1, 9.1, size)  # keeps NaN, as tl.minimum does not
+    e = tl.exp2(size * -2.8853900817779268)
+    far = (1.0 - e) / (1.0 + e)
+    square = u * u
+    p = -5.70498872745e-3 * square + 2.06390887954e-2
+    p = p * square - 5.37397155531e-2
+    p = p * square + 1.33314422036e-1
+    p = p * square - 3.33332819422e-1
+    near = p * square * u + u
+    return tl.where(size > 0.625, tl.where(u < 0.0, -far, far), near)
+
+
+@triton.jit
+def scaled(x, rate, cap, CAPPED: tl.constexpr):
+    """Scaled logits in base-2 units; infinite ones do not go through the cap."""
+    if CAPPED:
+        x = tl.where(tl.abs(x) == float("inf"), x, cap * _tanh(x * (1.0 / cap)))
+    return x * rate
+
+
+@triton.jit
+def finish_kernel(
+    max_ptr,  # [chunks, N] partials
+    second_ptr,
+    sum_ptr,
+    weighted_ptr,
+    argmax_ptr,
+    rank_ptr,
+    level_ptr,  # [N]
+    entropy_ptr,  # [N] results
+    logprob_ptr,
+    logsumexp_ptr,
+    max_logprob_ptr,
+    margin_ptr,
+    best_ptr,
+    place_ptr,
+    rows,
+    chunks,
+    rate,  # 1 / temperature
+    cap,
+    HAS_TARGET: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the chunks up in their order, then write the seven results."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = row < rows
+    top = tl.load(max_ptr + row, mask=live, other=0.0)
+    second = tl.load(second_ptr + row, mask=live, other=0.0)
+    s = tl.load(sum_ptr + row, mask=live, other=1.0)
+    w = tl.load(weighted_ptr + row, mask=live, other=0.0)
+    best = tl.load(argmax_ptr + row, mask=live, other=0)
+    place = tl.zeros([BLOCK], tl.int64)
+    if HAS_TARGET:
+        place = tl.load(rank_ptr + row, mask=live, other=0)
+    at = row
+    for _ in range(1, chunks):
+        at += rows
+        m = tl.load(max_ptr + at, mask=live, other=0.0)
+        m_second = tl.load(second_ptr + at, mask=live, other=0.0)
+        m_sum = tl.load(sum_ptr + at, mask=live, other=1.0)
+        m_weighted = tl.load(weighted_ptr + at, mask=live, other=0.0)
+        m_best = tl.load(argmax_ptr + at, mask=live, other=0)
+        if HAS_TARGET:
+            place += tl.load(rank_ptr + at, mask=live, other=0)
+        new = tl.maximum(top, m)
+        origin = tl.where(tl.abs(new) == float("inf"), 0.0, new)
+        z = scaled(origin, rate, cap, CAPPED)
+        down = tl.maximum(scaled(top, rate, cap, CAPPED) - z, -87.0)
+        m_down = tl.maximum(scaled(m, rate, cap, CAPPED) - z, -87.0)
+        share, m_share = tl.exp(down), tl.exp(m_down)
+        w = share * (w + down * s) + m_share * (m_weighted + m_down * m_sum)
+        s = share * s + m_share * m_sum
+        second = tl.maximum(tl.minimum(top, m), tl.maximum(second, m_second))
+        best = tl.where(m > top, m_best, best)
+        top = new
+
+    is_nan = s != s
+    defined = (s == s) & (tl.abs(top) != float("inf"))
+    nan = float("nan")
+    log_sum = tl.log(s)
+    z_top = scaled(top, rate, cap, CAPPED)
+    entropy = log_sum - w / s
+    entropy = tl.where(entropy < 1e-30, 0.0, entropy)  # masked columns weigh 2^-126, not nothing
+    logsumexp = tl.where(defined, z_top + log_sum, tl.where(is_nan, nan, top))
+    margin = z_top - scaled(second, rate, cap, CAPPED)
+    tl.store(entropy_ptr + row, tl.where(defined, entropy, nan), mask=live)
+    tl.store(logsumexp_ptr + row, logsumexp, mask=live)
+    tl.store(max_logprob_ptr + row, tl.where(defined, 0.0 - log_sum, nan), mask=live)
+    tl.store(margin_ptr + row, tl.where(defined, margin, nan), mask=live)
+    tl.store(best_ptr + row, tl.where(is_nan, -1, best), mask=live)
+    logprob = tl.full([BLOCK], nan, tl.float32)
+    if HAS_TARGET:
+        level = tl.load(level_ptr + row, mask=live, other=0.0)
+        logprob = tl.where(defined, (scaled(level, rate, cap, CAPPED) - z_top) - log_sum, nan)
+        place = tl.where(is_nan | (level != level), -1, place)
+    else:
+        place -= 1
+    tl.store(logprob_ptr + row, logprob, mask=live)
+    tl.store(place_ptr + row, place, mask=live)
+
+
+def on(device: torch.device) -> Any:
+    """Make `device` current for a launch; nothing to do under the interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Partials:
+    """Uninitialised partial results [chunks, N] and the way from them to the outputs."""
+
+    def __init__(self, chunks: int, rows: int, device: torch.device) -> None:
+        self.chunks, self.rows, self.device = chunks, rows, device
+        self.reals = torch.empty((4, chunks, rows), dtype=torch.float32, device=device)
+        self.level = torch.empty(rows, dtype=torch.float32, device=device)
+        self.argmax = torch.empty((chunks, rows), dtype=torch.int64, device=device)
+        self.rank = torch.empty((chunks, rows), dtype=torch.int64, device=device)
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        """level, max, second, sum, weighted, argmax, rank."""
+        return (self.level, *self.reals.unbind(0), self.argmax, self.rank)
+
+    def finish(self, out: Seven, has_target: bool, temperature: float, softcap: float) -> None:
+        """Write the seven results from all chunks."""
+        level, *rest = self.pointers()
+        entropy, logprob, logsumexp, max_logprob, argmax, margin, rank = out
+        if self.rows == 0:
+            return
+        with on(self.device):
+            finish_kernel[(triton.cdiv(self.rows, 128),)](
+                *rest,
+                level,
+                entropy,
+                logprob,
+                logsumexp,
+                max_logprob,
+                margin,
+                argmax,
+                rank,
+                self.rows,
+                self.chunks,
+                1 / temperature,
+                softcap,
+                HAS_TARGET=has_target,
+                CAPPED=softcap > 0,
+                BLOCK=128,
+            )

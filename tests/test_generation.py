@@ -1,0 +1,37 @@
+"""The recorder gathers during generation what teacher forcing gives afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from robustft_kernels import TokenStatsLogitsProcessor, token_stats
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_recorder_matches_teacher_forcing() -> None:
+    torch.manual_seed(0)
+    steps = torch.randn(4, 2, 50)
+    recorder = TokenStatsLogitsProcessor(temperature=0.8)
+    for _ in range(2):  # a recorder can be used again
+        ids = torch.zeros(2, 3, dtype=torch.long)
+        for scores in steps:
+            assert recorder(ids, scores) is scores
+            ids = torch.cat([ids, torch.multinomial(scores.softmax(-1), 1)], 1)
+        nll, entropy = recorder.finish(ids)
+        expected = token_stats(steps.transpose(0, 1), ids[:, 3:], temperature=0.8)
+        assert torch.equal(nll, -expected.logprob)
+        assert torch.equal(entropy, expected.entropy)
+
+
+def test_nothing_generated() -> None:
+    nll, entropy = TokenStatsLogitsProcessor().finish(torch.zeros(2, 3, dtype=torch.long))
+    assert nll.shape == entropy.shape == (2, 0)
+
+
+def test_beams_are_refused() -> None:
+    recorder = TokenStatsLogitsProcessor()
+    recorder(torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 5))
+    with pytest.raises(ValueError, match="no beam search"):
+        recorder(torch.zeros(4, 4, dtype=torch.long), torch.randn(4, 5))
