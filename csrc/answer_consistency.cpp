@@ -98,38 +98,43 @@ class Worker {
     }
 
     // Tokens become ranks 0, 1, ... in order of first sight; ranks_ holds all answers end to end.
-    // shared_[rank] tells whether a second answer has it too: others match nothing.
+    // owner_[rank] is the only answer that has the token, or kShared: others match nothing.
     void rank() {
         begin_.assign(slots_ + 1, 0);
-        for (std::size_t slot = 0; slot < slots_; ++slot)
+        for (std::size_t slot = 0; slot < slots_; ++slot) {
             begin_[slot + 1] = begin_[slot] + size(slot);
+        }
         const std::size_t total = begin_[slots_];
         const std::size_t capacity = std::bit_ceil(std::max<std::size_t>(2 * total, 16));
         const int shift = 64 - std::countr_zero(capacity);
         table_.assign(capacity, Entry{0, -1});
         ranks_.resize(total);
-        owner_.clear();
-        shared_.clear();
+        owner_.resize(total);
+        Entry* const table = table_.data();
+        std::int32_t* const owner = owner_.data();
+        std::int32_t distinct = 0;
         for (std::size_t slot = 0; slot < slots_; ++slot) {
-            const std::int32_t* token = tokens(slot);
-            std::int32_t* out = ranks_.data() + begin_[slot];
+            const std::int32_t* const token = tokens(slot);
+            std::int32_t* const out = ranks_.data() + begin_[slot];
+            const auto self = static_cast<std::int32_t>(slot);
             for (std::size_t i = 0, n = size(slot); i < n; ++i) {
                 const auto key = static_cast<std::uint32_t>(token[i]);
                 std::size_t place = (key * 0x9E3779B97F4A7C15ULL) >> shift;
-                while (table_[place].rank >= 0 && table_[place].key != key) {
+                Entry entry = table[place];
+                while (entry.rank >= 0 && entry.key != key) {
                     place = (place + 1) & (capacity - 1);
+                    entry = table[place];
                 }
-                Entry& entry = table_[place];
                 if (entry.rank < 0) {
-                    entry = {key, static_cast<std::int32_t>(owner_.size())};
-                    owner_.push_back(static_cast<std::int32_t>(slot));
-                    shared_.push_back(0);
+                    entry = {key, distinct};
+                    table[place] = entry;
+                    owner[distinct++] = self;
                 }
-                const auto rank = static_cast<std::size_t>(entry.rank);
-                shared_[rank] |= owner_[rank] != static_cast<std::int32_t>(slot);
+                owner[entry.rank] = owner[entry.rank] == self ? self : kShared;
                 out[i] = entry.rank;
             }
         }
+        owner_.resize(static_cast<std::size_t>(distinct));
     }
 
     // The n-th occurrence of a token is a feature of its own: a multiset becomes a set of bits.
@@ -179,7 +184,7 @@ class Worker {
         std::int32_t rows = 1;
         last_.resize(owner_.size());
         for (std::size_t rank = 0; rank < owner_.size(); ++rank) {
-            last_[rank] = shared_[rank] ? rows++ : 0;
+            last_[rank] = owner_[rank] == kShared ? rows++ : 0;
         }
         std::size_t kept = 0, longest = 0;
         for (std::size_t slot = 0; slot < slots_; ++slot) {
@@ -203,11 +208,11 @@ class Worker {
             const std::size_t from = begin_[slot] + word * 64;
             const std::size_t to = std::min(from + 64, begin_[slot + 1]);
             for (std::size_t i = from; i < to; ++i) {
-                if (ranks_[i] == 0) continue;
                 std::uint64_t& mask = masks[static_cast<std::size_t>(ranks_[i]) * lanes_ + slot];
                 mask = set ? mask | (std::uint64_t{1} << (i - from)) : 0;
             }
         }
+        std::fill_n(masks, lanes_, 0);  // row 0 matches nothing
     }
 
     void aligned(float* agreement, bool lcs) {
@@ -266,6 +271,8 @@ class Worker {
         return bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << bits) - 1;
     }
 
+    static constexpr std::int32_t kShared = -1;
+
     struct Entry {
         std::uint32_t key;
         std::int32_t rank;
@@ -280,7 +287,6 @@ class Worker {
     std::vector<Entry> table_;
     std::vector<std::size_t> begin_;
     std::vector<std::int32_t> ranks_, owner_, next_, seen_, last_;
-    std::vector<std::uint8_t> shared_;
     std::vector<std::uint64_t> masks_, carry_, valid_;
     std::vector<std::int64_t> total_;
 };

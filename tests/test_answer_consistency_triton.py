@@ -96,6 +96,24 @@ def test_carries_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(ragged(4, (3, 9, 66), vocabulary=3), metric="lcs")
 
 
+def many_pairs(monkeypatch: pytest.MonkeyPatch, total: int, width: int) -> None:
+    from robustft_kernels import answer_consistency_triton
+
+    if not ON_GPU:  # the interpreter pays per operation, however many lanes it has
+        monkeypatch.setattr(answer_consistency_triton, "_WARP", 4096)
+    for metric in METRICS:
+        assert_same(ragged(6, (total // 120, 16, width), vocabulary=9), metric=metric)
+
+
+def test_thousands_of_pairs_equal_the_cpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    many_pairs(monkeypatch, 6_000, 10)
+
+
+@pytest.mark.slow
+def test_a_million_pairs_equal_the_cpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    many_pairs(monkeypatch, 1_000_000, 20)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")
 def test_on_the_gpu_at_size() -> None:
