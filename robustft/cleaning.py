@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import platform
 import resource
 import sys
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch
 
 import robustft
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
@@ -22,11 +23,10 @@ from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
 from robustft.files import atomic_file
 from robustft.pipeline import CleanResult, CleanRun, count_records
-from robustft.records import open_records
+from robustft.records import RecordSource, open_records, output_name
 from robustft.reporting import write_run_report
 from robustft.store import Stopwatch, Store, folder_lock
 
-_log = logging.getLogger("robustft")
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
 
 
@@ -102,13 +102,19 @@ def run_clean(
     if total == 0:
         why = f"; line {first.line}: {first.reason}" if first else ""
         raise UserError(f"{config.input}: no readable record ({rejects} rejected{why})")
+    _refuse_overwriting(config, source)
+    if config.threads:
+        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     with folder_lock(config.out), Store(config.out / "run.sqlite") as store:
         identity = config.fingerprint() | {"input": source.content_hash}
-        resumed = store.claim(identity)
+        del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
+        resumed = store.holds(identity)
         engine = engine or TransformersEngine(config.engine)
         embedder = embedder or Embedder(config.embedder)
         models = {"model": f"{engine.model_id}@{engine.revision}", "embedder": embedder.model_id}
         store.claim(models, name="models")
+        # Only now: a run that failed for a wrong --model or --device leaves the folder free.
+        store.claim(identity)
         announce(
             Announcement(
                 total, rejects, engine.model_id, embedder.model_id,
@@ -119,12 +125,23 @@ def run_clean(
         result = run.execute(total)
         result.counts["rejected"] = rejects
         result.counts["input"] = total + rejects
+        if truncated := getattr(engine, "truncated", 0):
+            result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
         result.seconds["total"] = round(watch.seconds(), 3)
         manifest = _manifest(config, result, store, engine, embedder, source.content_hash)
         with atomic_file(config.out / "manifest.json") as handle:
             handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
         write_run_report(config, result, manifest)
     return result
+
+
+def _refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
+    """No output may land on the input, nor among the files of an input folder."""
+    given, out = Path(config.input).resolve(), config.out.resolve()
+    if given.is_dir() and out.is_relative_to(given):
+        raise UserError(f"{config.out}: lies in the input folder; choose another --out")
+    if given in {out / output_name(source), out / "verdicts.jsonl", out / "rejects.jsonl"}:
+        raise UserError(f"{config.input}: would be overwritten; choose another --out")
 
 
 def _manifest(

@@ -36,7 +36,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
         _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
-        _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
+        warm = math.isfinite(self.temperature) and self.temperature >= 0
+        _require(warm, "temperature", "a finite number of at least 0", self.temperature)
         tokens = self.batch_tokens
         _require(tokens is None or tokens >= 1, "batch_tokens", "at least 1", tokens)
 

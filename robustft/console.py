@@ -8,6 +8,7 @@ from pathlib import Path
 import orjson
 
 from robustft.cleaning import Announcement
+from robustft.config import CleanConfig
 from robustft.models import DEFAULT_MODEL
 from robustft.pipeline import CleanResult
 from robustft.reporting import next_steps
@@ -28,25 +29,35 @@ def print_announcement(known: Announcement) -> None:
         print("robustft: resuming; what was asked before is not asked again", file=sys.stderr)
 
 
-def print_clean_summary(result: CleanResult) -> None:
+def print_clean_summary(result: CleanResult, config: CleanConfig) -> None:
     """What happened, where the files are and what to run next."""
-    counts = result.counts
-    print(f"{counts['input']} input lines: {counts['clean']} clean, {counts['noisy']} noisy, "
-          f"{counts['rejected']} rejected")  # fmt: skip
-    print(f"  kept       {counts['keep']:>8}")
-    print(f"  relabeled  {counts['relabel']:>8}")
-    print(f"  dropped    {counts['drop']:>8}")
-    print(f"  rejected   {counts['rejected']:>8}")
+    counts, out = result.counts, result.out
+    print(
+        f"{counts['input']} records: {counts['clean']} found clean, {counts['noisy']} noisy, "
+        f"{counts['rejected']} unreadable"
+    )
+    for action, meaning in (
+        ("keep", "as given"),
+        ("relabel", "new answer from the experts"),
+        ("drop", "noisy, and no new answer was confident enough"),
+        ("rejected", f"could not be read: see {out / 'rejects.jsonl'}"),
+    ):
+        if counts[action] or action != "rejected":
+            name = {"keep": "kept", "relabel": "relabeled", "drop": "dropped"}.get(action, action)
+            print(f"  {name:<10} {counts[action]:>8}  {meaning}")
     if result.weights and not result.powerless:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result.weights.items())
         print(f"votes         {shares}")
     print(f"training set  {result.cleaned}")
-    print(f"verdicts      {result.out / 'verdicts.jsonl'}")
-    print(f"report        {result.out / 'report.html'}")
+    print(f"report        {out / 'report.html'}  (open it in a browser)")
+    print(f"verdicts      {out / 'verdicts.jsonl'}")
     print(f"took          {result.seconds['total']:.0f} s")
-    print("next:")
-    for command in next_steps(result):
-        print(f"  {command}")
+    if steps := next_steps(config, result):
+        print("next:")
+        for command in steps:
+            print(f"  {command}")
+    else:
+        print("nothing is left to train on: the report says why; a larger --beta keeps more")
 
 
 def print_demo_truth(out: Path, truth: Path) -> None:

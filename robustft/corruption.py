@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ FIXED = 255  # in place of a kind: no wrong answer exists
 
 @dataclass(frozen=True, slots=True)
 class CorruptionReport:
-    """What `corrupt` did: counts, and the two files it wrote."""
+    """What `corrupt` did: counts, and the two files it wrote; `str()` is its closing summary."""
 
     records: int
     rejected: int
@@ -43,6 +44,16 @@ class CorruptionReport:
     seed: int
     out: Path
     truth: Path
+
+    def __str__(self) -> str:
+        unread = f"; {self.rejected} unreadable ones left out" if self.rejected else ""
+        return (
+            f"{self.corrupted} of {self.records} answers made wrong "
+            f"(rate {self.rate:g}, seed {self.seed}){unread}\n"
+            f"noisy copy  {self.out}\n"
+            f"truth       {self.truth}\n"
+            f"next:\n  robustft clean {quote(str(self.out))} --out {quote(f'{self.out}.cleaned')}"
+        )
 
 
 class _Donor(NamedTuple):

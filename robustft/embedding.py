@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from robustft.errors import UserError
 from robustft.models import ModelSource, find_embedder, load_encoder, load_tokenizer
 
 
@@ -76,9 +78,12 @@ class EmbeddingFile:
 
     def append(self, embeddings: NDArray[np.float32]) -> None:
         """Add rows [n, dimensions]; durable when this returns."""
-        self._file.write(np.ascontiguousarray(embeddings, dtype=np.float32).tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(np.ascontiguousarray(embeddings, dtype=np.float32).tobytes())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         self.rows += len(embeddings)
 
     def memory_map(self) -> NDArray[np.float32]:
@@ -96,4 +101,6 @@ class EmbeddingFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        # What could not be written above cannot be written now; that error is the one to show.
+        with contextlib.suppress(*(() if kind is None else (OSError,))):
+            self._file.close()

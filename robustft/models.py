@@ -51,6 +51,8 @@ def find_model(spec: str | None) -> ModelSource:
     """Resolve `--model`. Raises UserError for a folder that cannot be a safe model."""
     if spec is None or spec == DEFAULT_MODEL:
         return ModelSource(str(_embedded_llm()), DEFAULT_MODEL, embedded=True)
+    if not spec.strip() or "\0" in spec:
+        raise UserError(f"expected a model folder, a .gguf file or a hub id, found {spec!r}")
     path = Path(spec)
     if path.suffix == ".gguf" and path.is_file():
         return ModelSource(str(path.parent), path.stem, gguf=path.name)
@@ -62,7 +64,8 @@ def find_model(spec: str | None) -> ModelSource:
     if path.is_dir():
         _check_folder(path)
         return ModelSource(str(path), path.resolve().name)
-    if path.exists() or spec.startswith(("/", "./", "../", "~")):
+    named_file = path.suffix.lower() in (".gguf", ".safetensors", *_PICKLED)
+    if path.exists() or named_file or spec.startswith(("/", "./", "../", "~")):
         raise UserError(
             f"{spec}: expected a model folder, a .gguf file or a hub id, found "
             f"{'a file' if path.exists() else 'nothing there'}"
@@ -149,10 +152,17 @@ def load_encoder(source: ModelSource) -> Any:
 def _named_failure(source: ModelSource, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are libraries
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, KeyError):
+            first = f"no {first} in its files"
+        if "trust_remote_code" in str(error):
+            first = "it needs code of its own, which is never run"
         where = "" if source.local else " (not a local folder; the hub was asked)"
-        raise UserError(f"{source.path}: cannot load the {what}{where}: {first}") from error
+        path = Path(source.path, source.gguf) if source.gguf else source.path
+        raise UserError(f"{path}: cannot load the {what}{where}: {first}") from error
 
 
 def _forget_quantization(model: Any) -> None:

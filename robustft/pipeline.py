@@ -99,6 +99,11 @@ class CleanResult:
     weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
     powerless: bool = False  # no expert was better than chance: nothing was changed
 
+    def warn(self, text: str) -> None:
+        """Tell the user now, and the report later."""
+        self.warnings.append(text)
+        _log.warning(text)
+
 
 class CleanRun:
     """One run over one output folder. `execute` does it all; the passes below are its steps."""
@@ -153,7 +158,7 @@ class CleanRun:
                 self._detector.observe(self._ask_panel(chunk))
         self._progress = None
         for warning in self._detector.conclude(embeddings.memory_map()):
-            self._warn(warning)
+            self.result.warn(warning)
         self.result.powerless = getattr(self._detector, "powerless", False)
         self.result.weights = getattr(self._detector, "weights", {})
         for unit, chunk in self._chunks():
@@ -207,9 +212,11 @@ class CleanRun:
             return nll
         if "cer" not in self.config.without:
             if clean == 0:
-                self._warn("no record was found clean: noisy ones are answered without examples")
+                self.result.warn(
+                    "no record was found clean: noisy ones are answered without examples"
+                )
             elif clean < self.config.k:
-                self._warn(
+                self.result.warn(
                     f"k is {self.config.k}, but only {clean} clean records exist: using {clean}"
                 )
             if clean:
@@ -267,7 +274,8 @@ class CleanRun:
         queries = np.ascontiguousarray(
             embeddings.memory_map()[[record.index for record in records]]
         )
-        ids, cosines = self._index.search(queries, self.config.k, allowed=~self._noisy)
+        k = min(self.config.k, len(self._noisy))
+        ids, cosines = self._index.search(queries, k, allowed=~self._noisy)
         stored = self.store.records_at(sorted(set(ids[ids >= 0].tolist())))
         rows = []
         for row_ids, row_cosines in zip(ids.tolist(), cosines.tolist(), strict=True):
@@ -382,10 +390,6 @@ class CleanRun:
             if not chunk:
                 return
             yield unit, chunk
-
-    def _warn(self, text: str) -> None:
-        self.result.warnings.append(text)
-        _log.warning(text)
 
     def _weight(self, expert: str) -> float:
         """Estimated work of one question, for the ETA: tokens decoded; a prefill costs about 24."""

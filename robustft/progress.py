@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any, Self
+
+_SECONDS_BETWEEN_LINES = 15.0  # where stderr is a file
 
 
 class Progress:
     """One bar of known total, in units of estimated work; `desc` says what is being done now.
 
-    `done` is what an earlier run has done already; the estimate of what is left ignores it.
+    A terminal shows a moving bar, anything else a line now and then. `done` is what an earlier run
+    has done already; the estimate of what is left ignores it.
     """
 
     def __init__(
         self, desc: str, total: float, *, done: float = 0, unit: str | None = None
     ) -> None:
-        from tqdm import tqdm
-
-        terminal = sys.stderr.isatty()
-        count = "{n:.0f}/{total:.0f} " + unit + " " if unit else ""
-        self._bar: Any = tqdm(
-            total=total,
-            initial=done,
-            desc=desc,
-            file=sys.stderr,
-            delay=2.0,
-            mininterval=0.2 if terminal else 15.0,
-            leave=terminal,
-            dynamic_ncols=terminal,
-            bar_format="{desc}: {percentage:3.0f}% |{bar:20}| "
-            + count
-            + "[{elapsed} elapsed, {remaining} left]",
-        )
         self._desc = desc
+        self._done, self._total, self._before = done, total, done
+        self._start = self._shown = time.monotonic()
+        self._bar: Any = _bar(desc, total, done, unit) if sys.stderr.isatty() else None
 
     def update(self, amount: float, doing: str | None = None) -> None:
         """Advance by `amount`; `doing` names the step at work."""
-        if doing is not None:
-            self._bar.set_description_str(f"{self._desc} · {doing}", refresh=False)
-        self._bar.update(amount)
+        self._done += amount
+        desc = self._desc if doing is None else f"{self._desc} · {doing}"
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_description_str(desc, refresh=False)
+            self._bar.update(amount)
+        elif now - self._shown >= _SECONDS_BETWEEN_LINES and self._done > self._before:
+            self._shown, elapsed = now, now - self._start
+            left = elapsed * max(self._total - self._done, 0) / (self._done - self._before)
+            print(
+                f"robustft: {desc}: {min(self._done / max(self._total, 1e-9), 1):.0%}, "
+                f"{_clock(elapsed)} elapsed, {_clock(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -50,4 +52,29 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bar(desc: str, total: float, done: float, unit: str | None) -> Any:
+    from tqdm import tqdm
+
+    count = "{n:.0f}/{total:.0f} " + unit + " " if unit else ""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=desc,
+        file=sys.stderr,
+        delay=2.0,
+        mininterval=0.2,
+        dynamic_ncols=True,
+        bar_format="{desc}: {percentage:3.0f}% |{bar:20}| "
+        + count
+        + "[{elapsed} elapsed, {remaining} left]",
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"

@@ -66,18 +66,21 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         peak_memory_bytes=manifest["peak_memory_bytes"],
         settings={name: str(value) for name, value in manifest["config"].items()},
         files=files,
-        next_steps=next_steps(result),
+        next_steps=next_steps(config, result),
         suspects=tuple(_suspect(judged) for judged in result.suspicious),
     )
     write_report(config.out / "report.html", data)
 
 
-def next_steps(result: CleanResult) -> tuple[str, ...]:
-    """Commands worth running after `clean`."""
-    adapter = result.out / "adapter"
+def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
+    """Commands worth running after `clean`; none where nothing is left to train on."""
+    if result.counts["keep"] + result.counts["relabel"] == 0:
+        return ()
+    adapter = str(result.out / "adapter")
+    model = ["--model", config.engine.model] if config.engine.model else []
     return (
-        f"robustft train {shlex.quote(str(result.cleaned))} --out {shlex.quote(str(adapter))}",
-        f"robustft eval TEST_FILE --adapter {shlex.quote(str(adapter))}",
+        shlex.join(["robustft", "train", str(result.cleaned), *model, "--out", adapter]),
+        shlex.join(["robustft", "eval", "TEST_FILE", *model, "--adapter", adapter]),
     )
 
 

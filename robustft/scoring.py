@@ -25,7 +25,7 @@ _CHUNK = 2048
 
 @dataclass(frozen=True, slots=True)
 class ScoreSummary:
-    """What `score` did; `str()` is its closing line."""
+    """What `score` did; `str()` is its closing summary."""
 
     path: Path
     records: int
@@ -37,9 +37,10 @@ class ScoreSummary:
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0.0
         return (
-            f"{self.records} responses scored, {self.rejects} lines rejected, mean nll "
-            f"{self.mean_nll:.4f} nats; {self.tokens} response tokens in {self.seconds:.1f} s "
-            f"({rate:.0f}/s); written to {self.path}"
+            f"{self.records} responses scored, {self.rejects} unreadable lines\n"
+            f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
+            f"took        {self.seconds:.1f} s, {self.tokens} response tokens ({rate:.0f}/s)\n"
+            f"statistics  {self.path}"
         )
 
 
@@ -64,9 +65,9 @@ def score_file(
     line becomes `{"line": …, "rejected": reason}`. The file appears when it is whole.
     """
     source = open_records(path, schema=schema, limit=limit)
+    if out.exists() and Path(path).exists() and out.samefile(path):
+        raise UserError(f"{out}: is the input itself; choose another name")
     total = sum(1 for item in source if isinstance(item, Record))
-    if total == 0:
-        raise UserError(f"{path}: no readable record")
     engine = engine or TransformersEngine(config)
     watch = Stopwatch()
     tokens = rejects = 0

@@ -6,14 +6,15 @@ resumed run forms the same batches, skips the finished ones and never asks twice
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import orjson
@@ -72,7 +73,7 @@ class Opinion:
         return cls(**fields)
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the output folder; a second run fails at once, naming the first.
 
@@ -92,8 +93,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 f"{folder}: another run is working in this folder (process {holder}); wait for "
                 "it or choose another --out"
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its number
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
         yield
     finally:
         os.close(handle)
@@ -119,10 +121,21 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close; a failure of the database (disk full, damaged file) becomes a UserError."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+        if isinstance(error, sqlite3.Error):
+            raise UserError(
+                f"{self.path}: {error}; what is finished is kept, the same command resumes"
+            ) from error
 
-    @contextmanager
+    @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -135,14 +148,18 @@ class Store:
 
     # --- the run's identity -----------------------------------------------------------------
 
-    def claim(self, fingerprint: dict[str, Any], *, name: str = "fingerprint") -> bool:
-        """Bind the store to a configuration; True where it already holds that one.
+    def claim(self, fingerprint: dict[str, Any], *, name: str = "fingerprint") -> None:
+        """Bind the store to a configuration; raises UserError as `holds` does."""
+        if not self.holds(fingerprint, name=name):
+            self.set_meta(name, fingerprint)
 
-        Raises UserError naming every difference where it holds another.
+    def holds(self, fingerprint: dict[str, Any], *, name: str = "fingerprint") -> bool:
+        """Whether the store is bound to this configuration already.
+
+        Raises UserError naming every difference where it is bound to another.
         """
         found = self.get_meta(name)
         if found is None:
-            self.set_meta(name, fingerprint)
             return False
         now = orjson.loads(orjson.dumps(fingerprint))
         changed = [

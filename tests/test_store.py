@@ -49,8 +49,9 @@ def test_a_failed_batch_leaves_nothing(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
     with Store(tmp_path / "run.sqlite") as store:
-        assert store.claim({"k": 3, "beta": 0.5}) is False
-        assert store.claim({"k": 3, "beta": 0.5}) is True
+        assert store.holds({"k": 3, "beta": 0.5}) is False
+        store.claim({"k": 3, "beta": 0.5})
+        assert store.holds({"k": 3, "beta": 0.5}) is True
         with pytest.raises(UserError, match=r"k was 3, now 5"):
             store.claim({"k": 5, "beta": 0.5})
 

@@ -1,0 +1,300 @@
+"""What the commands accept: the parser of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any, NoReturn
+
+from robustft import __version__
+from robustft.errors import UserError
+
+_MODEL_DEFAULT = "(default: the small embedded model)"
+_MOST = 2**31 - 1
+
+
+class _Help(argparse.HelpFormatter):
+    """Names the default of every option, unless its help says it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "(default" in text or action.default in (None, argparse.SUPPRESS)
+        return text if told or action.required else f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in the form of all other user errors."""
+
+    commands: dict[str, Parser]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the one line that `main` prints."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], found {text!r}")
+    return value
+
+
+def _at_least_zero(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _integer(text: str, least: int) -> int:
+    value = int(text) if text.isascii() and text.isdecimal() and len(text) < 12 else -1
+    if not least <= value <= _MOST:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least} to {_MOST}, found {text!r}"
+        )
+    return value
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0)
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line; `commands` holds that of each command."""
+    parser = Parser(
+        prog="robustft",
+        description="Clean noisy supervised fine-tuning data (RobustFT, arXiv 2412.14922), "
+        "fine-tune on it, and measure the difference.",
+        epilog="Start with `robustft demo`; `robustft COMMAND --help` explains a command. "
+        "Results go to stdout, progress to stderr. Exit status: 0 done, 2 wrong input or "
+        "arguments, 3 no expert is better than chance (nothing changed), 130 interrupted (the same "
+        "command resumes), 1 anything else.",
+    )
+    parser.add_argument("--version", action="version", version=f"robustft {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, title="commands", parser_class=Parser
+    )
+    for add in (_add_demo, _add_clean, _add_train, _add_eval, _add_score, _add_corrupt, _add_bench):
+        add(commands)
+    parser.commands = dict(commands.choices)
+    return parser
+
+
+def _command(commands: Any, name: str, help_: str, more: str = "") -> Parser:
+    parser: Parser = commands.add_parser(name, help=help_, description=f"{help_}. {more}".strip())
+    parser.add_argument(
+        "--config", metavar="FILE",
+        help="a TOML file of options, named as here without the dashes; the command line wins "
+        "(default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="show what the libraries log, and tracebacks (default: off)",
+    )  # fmt: skip
+    return parser
+
+
+def _add_input(parser: Parser) -> None:
+    parser.add_argument(
+        "input", metavar="INPUT",
+        help="JSONL, JSON, CSV or Parquet file (also .gz, .zst), a folder of them, or a Hugging "
+        "Face dataset id",
+    )  # fmt: skip
+    parser.add_argument(
+        "--schema",
+        help="choice, qa, alpaca, prompt-completion, messages or sharegpt "
+        "(default: told by the fields)",
+    )
+    parser.add_argument(
+        "--limit", type=_positive, metavar="N", help="only the first N records (default: all)"
+    )
+
+
+def _add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help=f"hub id, local folder or .gguf file {_MODEL_DEFAULT}")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    group.add_argument(
+        "--attention", metavar="NAME",
+        help="attention implementation of transformers, such as sdpa or eager (default: its own "
+        "choice)",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch-tokens", type=_positive, metavar="N",
+        help="tokens in one batch, prompt and reply; fewer need less memory (default: by the "
+        "device)",
+    )  # fmt: skip
+
+
+def _add_expert_options(parser: Parser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--detector", default="crowd", metavar="NAME",
+        help="what splits clean from noisy: crowd (experts weighted by what they know) or paper",
+    )  # fmt: skip
+    group.add_argument(
+        "-k", type=_positive, default=3, help="clean neighbours shown when a record is answered "
+        "again",
+    )  # fmt: skip
+    group.add_argument(
+        "--beta", type=_share, default=0.5, metavar="SHARE",
+        help="share of the noisy records kept, the most confident first",
+    )  # fmt: skip
+    group.add_argument(
+        "--rounds", type=_positive, default=2, metavar="N",
+        help="alternations of reasoning and reflection",
+    )  # fmt: skip
+    group.add_argument(
+        "--reasoning-tokens", type=_positive, default=64, metavar="N",
+        help="longest reasoning and longest reflection",
+    )  # fmt: skip
+    group.add_argument(
+        "--answer-tokens", type=_positive, default=128, metavar="N",
+        help="longest free-text answer",
+    )  # fmt: skip
+    group.add_argument(
+        "--choice", choices=("likelihood", "generate"), default="likelihood",
+        help="read a lettered answer from the probabilities of the letters (likelihood) or from "
+        "generated text (generate)",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibrate", action=argparse.BooleanOptionalAction, default=False,
+        help="divide out of the letters' probabilities what the model answers to an empty "
+        "question (default: off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--without", action="append", metavar="PART", default=[],
+        help="leave a part out, as in the paper's table 3: selection, checker, reviewer, cer "
+        "(context-enhanced relabeling) or rel (reasoning); may be repeated (default: nothing)",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=_at_least_zero, default=0.0, metavar="T", help="0 is greedy"
+    )
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of all sampling")
+    group.add_argument(
+        "--embedder", metavar="MODEL",
+        help="sentence-embedding model, hub id or folder (default: the embedded MiniLM)",
+    )  # fmt: skip
+    group.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)"
+    )
+
+
+def _add_clean(commands: Any) -> None:
+    parser = _command(
+        commands, "clean", "Detect noisy answers, relabel them, keep the confident ones",
+        "Writes cleaned.* (the training set), report.html, verdicts.jsonl, rejects.jsonl, "
+        "manifest.json and run.sqlite to --out. Killed at any moment, the same command resumes.",
+    )  # fmt: skip
+    _add_input(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="output folder (required)")
+    parser.add_argument("--split", default="train", help="split of a dataset folder or hub dataset")
+    parser.add_argument("--engine", default="transformers", help="where answers come from")
+    _add_model(parser)
+    _add_expert_options(parser)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", "Clean the bundled example corpus with the embedded models",
+        "Some minutes on two cores; shows everything that `clean` writes.",
+    )  # fmt: skip
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="output folder")
+
+
+def _add_score(commands: Any) -> None:
+    parser = _command(
+        commands, "score",
+        "Token statistics of every given response (nll, entropy, margin, rank); nothing generated",
+    )  # fmt: skip
+    _add_input(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="JSONL, one line a record (required)"
+    )
+    _add_model(parser)
+
+
+def _add_corrupt(commands: Any) -> None:
+    parser = _command(
+        commands, "corrupt", "A noisy copy at an exact rate, the truth kept beside it",
+        "Rates nest for one seed: what is wrong at 0.3 is wrong at 0.5.",
+    )  # fmt: skip
+    _add_input(parser)
+    parser.add_argument(
+        "--rate", type=_share, default=0.3, metavar="SHARE", help="share of answers made wrong"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="which answers, and how")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="file of the input's format (required)"
+    )
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands, "train", "LoRA fine-tuning, loss on the response only",
+        "Killed at any moment, the same command resumes.",
+    )  # fmt: skip
+    _add_input(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="adapter folder (required)")
+    _add_model(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--epochs", type=_positive, default=2, metavar="N", help="passes over the data"
+    )
+    group.add_argument(
+        "--learning-rate", type=_at_least_zero, default=1e-4, metavar="LR",
+        help="peak learning rate",
+    )  # fmt: skip
+    group.add_argument("--rank", type=_positive, default=8, metavar="N", help="LoRA rank")
+    group.add_argument(
+        "--batch-size", type=_positive, default=16, metavar="N", help="records a step"
+    )
+    group.add_argument(
+        "--cutoff", type=_positive, default=2048, metavar="N", help="longest record, tokens"
+    )
+    group.add_argument(
+        "--top-layers", type=_positive, metavar="N",
+        help="adapt only the last N layers, which is faster (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="order of records and initial weights"
+    )
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(commands, "eval", "Accuracy of a model, and of an adapter, on a test file")
+    _add_input(parser)
+    _add_model(parser)
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="LoRA adapter made by `robustft train` (default: none)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="predictions as JSONL (default: not kept)")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(commands, "bench", "Speed of the kernels on this machine, beside their peers")
+    parser.add_argument(
+        "what", choices=("token-stats", "linear-token-stats", "consistency", "knn"), metavar="WHAT",
+        help="token-stats, linear-token-stats, consistency or knn",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes, under a minute (default: off)"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="append CSV rows to this file (default: stdout only)"
+    )

@@ -1,0 +1,92 @@
+"""The options of a command: from the command line first, then from a `--config` file."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robustft.errors import UserError
+from robustft.options import Parser, build_parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line, those it does not name taken from `--config` where given.
+
+    Raises UserError for anything unknown, missing or out of range; exits for --help, --version.
+    """
+    parser = build_parser()
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    named.add_argument("--config", nargs="?")
+    path = named.parse_known_args(list(arguments))[0].config
+    lists: dict[str, list[str]] = {}
+    if path and arguments[0] in parser.commands:
+        lists = _take_defaults(Path(path), arguments[0], parser)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.commands[options.command].error(f"unknown argument {unknown[0]!r}")
+    for field, values in lists.items():
+        if not getattr(options, field):  # the command line names none
+            setattr(options, field, values)
+    return options
+
+
+def _take_defaults(path: Path, command: str, parser: Parser) -> dict[str, list[str]]:
+    """Make the values of a config file the defaults of `command`; returns repeatable options.
+
+    Top-level values hold for the command at hand, those of a table [clean], [train], … for that
+    command alone.
+    """
+    try:
+        whole: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config file: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: expected TOML, found: {error}") from error
+    found = {name: value for name, value in whole.items() if name not in parser.commands}
+    table = whole.get(command, {})
+    if not isinstance(table, dict):
+        raise UserError(f"{path}, field {command!r}: expected a table, found {table!r:.60}")
+    found |= table
+    target = parser.commands[command]
+    actions = {
+        flag.lstrip("-"): action
+        for flag, action in target._option_string_actions.items()
+        if action.dest not in {"help", "config"} and not flag.startswith("--no-")
+    }
+    lists = {}
+    for name, value in found.items():
+        where = f"{path}, field {name!r}"
+        action = actions.get(name.replace("_", "-"))
+        if action is None:
+            known = ", ".join(sorted(actions))
+            raise UserError(f"{where}: not an option of {target.prog}; known are {known}")
+        if isinstance(action.default, list):
+            values = value if isinstance(value, list) else [value]
+            lists[action.dest] = [str(_converted(action, item, where)) for item in values]
+        else:
+            target.set_defaults(**{action.dest: _converted(action, value, where)})
+            action.required = False
+    return lists
+
+
+def _converted(action: argparse.Action, value: Any, where: str) -> Any:
+    """`value` as the command line would have read it."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: expected true or false, found {value!r:.60}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{where}: expected a string or a number, found {value!r:.60}")
+    if action.choices is not None and value not in action.choices:
+        raise UserError(
+            f"{where}: expected one of {', '.join(map(str, action.choices))}, found {value!r:.60}"
+        )
+    if not callable(action.type):
+        return str(value)
+    try:
+        return action.type(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{where}: {error}") from error
