@@ -89,8 +89,9 @@ def _run_score(options: argparse.Namespace) -> int:
 
     config = _engine_config(options)
     summary = score_file(
-        options.input, Path(options.out), config, schema=options.schema, limit=options.limit
-    )
+        options.input, Path(options.out), config,
+        schema=options.schema, limit=options.limit, split=options.split,
+    )  # fmt: skip
     print(summary)
     return _DONE
 
@@ -99,7 +100,9 @@ def _run_corrupt(options: argparse.Namespace) -> int:
     from robustft.corruption import corrupt
     from robustft.records import open_records
 
-    source = open_records(options.input, schema=options.schema, limit=options.limit)
+    source = open_records(
+        options.input, schema=options.schema, limit=options.limit, split=options.split
+    )
     report = corrupt(source, options.rate, options.seed, Path(options.out))
     print(report)
     return _DONE
@@ -113,6 +116,7 @@ def _run_train(options: argparse.Namespace) -> int:
         input=options.input,
         out=Path(options.out),
         schema=options.schema,
+        split=options.split,
         limit=options.limit,
         engine=_engine_config(options),
         epochs=options.epochs,
@@ -134,6 +138,7 @@ def _run_eval(options: argparse.Namespace) -> int:
     config = EvalConfig(
         input=options.input,
         schema=options.schema,
+        split=options.split,
         limit=options.limit,
         adapter=None if options.adapter is None else Path(options.adapter),
         out=None if options.out is None else Path(options.out),

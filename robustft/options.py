@@ -108,7 +108,7 @@ def _command(commands: Any, name: str, help_: str, more: str = "") -> Parser:
     return parser
 
 
-def _add_input(parser: Parser) -> None:
+def _add_input(parser: Parser, split: str = "train") -> None:
     parser.add_argument(
         "input", metavar="INPUT",
         help="JSONL, JSON, CSV or Parquet file (also .gz, .zst), a folder of them, or a Hugging "
@@ -121,6 +121,9 @@ def _add_input(parser: Parser) -> None:
     )
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="only the first N records (default: all)"
+    )
+    parser.add_argument(
+        "--split", default=split, help="which split of a dataset folder or hub dataset"
     )
 
 
@@ -203,7 +206,6 @@ def _add_clean(commands: Any) -> None:
     )  # fmt: skip
     _add_input(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder (required)")
-    parser.add_argument("--split", default="train", help="split of a dataset folder or hub dataset")
     parser.add_argument("--engine", default="transformers", help="where answers come from")
     _add_model(parser)
     _add_expert_options(parser)
@@ -278,7 +280,7 @@ def _add_train(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     parser = _command(commands, "eval", "Accuracy of a model, and of an adapter, on a test file")
-    _add_input(parser)
+    _add_input(parser, split="test")
     _add_model(parser)
     parser.add_argument(
         "--adapter", metavar="DIR", help="LoRA adapter made by `robustft train` (default: none)"

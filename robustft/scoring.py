@@ -57,6 +57,7 @@ def score_file(
     *,
     schema: str | None = None,
     limit: int | None = None,
+    split: str = "train",
     engine: Engine | None = None,
 ) -> ScoreSummary:
     """Score every record of a file; one JSON line each, in input order.
@@ -64,7 +65,7 @@ def score_file(
     Lines hold `id` and the fields of `robustft.engines.ResponseScore` (nats); an unreadable input
     line becomes `{"line": …, "rejected": reason}`. The file appears when it is whole.
     """
-    source = open_records(path, schema=schema, limit=limit)
+    source = open_records(path, schema=schema, limit=limit, split=split)
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise UserError(f"{out}: is the input itself; choose another name")
     total = sum(1 for item in source if isinstance(item, Record))
