@@ -11,6 +11,7 @@ from torch import Tensor
 from robustft_kernels.reference import (
     Grads,
     Seven,
+    check_range,
     columns,
     empty_columns,
 )
