@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from robustft.pipeline import CleanResult
     from robustft.retrieval import CosineKNN
     from robustft_kernels import TokenStats
+    from robustft_kernels.answer_consistency import answer_consistency
     from robustft_kernels.linear_token_stats import linear_token_stats
     from robustft_kernels.token_stats import token_stats
 
@@ -22,6 +23,7 @@ _LAZY = {
     "CleanResult": "robustft.pipeline",
     "CosineKNN": "robustft.retrieval",
     "TokenStats": "robustft_kernels",
+    "answer_consistency": "robustft_kernels",
     "clean": "robustft.cleaning",
     "linear_token_stats": "robustft_kernels",
     "token_stats": "robustft_kernels",
@@ -33,6 +35,7 @@ __all__ = [
     "CosineKNN",
     "TokenStats",
     "__version__",
+    "answer_consistency",
     "clean",
     "linear_token_stats",
     "token_stats",

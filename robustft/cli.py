@@ -151,8 +151,7 @@ def _run_eval(options: argparse.Namespace) -> int:
 def _run_bench(options: argparse.Namespace) -> int:
     import importlib
 
-    names = {"linear-token-stats": "linear_token_stats", "token-stats": "token_stats"}
-    module = importlib.import_module(f"robustft.benchmarks.{names.get(options.what, options.what)}")
+    module = importlib.import_module(f"robustft.benchmarks.{options.what}")
     arguments = ["--quick"] if options.quick else []
     arguments += ["--out", options.out] if options.out else []
     return int(module.main(arguments) or _DONE)
