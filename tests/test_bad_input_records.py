@@ -80,7 +80,7 @@ def test_empty_file(tmp_path: Path, name: str) -> None:
         ("d.json", b" \n"),
         ("d.csv", b"\n\n"),
         ("d.jsonl", b"\xef\xbb\xbf"),
-        ("d.jsonl.gz", gzip.compress(b"")),
+        ("d.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("d.jsonl.zst", pa.compress(b"", codec="zstd", asbytes=True)),
     ],
 )
@@ -129,7 +129,11 @@ def test_wrong_extension(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("d.csv", gzip.compress(LINE), "expected plain text as the name says, found gzip data"),
+        (
+            "d.csv",
+            gzip.compress(LINE, mtime=0),
+            "expected plain text as the name says, found gzip data",
+        ),
         ("d.jsonl.gz", LINE, "expected gzip as the name says, found other data"),
         ("d.jsonl.gz", b"\x28\xb5\x2f\xfd", "expected gzip as the name says, found zstd data"),
         ("d.jsonl", b"PAR1", "expected plain text as the name says, found Parquet data"),
@@ -322,7 +326,7 @@ def test_truncated_gzip_keeps_the_records_before_the_break(tmp_path: Path) -> No
     rows = [{"question": RANDOM.randbytes(20).hex(), "answer": "a"} for _ in range(5000)]
     plain = b"".join(orjson.dumps(row) + b"\n" for row in rows)
     for name, data in (
-        ("d.jsonl.gz", gzip.compress(plain)),
+        ("d.jsonl.gz", gzip.compress(plain, mtime=0)),
         ("d.jsonl.zst", pa.compress(plain, codec="zstd", asbytes=True)),
     ):
         source = open_records(save(tmp_path / name, data[: len(data) * 2 // 3]))
@@ -339,14 +343,14 @@ def test_truncated_gzip_of_csv_and_json(tmp_path: Path) -> None:
     table = "question,answer\n" + "".join(f"{RANDOM.randbytes(20).hex()},a\n" for _ in range(5000))
     array = json.dumps([{"question": RANDOM.randbytes(20).hex(), "answer": "a"}] * 5000)
     for name, text in (("d.csv.gz", table), ("d.json.gz", array)):
-        data = gzip.compress(text.encode())
+        data = gzip.compress(text.encode(), mtime=0)
         records, rejects = split(iter(open_records(save(tmp_path / name, data[: len(data) // 2]))))
         assert len(records) > 500
         assert ["truncated" in reject.reason for reject in rejects] == [True]
 
 
 def test_gzip_that_expands_without_end(tmp_path: Path) -> None:
-    bomb = gzip.compress(LINE + b"\n" + b"0" * 100_000_000 + b"\n" + LINE)
+    bomb = gzip.compress(LINE + b"\n" + b"0" * 100_000_000 + b"\n" + LINE, mtime=0)
     assert len(bomb) < 150_000
     path = save(tmp_path / "d.jsonl.gz", bomb)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
