@@ -9,6 +9,8 @@ import errno
 import gzip
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +216,52 @@ def test_disk_full(clean: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "No space left on device" in err.splitlines()[-1]
     assert not (tmp_path / "out/verdicts.jsonl").exists()
     assert clean("d.jsonl", lines(GOOD))[0] == 0  # the same command resumes
+
+
+@pytest.mark.parametrize("room", [0, 40 << 10, 120 << 10])
+def test_disk_full_while_writing(clean: Status, tmp_path: Path, room: int) -> None:
+    """Whichever file meets the limit, the error is one line and a later run makes up for it."""
+    rows = [GOOD | {"question": f"{i} {'why ' * 50}?"} for i in range(300)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    data = lines(*rows)
+    (tmp_path / "d.jsonl").write_bytes(data)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        result = clean("d.jsonl", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert str(tmp_path / "out") in err.splitlines()[-1]
+    assert not (tmp_path / "out/verdicts.jsonl").exists()
+    assert clean("d.jsonl", None)[0] == 0
+    assert len((tmp_path / "out/verdicts.jsonl").read_text().splitlines()) == 300
+
+
+def test_damaged_store(clean: Status, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.sqlite").write_bytes(b"no database" * 1000)
+    refused(clean("d.jsonl", lines(GOOD)), "run.sqlite", "cannot be used as the run's store")
+
+
+def test_damaged_weights(
+    clean: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    monkeypatch.undo()  # the real engine
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:1000])
+    refused(clean("d.jsonl", lines(GOOD), "--model", str(folder)), "cannot load the model")
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF junk")
+    refused(clean("d.jsonl", lines(GOOD), "--model", str(tmp_path / "junk.gguf")), "junk.gguf: ")
+    (folder / "config.json").write_text(
+        '{"model_type": "own", '
+        '"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}'
+    )
+    (folder / "own.py").write_text("raise SystemExit('this code must never run')")
+    refused(clean("d.jsonl", lines(GOOD), "--model", str(folder)), "never run")
 
 
 def test_read_only_output(clean: Status, tmp_path: Path) -> None:

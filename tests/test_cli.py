@@ -1,0 +1,459 @@
+"""The command line as its user meets it: exit status, stdout, stderr, and what lies in the folder.
+
+Most runs happen in this process with scripted experts; a few use a tiny real model, and two a
+process of their own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from commandline import CommandLine, call, quiz, read, write
+
+from robustft.engines.transformers import TransformersEngine
+
+COMMANDS = ("demo", "clean", "train", "eval", "score", "corrupt", "bench")
+PAPER = ("--detector", "paper")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "in.jsonl", quiz(30))
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option_and_its_default(run: CommandLine, command: str) -> None:
+    done = run(command, "--help")
+    assert (done.status, done.err) == (0, "")
+    text = re.sub(r"\s+", " ", done.out)
+    options = set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--help"}
+    described = text.split("options:", 1)[1]
+    assert options
+    for option in options:
+        assert option in described
+    # Every option but the required ones says what holds without it.
+    entries = len(re.findall(r"^  -", done.out, re.M)) - 1  # less --help
+    required = done.out.count("(required)")
+    assert len(re.findall(r"\(default: ", text)) == entries - required
+    assert "(default: None)" not in text
+
+
+def test_the_overview_names_every_command_and_exit_status(run: CommandLine) -> None:
+    text = run("--help").out
+    assert all(f"    {command} " in text for command in COMMANDS)
+    assert all(f" {status} " in " ".join(text.split()) for status in (0, 1, 2, 3, 130))
+    assert run("--version").out.startswith("robustft 0.")
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, time; t = time.process_time()\n"
+        "import robustft.cli\n"
+        "try: robustft.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'pyarrow', 'tqdm'} & set(sys.modules)\n"
+        "print(time.process_time() - t, heavy, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, heavy = done.stderr.split(" ", 1)
+    assert float(seconds) < 0.5
+    assert heavy.strip() == "set()"
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("frob",), "invalid choice: 'frob'"),
+        (("clean",), "required: INPUT, --out (see robustft clean --help)"),
+        (("clean", "x", "--out", "o", "--frob"), "unknown argument '--frob'"),
+        (("clean", "x", "y", "--out", "o"), "unknown argument 'y' (see robustft clean --help)"),
+        (("clean", "x", "--ou", "o"), "required: --out"),
+        (("clean", "x", "--out", "o", "--beta", "2"), "expected a number in [0, 1], found '2'"),
+        (("clean", "x", "--out", "o", "--beta", "nan"), "--beta: expected a number in [0, 1]"),
+        (("clean", "x", "--out", "o", "-k", "0"), "-k: expected a whole number from 1"),
+        (("clean", "x", "--out", "o", "-k", "9" * 20), "-k: expected a whole number from 1"),
+        (("clean", "x", "--out", "o", "--seed", "-1"), "--seed: expected a whole number from 0"),
+        (("clean", "x", "--out", "o", "--temperature", "inf"), "--temperature: expected a number"),
+        (("clean", "x", "--out", "o", "--engine", "y"), "engine must be one of"),
+        (("clean", "x", "--out", "o", "--detector", "y"), "detector must be one of"),
+        (("clean", "x", "--out", "o", "--without", "y"), "without must be one of selection"),
+        (("clean", "x", "--out", "o", "--dtype", "int8"), "dtype must be one of"),
+        (("corrupt", "x", "--out", "o", "--rate", "1.1"), "--rate: expected a number in [0, 1]"),
+        (("bench", "frob"), "WHAT: invalid choice: 'frob'"),
+    ],
+)
+def test_wrong_arguments(run: CommandLine, arguments: tuple[str, ...], complaint: str) -> None:
+    assert complaint in run.refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--device", "mps"), "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
+        (("--device", "cuda:99"), "device is cuda:99, but torch sees"),
+        (("--model", ""), "expected a model folder, a .gguf file or a hub id, found ''"),
+        (("--model", "no/such/folder/"), "no/such/folder/: cannot load the tokenizer"),
+        (("--model", "./nothing"), "./nothing: expected a model folder"),
+        (("--model", "nothing.gguf"), "nothing.gguf: expected a model folder"),
+    ],
+)
+def test_wrong_models(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...],
+    complaint: str,
+) -> None:  # fmt: skip
+    done = call(capsys, "clean", source, "--out", tmp_path / "out", *options)
+    assert done.status == 2
+    assert complaint in done.complaint
+
+
+# --- config files --------------------------------------------------------------------------------
+
+
+def config(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_options_from_a_config_file(run: CommandLine, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made by config"
+    file = config(
+        tmp_path,
+        f'out = "{out}"\nlimit = 7\nbatch-tokens = 99\ndetector = "paper"\n'
+        'without = ["selection", "checker"]\ncalibrate = true\nverbose = false\n'
+        "[clean]\nbeta = 0.25\n[train]\nepochs = 9\n",
+    )
+    assert run("clean", source, "--config", file).status == 0
+    manifest = read_manifest(out)
+    assert manifest["counts"]["input"] == 7
+    settings = manifest["config"]
+    assert (settings["beta"], settings["limit"], settings["engine.batch_tokens"]) == (0.25, 7, 99)
+    assert settings["without"] == ["checker", "selection"]
+    assert settings["experts.calibrate"] is True
+
+
+def test_the_command_line_wins(run: CommandLine, source: Path, tmp_path: Path) -> None:
+    file = config(tmp_path, 'out = "/proc/no"\nbeta = 0.25\nk = 9\nwithout = "rel"\n')
+    out = tmp_path / "out"
+    done = run(
+        "clean", source, "--config", file, "--out", out, "--beta", "0.75", "--without", "cer",
+        *PAPER,
+    )  # fmt: skip
+    assert done.status == 0
+    settings = read_manifest(out)["config"]
+    assert (settings["beta"], settings["k"], settings["without"]) == (0.75, 9, ["cer"])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("frob = 1\n", "run.toml, field 'frob': not an option of robustft clean; known are"),
+        ("[clean]\nrate = 0.5\n", "field 'rate': not an option of robustft clean"),
+        ("input = 'x'\n", "field 'input': not an option"),
+        ("beta = 2\n", "run.toml, field 'beta': expected a number in [0, 1], found '2'"),
+        ("beta = true\n", "field 'beta': expected a string or a number, found True"),
+        ("beta = [0.1, 0.2]\n", "field 'beta': expected a string or a number, found [0.1"),
+        ("calibrate = 1\n", "field 'calibrate': expected true or false, found 1"),
+        ("choice = 'x'\n", "field 'choice': expected one of likelihood, generate, found 'x'"),
+        ("clean = 1\n", "field 'clean': expected a table, found 1"),
+        ("k = = 1\n", "run.toml: expected TOML, found: Invalid value (at line 1"),
+    ],
+)
+def test_a_wrong_config_file(
+    run: CommandLine, source: Path, tmp_path: Path, text: str, complaint: str
+) -> None:
+    file = config(tmp_path, text)
+    assert complaint in run.refused("clean", source, "--out", tmp_path / "o", "--config", file)
+
+
+def test_a_missing_config_file(run: CommandLine, source: Path, tmp_path: Path) -> None:
+    said = run.refused("clean", source, "--out", tmp_path / "o", "--config", tmp_path / "none")
+    assert "none: cannot read the config file: No such file" in said
+
+
+# --- clean -------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, object]]:
+    value: dict[str, dict[str, object]] = json.loads((folder / "manifest.json").read_text())
+    return value
+
+
+def test_clean_says_what_happened_and_what_to_run_next(
+    run: CommandLine, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "the folder"
+    done = run("clean", source, "--out", out, *PAPER)
+    assert done.status == 0
+    assert done.out.startswith("30 records: ")
+    for name in ("cleaned.jsonl", "report.html", "verdicts.jsonl"):
+        assert str(out / name) in done.out
+    kept = {word: int(re.search(rf"{word} +(\d+)", done.out)[1]) for word in
+            ("kept", "relabeled", "dropped")}  # type: ignore[index]  # fmt: skip
+    assert sum(kept.values()) == 30
+    assert len(read(out / "cleaned.jsonl")) == kept["kept"] + kept["relabeled"]
+    assert f"robustft train '{out / 'cleaned.jsonl'}' --out '{out / 'adapter'}'" in done.out
+    # stderr: only what was read, and by whom; nothing from libraries.
+    assert done.err.splitlines() == [
+        "robustft: 30 records",
+        "robustft: experts: scripted; embeddings: letters",
+    ]
+
+
+def test_rejects_are_counted_on_both_streams(run: CommandLine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [*quiz(9), b"{broken"])
+    done = run("clean", source, "--out", tmp_path / "out", *PAPER)
+    assert "9 records, 1 unreadable (see rejects.jsonl)" in done.err
+    assert re.search(r"rejected +1  could not be read", done.out)
+    assert read(tmp_path / "out/rejects.jsonl")[0]["line"] == 10
+
+
+def test_a_finished_run_is_repeated_without_a_question(
+    run: CommandLine, source: Path, tmp_path: Path
+) -> None:
+    first = run("clean", source, "--out", tmp_path / "out", *PAPER)
+
+    def never() -> None:
+        raise AssertionError("asked again")
+
+    run.script(before_batch=never)
+    second = run("clean", source, "--out", tmp_path / "out", *PAPER)
+    assert second.status == 0
+    assert "resuming" in second.err
+    assert re.sub("took.*", "", second.out) == re.sub("took.*", "", first.out)
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(
+    run: CommandLine, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run("clean", source, "--out", out, *PAPER)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".jsonl"}
+    said = run.refused("clean", source, "--out", out, *PAPER, "--beta", "0.75", "-k", "5")
+    assert "beta was 0.5, now 0.75; k was 3, now 5; choose another --out" in said
+    assert {name: (out / name).read_bytes() for name in before} == before
+    # Memory is no part of the result: a run may go on with smaller batches.
+    assert run("clean", source, "--out", out, *PAPER, "--batch-tokens", "100").status == 0
+
+
+def test_a_run_that_never_began_leaves_the_folder_free(
+    source: Path, tmp_path: Path, run: CommandLine, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    monkeypatch.setattr("robustft.cleaning.TransformersEngine", TransformersEngine)
+    assert "./no" in run.refused("clean", source, "--out", out, "--model", "./no", *PAPER)
+    run = CommandLine(monkeypatch, capsys)
+    assert run("clean", source, "--out", out, *PAPER).status == 0
+
+
+def test_a_second_run_on_a_busy_folder(run: CommandLine, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("w+") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = run.refused("clean", source, "--out", out)
+    assert "another run is working in this folder (process 4711)" in said
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_outputs_never_land_on_the_input(run: CommandLine, tmp_path: Path) -> None:
+    source = write(tmp_path / "cleaned.jsonl", quiz(3))
+    before = source.read_bytes()
+    assert "would be overwritten" in run.refused("clean", source, "--out", tmp_path)
+    assert "is the input itself" in run.refused("score", source, "--out", source)
+    assert "is the input itself" in run.refused("corrupt", source, "--out", source)
+    inside = tmp_path / "out"
+    assert "lies in the input folder" in run.refused("clean", tmp_path, "--out", inside)
+    assert source.read_bytes() == before
+
+
+def test_an_unforeseen_error_is_one_line_and_status_1(
+    run: CommandLine, source: Path, tmp_path: Path
+) -> None:
+    def burn() -> None:
+        raise RuntimeError("the accelerator\nis on fire")
+
+    run.script(before_batch=burn)
+    done = run("clean", source, "--out", tmp_path / "out", *PAPER)
+    assert done.status == 1
+    *_, last = done.err.splitlines()
+    assert last.startswith("robustft: RuntimeError: the accelerator (--verbose shows more); what")
+    with pytest.raises(RuntimeError):
+        run("clean", source, "--out", tmp_path / "out", *PAPER, "--verbose")
+
+
+def test_a_message_cannot_move_the_cursor(run: CommandLine, tmp_path: Path) -> None:
+    said = run.refused("clean", tmp_path / "\x1b[2J\u202e.jsonl", "--out", tmp_path / "o")
+    assert "\x1b" not in said
+    assert "\\x1b[2J\\u202e.jsonl: No such file" in said
+
+
+# --- score, corrupt ------------------------------------------------------------------------------
+
+
+def test_score_writes_one_line_a_record(run: CommandLine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [*quiz(5), b"{broken"])
+    done = run("score", source, "--out", tmp_path / "s.jsonl")
+    assert (done.status, done.err) == (0, "")
+    assert "5 responses scored, 1 unreadable lines" in done.out
+    assert str(tmp_path / "s.jsonl") in done.out
+    lines = read(tmp_path / "s.jsonl")
+    assert [line.get("id") for line in lines] == ["r0", "r1", "r2", "r3", "r4", None]
+    assert {"nll", "entropy", "margin", "rank"} <= lines[0].keys()
+
+
+def test_corrupt_says_how_many_and_where_the_truth_is(run: CommandLine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(10))
+    done = run("corrupt", source, "--rate", "0.3", "--out", tmp_path / "n.jsonl")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("3 of 10 answers made wrong (rate 0.3, seed 0)\n")
+    assert str(tmp_path / "n.jsonl.truth.jsonl") in done.out
+    changed = [a != b for a, b in zip(read(source), read(tmp_path / "n.jsonl"), strict=True)]
+    truth = read(tmp_path / "n.jsonl.truth.jsonl")
+    assert changed == [line["corrupted"] for line in truth]
+    assert sum(changed) == 3
+
+
+def test_the_output_of_corrupt_is_of_the_inputs_format(run: CommandLine, source: Path) -> None:
+    said = run.refused("corrupt", source, "--out", source.with_suffix(".csv"))
+    assert "expected a name ending in .jsonl" in said
+
+
+# --- with a real model -------------------------------------------------------------------------
+
+
+def test_the_whole_way_with_a_tiny_real_model(
+    tiny_model: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(12))
+    model = ("--model", tiny_model, "--dtype", "float32")
+    done = call(
+        capsys, "clean", source, "--out", tmp_path / "out", *model, "--embedder", tiny_encoder,
+        "--reasoning-tokens", "2", "--rounds", "1", "--threads", "1", *PAPER,
+    )  # fmt: skip
+    assert done.status == 0
+    assert [line for line in done.err.splitlines() if not line.startswith("robustft: ")] == []
+    assert f"--model {tiny_model}" in done.out
+    assert len(read(tmp_path / "out/verdicts.jsonl")) == 12
+    scored = call(capsys, "score", source, "--out", tmp_path / "s.jsonl", *model)
+    assert (scored.status, scored.err) == (0, "")
+    assert all(line["nll"] > 0 for line in read(tmp_path / "s.jsonl"))
+
+
+# --- processes of their own ----------------------------------------------------------------------
+
+SLOW = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import robustft.cleaning
+from scripted import LetterEmbedder, ScriptedEngine, slowly
+seconds = float(sys.argv.pop(1))
+robustft.cleaning.TransformersEngine = lambda _: ScriptedEngine(before_batch=slowly(seconds))
+robustft.cleaning.Embedder = lambda _: LetterEmbedder()
+from robustft.cli import main
+sys.exit(main())
+"""
+
+
+def opinions(folder: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{folder / 'run.sqlite'}?mode=ro", uri=True) as store:
+            return int(store.execute("SELECT COUNT(*) FROM opinions").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(run: CommandLine, tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", quiz(60)), tmp_path / "out"
+    arguments = ["clean", str(source), "--out", str(out), *PAPER]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "0.1", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while opinions(out) < 16 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert stderr.splitlines()[-1] == (
+        "robustft: interrupted; run the same command again to resume"
+    )
+    assert "Traceback" not in stderr
+    kept = opinions(out)
+    assert kept >= 16
+    assert not (out / "verdicts.jsonl").exists()
+    done = run(*arguments)
+    assert done.status == 0
+    assert "resuming" in done.err
+    assert run("clean", source, "--out", tmp_path / "whole", *PAPER).status == 0
+    whole = (tmp_path / "whole/verdicts.jsonl").read_bytes()
+    assert (out / "verdicts.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("sink", ["closed pipe", "full disk"])
+def test_nobody_reads_stdout(tmp_path: Path, sink: str) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(10))
+    command = [sys.executable, "-c", "import sys; from robustft.cli import main; sys.exit(main())",
+               "corrupt", str(source), "--out", str(tmp_path / "n.jsonl")]  # fmt: skip
+    if sink == "full disk":
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(stdout)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "n.jsonl").exists()
+
+
+def test_a_terminal_sees_a_bar_and_then_a_clean_line(tmp_path: Path) -> None:
+    code = (
+        "import time\nfrom robustft.progress import Progress\n"
+        "with Progress('detect', 4) as bar:\n"
+        "    for _ in range(4): time.sleep(0.7); bar.update(1, 'base')\n"
+        "import sys; print('after', file=sys.stderr)"
+    )
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=follower, stdout=follower)
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            shown += chunk
+    except OSError:  # how Linux says that the other side is gone
+        pass
+    os.close(leader)
+    assert process.wait() == 0
+    assert b"detect \xc2\xb7 base: 100% |" in shown
+    assert shown.endswith(b"\r\nafter\r\n")
