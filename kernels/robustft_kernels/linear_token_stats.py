@@ -185,7 +185,7 @@ def _fused(
 
     if hidden.device.type != "cuda" or not launch.fits(hidden, weight):
         raise ValueError(
-            "design 'fused' needs 16- or 32-bit tensors on CUDA or ROCm, D a multiple of 64 and "
+            "design 'fused' needs bfloat16 or float16 on CUDA or ROCm, D a multiple of 64 and "
             f"16-byte aligned rows, got {hidden.dtype} {tuple(hidden.shape)} on {hidden.device}"
         )
     levels = None

@@ -95,7 +95,6 @@ def linear_partial_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """BLOCK_N rows against one chunk of the vocabulary, BLOCK_V columns at a time."""
     # Row blocks vary fastest: programs that run together share the chunk's weights in L2.
@@ -133,14 +132,14 @@ def linear_partial_kernel(
             for d in range(0, width, BLOCK_D):
                 a = hidden.load([first_row, d])  # [BLOCK_N, BLOCK_D]
                 b = weight.load([start, d])  # [BLOCK_V, BLOCK_D]
-                x = tl.dot(a, b.T, x, input_precision=PRECISION)
+                x = tl.dot(a, b.T, x)
         else:
             at_column = tl.minimum(column, vocab - 1).to(tl.int64) * weight_stride
             b_ptr = weight + at_column[None, :] + inside[:, None]
             for d in range(0, width, BLOCK_D):
                 a = tl.load(a_ptr + d)  # [BLOCK_N, BLOCK_D]
                 b = tl.load(b_ptr + d)  # [BLOCK_D, BLOCK_V]
-                x = tl.dot(a, b, x, input_precision=PRECISION)
+                x = tl.dot(a, b, x)
         if HAS_BIAS:
             x += tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
         m, second, s, w, best, count = _absorb(
@@ -172,24 +171,20 @@ def linear_partial_kernel(
         tl.store(rank_ptr + out, count.to(tl.int64), mask=live)
 
 
-def tile_shape(dtype: torch.dtype, capped: bool, arch: str | int) -> dict[str, Any]:
+def tile_shape(capped: bool, arch: str | int) -> dict[str, Any]:
     """Tile and launch options for a CUDA capability (80, 90 ...) or an AMD gfx name.
 
     The largest tiles that keep the epilogue in registers on every target.
     """
     tma = isinstance(arch, int) and arch >= 90
-    if dtype == torch.float32:  # full precision has no tensor core to fill
-        tile = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-    elif tma:
-        tile = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4}
+    tile = {"BLOCK_N": 128, "BLOCK_V": 64 if capped else 128, "num_warps": 8}
+    if tma:
+        tile |= {"BLOCK_D": 64, "num_stages": 4}
     elif isinstance(arch, int):
-        tile = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4}
+        tile |= {"BLOCK_D": 32, "num_stages": 4}
     else:
-        tile = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
-    if capped:
-        tile["BLOCK_V"] = 64
-    precision = "ieee" if dtype == torch.float32 else "tf32"
-    return {**tile, "TMA": tma, "PRECISION": precision}
+        tile |= {"BLOCK_D": 64, "num_stages": 2}
+    return {**tile, "TMA": tma}
 
 
 def arch_of(device: torch.device) -> str | int:
@@ -205,7 +200,7 @@ def arch_of(device: torch.device) -> str | int:
 def fits(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the kernel can read both: 16-byte aligned rows, D a multiple of its blocks."""
     return all(
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x.dtype in (torch.bfloat16, torch.float16)
         and x.stride(1) == 1
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
@@ -235,7 +230,7 @@ def forward(
     out = empty_columns(hidden, torch.Size([rows]))
     if rows == 0:
         return out
-    tile = tile_shape(hidden.dtype, softcap > 0, arch_of(hidden.device)) | tuning
+    tile = tile_shape(softcap > 0, arch_of(hidden.device)) | tuning
     n, v, d = tile["BLOCK_N"], tile["BLOCK_V"], tile["BLOCK_D"]
     operands: tuple[Any, Any] = (hidden, weight)
     if tile["TMA"]:

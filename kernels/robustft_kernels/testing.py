@@ -53,13 +53,13 @@ def violations(
             if a is not b and (a is None or b is None):
                 problems.append(f"{name}: {'missing' if a is None else 'unexpected'}")
             continue
-        b = b.to(a.dtype).double() if b.abs().max() > 1e38 else b.double()  # past float32: inf
-        a = a.to(b.device).double()
+        narrow = b.to(a.dtype).double()  # past float32's range it is infinite
+        a, b = a.to(b.device).double(), b.double()
         limit = torch.full_like(b, absolute)
         if name not in ("entropy", "max_logprob"):
             finite = torch.where(b.isfinite(), b.abs(), torch.zeros_like(b))
             limit = relative * torch.maximum(size, finite).clamp_min(1)
-        same = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= limit)
+        same = (a == narrow) | (a.isnan() & b.isnan()) | ((a - b).abs() <= limit)
         if not same.all():
             where = int((~same).reshape(-1).nonzero()[0])
             got, want = a.reshape(-1)[where].item(), b.reshape(-1)[where].item()

@@ -229,9 +229,9 @@ def aligned_base(x: Tensor) -> tuple[Tensor, int]:
     return flat, extra
 
 
-def tile_shape(x: Tensor, capped: bool) -> dict[str, int]:
+def tile_shape(element_size: int, capped: bool) -> dict[str, int]:
     """Tile and warps for the partial kernel: two 128-bit loads a thread, one where tanh is due."""
-    return {"R": 256 if capped else 512, "G": 16 // x.element_size(), "num_warps": 8}
+    return {"R": 256 if capped else 512, "G": 16 // element_size, "num_warps": 8}
 
 
 def launch_partials(
@@ -271,7 +271,7 @@ def launch_partials(
             GIVEN=level is not None,
             CAPPED=softcap > 0,
             CHUNK=chunk,
-            **(tile_shape(x, softcap > 0) | tuning),
+            **(tile_shape(x.element_size(), softcap > 0) | tuning),
         )
     return partials
 

@@ -1,0 +1,215 @@
+"""The GPU kernels of token statistics: under the interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+
+import pytest
+import torch
+
+from robustft_kernels import TokenStats, linear_token_stats, token_stats
+from robustft_kernels.reference import backward_by_reference, token_stats_reference
+from robustft_kernels.testing import KINDS, check_forward, make_logits, violations
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+pytest.importorskip("triton")
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from robustft_kernels import (  # noqa: E402 - after the environment is set
+    gradient_triton,
+    linear_token_stats_triton,
+    token_stats_triton,
+)
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter's numpy warns of the infinities that the kernels handle.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+if ON_GPU:
+    pytestmark.append(pytest.mark.gpu)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Small tiles and chunks reach every branch with few columns.
+TILES = {"R": 64, "CHUNK": 1024}
+
+
+def forward(
+    x: torch.Tensor,
+    t: torch.Tensor | None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    **tiles: int,
+) -> TokenStats:
+    out = token_stats_triton.forward(x, t, temperature, softcap, -100, **(tiles or TILES))
+    entropy, logprob, logsumexp, top, argmax, margin, rank = out
+    if t is None:
+        return TokenStats(entropy, None, logsumexp, top, argmax, margin, None)
+    return TokenStats(entropy, logprob, logsumexp, top, argmax, margin, rank)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 127, 2777])
+def test_against_float64(dtype: torch.dtype, vocab: int) -> None:
+    x = torch.cat([make_logits(kind, 1, vocab) for kind in KINDS]).to(DEVICE, dtype)
+    t = torch.tensor([vocab // 3, vocab - 1, 0, 0, -100, vocab // 2, vocab // 3], device=DEVICE)
+    check_forward(forward(x, t), x, t)
+    if vocab in (127, 2777):
+        check_forward(forward(x, None), x, None)
+        capped = forward(x, t, 0.7, 30.0)
+        check_forward(capped, x, t, temperature=0.7, softcap=30.0)
+
+
+EDGES = [
+    [1.0, math.nan, 2.0],
+    [1.0, math.inf, 2.0],
+    [math.inf, 1.0, math.inf],
+    [math.inf, math.nan, 1.0],
+    [-math.inf, math.inf, 1.0],
+    [-math.inf] * 3,
+    [-math.inf, math.nan, -math.inf],
+    [2.0, 2.0, 2.0],
+    [3e38, -3e38, 0.0],
+]
+
+
+@pytest.mark.parametrize("pad", [0, 1100])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_edges(pad: int, softcap: float) -> None:
+    x = torch.full((len(EDGES), pad + 3), -math.inf, device=DEVICE)
+    x[:, pad:] = torch.tensor(EDGES)
+    t = torch.full((len(EDGES),), pad + 1, device=DEVICE)
+    check_forward(forward(x, t, softcap=softcap), x, t, softcap=softcap)
+    y = x.flip(1).contiguous()
+    check_forward(forward(y, t - pad, softcap=softcap), y, t - pad, softcap=softcap)
+
+
+def test_ties_everywhere() -> None:
+    x = torch.randint(3, (6, 700), generator=torch.Generator().manual_seed(1)).to(DEVICE).float()
+    t = torch.tensor([0, 1, 127, 128, 300, 699], device=DEVICE)
+    check_forward(forward(x, t), x, t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_alignment(dtype: torch.dtype) -> None:
+    base = torch.randn(4, 3, 205, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    views = [base[..., 1:], base[:, :-1, 3:], base[1:, :, :-5], base.transpose(0, 1)]
+    views += [base[..., ::2], base[0, 0], base[2:2]]
+    for x in views:
+        t = torch.randint(x.shape[-1], x.shape[:-1]).to(DEVICE)
+        before = x.clone()
+        check_forward(forward(x, t), x, t)
+        assert torch.equal(x, before)
+
+
+def test_poisoned_surroundings_do_not_leak() -> None:
+    base = torch.full((3, 64), math.nan, device=DEVICE)
+    base[:, 5:58] = torch.randn(3, 53).to(DEVICE)
+    x, t = base[:, 5:58], torch.tensor([0, 52, 7], device=DEVICE)
+    check_forward(forward(x, t), x, t)
+
+
+def test_chunks_are_independent_of_the_batch() -> None:
+    x = make_logits("spread", 5, 2500).to(DEVICE)
+    t = torch.arange(5, device=DEVICE)
+    together = forward(x, t)
+    for i in range(5):
+        alone = forward(x[i : i + 1], t[i : i + 1])
+        for name in ("entropy", "logprob", "logsumexp", "rank"):
+            assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0])
+
+
+def test_shards_through_the_kernel() -> None:
+    x = make_logits("spread", 4, 900).to(DEVICE)
+    t = torch.tensor([0, 400, 899, 500], device=DEVICE)
+    level = x.gather(1, t[:, None])[:, 0]
+    parts = []
+    for start, end in ((0, 500), (500, 900)):
+        made = token_stats_triton.chunk_partials(
+            x[:, start:end], t - start, level, 1.0, 0.0, R=16, CHUNK=256
+        )
+        offset = start
+        for i, part in enumerate(made):
+            moved = {**vars(part), "argmax": part.argmax + offset}
+            parts.append(type(part)(**moved))
+            assert i < 2
+    check_forward(TokenStats.merge(parts), x, t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_gradient(dtype: torch.dtype, softcap: float) -> None:
+    kinds = [kind for kind in KINDS if kind != "low"]
+    x = torch.cat([make_logits(kind, 1, 5000) for kind in kinds]).to(DEVICE, dtype)
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates float32 to bfloat16 stores")
+    t = torch.tensor([5, 1000, 4999, 0, -100, 1666], device=DEVICE)
+    exact = token_stats_reference(x, t, softcap=softcap, temperature=0.8)
+    generator = torch.Generator().manual_seed(2)
+    grads = tuple(torch.randn(4, 6, generator=generator).to(DEVICE).unbind(0))
+    saved = (exact.entropy, exact.max_logprob, exact.argmax)
+    expected = backward_by_reference(grads, x.double(), t, *saved, 0.8, softcap, -100)
+    out = torch.full_like(x, math.nan)
+    single = (exact.entropy.float(), exact.max_logprob.float(), exact.argmax)
+    gradient_triton.backward(grads, x, t, *single, 0.8, softcap, -100, out)
+    slack = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    error = (out.double() - expected).abs()
+    assert (error <= slack * expected.abs() + 3e-6).all(), error.max()
+    in_place = x.clone()
+    gradient_triton.backward(grads, in_place, t, *single, 0.8, softcap, -100, in_place)
+    assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fused_linear(softcap: float, with_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(37, 64, generator=generator).to(DEVICE, torch.float16)
+    weight = (torch.randn(300, 64, generator=generator) / 4).to(DEVICE, torch.float16)
+    bias = torch.randn(300, generator=generator).to(DEVICE, torch.float16) if with_bias else None
+    t = torch.randint(300, (37,), generator=generator).to(DEVICE)
+    t[3] = -100
+    logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    level = logits.gather(1, t.clamp_min(0)[:, None])[:, 0].float()
+    level[3] = math.nan
+    small = {} if ON_GPU else {"CHUNK": 128, "BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_D": 32}
+    made = linear_token_stats_triton.forward(hidden, weight, t, level, bias, 0.7, softcap, **small)
+    entropy, logprob, logsumexp, top, argmax, margin, rank = made
+    found = TokenStats(entropy, logprob, logsumexp, top, argmax, margin, rank)
+    expected = token_stats_reference(logits, t, temperature=0.7, softcap=softcap)
+    assert not violations(found, expected, absolute=1e-5, relative=1e-5)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 127, 50257, 128256, 128257, 151936, 262144])
+def test_public_on_gpu(dtype: torch.dtype, vocab: int) -> None:
+    x = torch.cat([make_logits(kind, 1, vocab) for kind in KINDS]).to(DEVICE, dtype)
+    t = torch.tensor([vocab // 3, vocab - 1, 0, 0, -100, vocab // 2, vocab // 3], device=DEVICE)
+    check_forward(token_stats(x, t), x, t)
+    y = x[:1].clone().requires_grad_()
+    token_stats(y, t[:1]).entropy.sum().backward()
+    assert y.grad is not None
+    assert y.grad.isfinite().all()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("design", ["chunked", "fused"])
+def test_linear_public_on_gpu(design: str) -> None:
+    hidden = torch.randn(300, 256, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(33000, 256, device=DEVICE, dtype=torch.bfloat16) / 16
+    t = torch.randint(33000, (300,), device=DEVICE)
+    exact = token_stats_reference(hidden.double() @ weight.double().T, t)
+    found = linear_token_stats(hidden, weight, t, design=design)
+    assert not violations(found, exact, absolute=1e-4, relative=1e-4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_more_elements_than_int32_on_gpu() -> None:
+    x = torch.zeros(1, 128256, device=DEVICE, dtype=torch.bfloat16).expand(20000, -1).contiguous()
+    x[-1, 77] = 5.0
+    stats = token_stats(x)
+    assert stats.argmax[-1] == 77
+    assert (stats.entropy[:-1] - math.log(128256)).abs().max() < 1e-5
