@@ -123,7 +123,7 @@ class TrainConfig:
     rank: int = 8
     alpha: int | None = None  # None: twice the rank
     dropout: float = 0.0
-    batch_size: int = 16  # records a step
+    batch_size: int = 8  # records a step
     cutoff: int = 2048  # longest record, tokens
     top_layers: int | None = None  # adapt only the last N layers; None: all
     checkpoint_seconds: float = 60.0  # what a killed run loses at most

@@ -264,7 +264,7 @@ def _add_train(commands: Any) -> None:
     )  # fmt: skip
     group.add_argument("--rank", type=_positive, default=8, metavar="N", help="LoRA rank")
     group.add_argument(
-        "--batch-size", type=_positive, default=16, metavar="N", help="records a step"
+        "--batch-size", type=_positive, default=8, metavar="N", help="records a step"
     )
     group.add_argument(
         "--cutoff", type=_positive, default=2048, metavar="N", help="longest record, tokens"

@@ -25,6 +25,7 @@ from robustft.training import load_adapter, train
 from robustft.training.adapter import attach_adapter, linear_names
 from robustft.training.data import (
     Example,
+    TrainingSet,
     encode_records,
     end_of_turn,
     epoch_batches,
@@ -208,6 +209,45 @@ def test_loss_and_gradients_match_one_row_at_a_time(
     found = loop.response_loss(examples)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradients(found), gradients(expected), rtol=1e-4, atol=1e-5)
+
+
+SMALL = {"vocab_size": 120, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
+WINDOW = SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "sliding_window": 24}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings_"),
+    [
+        ("GPT2", {"vocab_size": 120, "n_layer": 2, "n_head": 2, "n_embd": 16}),  # Conv1D, positions
+        ("Gemma2", WINDOW | {"head_dim": 8}),  # capped logits, alternating windows
+        ("Mistral", WINDOW),
+        ("Qwen3", SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8}),
+    ],
+)
+def test_other_architectures(
+    corpus: Path, tmp_path: Path, family: str, settings_: dict[str, object]
+) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    shape = getattr(transformers, f"{family}Config")(**settings_)
+    model = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else
+                    f"{family}ForCausalLM")(shape)  # fmt: skip
+    random = np.random.default_rng(0)
+    start = random.integers(1, 120, 20)
+    examples = [
+        Example(np.concatenate([start, random.integers(1, 120, n)]).astype(np.int32), 1 + n // 4)
+        for n in (9, 5, 14)
+    ]
+    config = config_for(corpus, tmp_path, tmp_path, top_layers=1)
+    loop = TrainingLoop(
+        attach_adapter(model, config, family), TrainingSet(examples), config, tmp_path / "c"
+    )
+    model.eval()  # dropout off, in GPT-2 for one
+    found, expected = loop.response_loss(examples), reference_loss(loop.model, examples)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    tokens = sum(example.response for example in examples)
+    assert loop._step([0, 1, 2]) == pytest.approx(expected.item() / tokens, rel=1e-4)
 
 
 def test_micro_batches_do_not_change_the_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from robustft.config import TrainConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.errors import UserError
 from robustft.files import write_atomically
-from robustft.models import find_model, load_causal_lm, load_tokenizer
+from robustft.models import DEFAULT_MODEL, find_model, load_causal_lm, load_tokenizer
 from robustft.records import Record, RecordSource, Reject, open_records
 from robustft.store import folder_lock
 from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
@@ -55,7 +56,11 @@ class TrainResult:
             lines.append(f"{self.rejected:,} lines could not be read and were left out.")
         if self.shortened:
             lines.append(f"{self.shortened:,} records were cut to the cutoff.")
-        lines += [f"Adapter: {self.out}", f"Next: robustft eval TEST_FILE --adapter {self.out}"]
+        model = "" if self.model == DEFAULT_MODEL else f"--model {shlex.quote(self.model)} "
+        lines += [
+            f"Adapter: {self.out}",
+            f"Next: robustft eval TEST_FILE {model}--adapter {shlex.quote(str(self.out))}",
+        ]
         return "\n".join(lines)
 
 
@@ -95,7 +100,7 @@ def train(config: TrainConfig) -> TrainResult:
         resumed = loop.history.step
         result = TrainResult(
             out=config.out,
-            model=model_source.name,
+            model=model_source.name if config.engine.model is None else config.engine.model,
             records=len(data.examples),
             rejected=rejected,
             shortened=data.shortened,
@@ -104,7 +109,7 @@ def train(config: TrainConfig) -> TrainResult:
             history=loop.run(),
         )
         save_adapter(adapted, config.out)
-        write_atomically(config.out / "README.md", _readme(config, result))
+        write_atomically(config.out / "README.md", _readme(config, result, model_source.name))
         _write_state(config.out, identity, result)
         (config.out / _CHECKPOINT).unlink(missing_ok=True)
     return result
@@ -150,15 +155,15 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def _readme(config: TrainConfig, result: TrainResult) -> str:
+def _readme(config: TrainConfig, result: TrainResult, model: str) -> str:
     layers = "all layers" if config.top_layers is None else f"the top {config.top_layers} layers"
     losses = ", ".join(f"{loss:.4f}" for loss in result.history.epoch_losses)
     return f"""---
 library_name: peft
-base_model: {result.model}
+base_model: {model}
 tags: [lora, robustft]
 ---
-# LoRA adapter for {result.model}
+# LoRA adapter for {model}
 
 Trained by [robustft](https://arxiv.org/abs/2412.14922) {robustft.__version__} on
 {result.records:,} records of `{Path(config.input).name}`, loss on the response tokens only.

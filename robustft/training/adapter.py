@@ -69,6 +69,7 @@ def _attached(model: Any, settings: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not ours
+        warnings.simplefilter("ignore", UserWarning)  # GPT-2's transposed layers: peft adapts
         return get_peft_model(model, settings)
 
 
