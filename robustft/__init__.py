@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from robustft.config import CleanConfig
     from robustft.pipeline import CleanResult
     from robustft.retrieval import CosineKNN
-    from robustft_kernels import TokenStats
+    from robustft_kernels import Consistency, TokenStats
     from robustft_kernels.answer_consistency import answer_consistency
     from robustft_kernels.linear_token_stats import linear_token_stats
     from robustft_kernels.token_stats import token_stats
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "CleanConfig": "robustft.config",
     "CleanResult": "robustft.pipeline",
+    "Consistency": "robustft_kernels",
     "CosineKNN": "robustft.retrieval",
     "TokenStats": "robustft_kernels",
     "answer_consistency": "robustft_kernels",
@@ -32,6 +33,7 @@ _LAZY = {
 __all__ = [
     "CleanConfig",
     "CleanResult",
+    "Consistency",
     "CosineKNN",
     "TokenStats",
     "__version__",
