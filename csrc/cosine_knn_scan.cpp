@@ -13,12 +13,24 @@ namespace {
 
 // With unit vectors x = x' + e and y = y' + f (primes: quantised), x.y - x'.y' = x'.f + e.y, so
 // |x.y - x'.y'| <= |x'| |f| + |e|: exact norms, no assumption about the data. kSlack covers the
-// fp32 arithmetic of the filter: up to four roundings (2^-24 each) of terms below 4.
-constexpr double kSlack = 2e-6;
+// fp32 arithmetic of the filter: up to six roundings (2^-24 each) of terms below 4.
+constexpr double kSlack = 3e-6;
 
 // The fp32 tier multiplies unit vectors rounded to fp32: at most d + 2 roundings, each relative to
 // a sum of |x_i y_i| <= 1, and twice that for good measure.
-double float_slack(std::size_t dim) { return 1.32e-7 * static_cast<double>(dim) + 2e-6; }
+double float_slack(std::size_t dim) { return 1.32e-7 * static_cast<double>(dim) + kSlack; }
+
+// The bound holds for the worst case, that all rounding errors conspire. Over n columns that matter
+// they come to about reach / sqrt(n); four times that is hardly ever exceeded, and when it is,
+// Scan::certified notices.
+float caution(const double* row, double inv_norm, std::size_t dim) {
+    double fourth = 0;
+    for (std::size_t i = 0; i < dim; ++i) {
+        const double square = (row[i] * inv_norm) * (row[i] * inv_norm);
+        fourth += square * square;
+    }
+    return static_cast<float>(1 + std::min(1.0, 4 * std::sqrt(fourth)));
+}
 
 constexpr float kOnes[kBlockRows] = {
     1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
@@ -26,23 +38,23 @@ constexpr float kOnes[kBlockRows] = {
 constexpr float kZeros[kBlockRows] = {};
 
 constexpr std::size_t kFirstFloatSpan = 64;  // blocks before the 8-bit filter gets another try
+constexpr std::size_t kSlackRoom = 80;       // past the limit: a block's rows and a vector's width
 constexpr std::size_t kPrefetchLines = 32;
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 float round_down(double x) {
     const auto near = static_cast<float>(x);
-    return near > x ? std::nextafter(near, -std::numeric_limits<float>::infinity()) : near;
+    return near > x ? std::nextafter(near, -kInfinity) : near;
 }
 
 }  // namespace
 
 std::uint32_t Plan::raw_limit() const {
-    return static_cast<std::uint32_t>(std::clamp<std::size_t>(2 * k, 128, 4096));
+    return static_cast<std::uint32_t>(std::clamp<std::size_t>(4 * k, 128, 4096));
 }
 std::size_t Plan::kept_limit() const { return 4 * k + 256; }
 std::size_t Plan::query_bytes() const {
-    return index.dim() * (sizeof(double) + sizeof(float) + 1) + (raw_limit() + 80) * 8 +
-           (kept_limit() + raw_limit()) * 24 + k * sizeof(Scored);
+    return index.dim() + (raw_limit() + kSlackRoom) * 8 + 6 * k * 12 + k * sizeof(Scored);
 }
 
 Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
@@ -80,8 +92,9 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
                 std::memcpy(out, codes.data() + step * 4, 4);
             }
             const double unit = zero(q) ? 1 : x.scale;
+            const float care = caution(wide, inv_norm_[q], dim_);
             const auto slope = static_cast<float>(x.norm / unit * (1 + 1e-6));
-            int8_[q] = {unit, x.norm, x.error + kSlack, slope, -128 * sum};
+            int8_[q] = {unit, x.norm, x.error + kSlack, slope, -128 * sum, care};
         }
         if (floats) {
             float* out = float_codes_.data() + tile * kernels.tile * dim_ + lane;
@@ -89,8 +102,12 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
                 out[i * width] = static_cast<float>(wide[i] * inv_norm_[q]);
             }
         }
-        float_[q] = {1, 0, float_slack(dim_), 0, 0};
+        float_[q] = {1, 0, float_slack(dim_), 0, 0, 2};
     }
+}
+
+void Batch::be_certain() {
+    for (Scale& scale : int8_) scale.caution = 2;
 }
 
 Scan::Scan(const Plan& plan, Batch& batch)
@@ -103,7 +120,7 @@ Scan::Scan(const Plan& plan, Batch& batch)
       sieves_(batch.count()),
       queries_(batch.count()),
       float_span_(kFirstFloatSpan) {
-    const std::size_t room = raw_limit_ + 80;
+    const std::size_t room = raw_limit_ + kSlackRoom;
     if (tier_ != Tier::exact) {
         raw_rows_.resize(batch.count() * room);
         raw_bounds_.resize(batch.count() * room);
@@ -222,7 +239,7 @@ void Scan::filter(std::size_t block, std::uint64_t mask) {
             // Rows outside the mask may not exist; any other stands in for them.
             const std::size_t row = (mask >> i & 1) != 0 ? positions_[i] : some;
             rows[i] = index_.row(row);
-            inv_norm[i] = store.head(row / kBlockRows).inv_norm[row % kBlockRows];
+            inv_norm[i] = head(row).inv_norm[row % kBlockRows];
         }
         kernels.pack[static_cast<int>(index_.dtype())](rows, inv_norm, index_.dim(), panel_.data());
         view.codes = panel_.data();
@@ -246,18 +263,30 @@ std::size_t Scan::settle(std::size_t q) {
     const std::int64_t* exclude = plan_.options.exclude;
     const std::int64_t excluded = exclude == nullptr ? -1 : exclude[batch_.first() + q];
     for (std::uint32_t i = 0; i < sieve.count; ++i) {
+        __builtin_prefetch(&head(sieve.rows[i]).error[sieve.rows[i] % kBlockRows]);
+    }
+    const std::size_t before = query.kept.size();
+    query.kept.resize(before + sieve.count);
+    Candidate* out = query.kept.data() + before;
+    const auto unit = static_cast<float>(scale.unit), slack = static_cast<float>(scale.slack);
+    const float norm = tier_ == Tier::int8 ? static_cast<float>(scale.norm) : 0;
+    const float cut = round_down(query.floor);
+    for (std::uint32_t i = 0; i < sieve.count; ++i) {  // no branches: they would be coin tosses
         const std::uint32_t row = sieve.rows[i];
-        const double upper = sieve.bounds[i] * scale.unit + scale.slack;
-        if (upper < query.floor || (exclude != nullptr && index_.id(row) == excluded)) continue;
-        double reach = scale.slack;
-        if (tier_ == Tier::int8) {
-            reach += scale.norm * index_.blocks().head(row / kBlockRows).error[row % kBlockRows];
-        }
-        const double lower = upper - 2 * reach;
-        query.kept.push_back({upper, lower == lower ? lower : -kInfinity, row});
+        const float upper = sieve.bounds[i] * unit + slack;
+        *out = {upper, slack + norm * head(row).error[row % kBlockRows], row};
+        out += upper >= cut;
+    }
+    query.kept.resize(static_cast<std::size_t>(out - query.kept.data()));
+    if (exclude != nullptr) {
+        const auto fresh = query.kept.begin() + static_cast<std::ptrdiff_t>(before);
+        query.kept.erase(
+            std::remove_if(fresh, query.kept.end(),
+                           [&](const Candidate& c) { return index_.id(c.row) == excluded; }),
+            query.kept.end());
     }
     sieve.count = 0;
-    tighten(query);
+    tighten(q);
     const std::size_t rescored = query.kept.size() > plan_.kept_limit() ? rescore(q) : 0;
     double seen = shared.load(std::memory_order_relaxed);
     while (query.floor > seen &&
@@ -267,22 +296,44 @@ std::size_t Scan::settle(std::size_t q) {
     return rescored;
 }
 
-// The k-th largest of what is known to be reached (computed cosines and lower bounds) is a floor.
-void Scan::tighten(Query& query) {
-    if (query.best.size() + query.kept.size() >= plan_.k && !query.kept.empty()) {
-        std::vector<double>& scores = query.scores;
-        scores.clear();
-        for (const Scored& item : query.best.items()) scores.push_back(item.score);
-        for (const Candidate& candidate : query.kept) scores.push_back(candidate.lower);
-        const auto kth = scores.begin() + static_cast<std::ptrdiff_t>(plan_.k - 1);
-        std::nth_element(scores.begin(), kth, scores.end(), std::greater<>());
-        query.floor = std::max(query.floor, *kth);
+// The k-th largest of what is reached, computed or estimated with caution, is the new floor. Only
+// what lies above the present one can raise it.
+void Scan::tighten(std::size_t q) {
+    Query& query = queries_[q];
+    std::vector<float>& scores = query.scores;
+    scores.resize(query.best.size() + query.kept.size());
+    const float floor = round_down(query.floor);
+    const float caution = batch_.scale(tier_, q).caution;
+    float* out = scores.data();
+    for (const Scored& item : query.best.items()) {
+        *out = round_down(item.score);
+        out += *out > floor;
     }
-    std::erase_if(query.kept, [&](const Candidate& c) { return c.upper < query.floor; });
+    for (const Candidate& candidate : query.kept) {
+        *out = candidate.upper - caution * candidate.reach;
+        out += *out > floor;
+    }
+    if (out < scores.data() + plan_.k) return;
+    float* kth = scores.data() + (plan_.k - 1);
+    std::nth_element(scores.data(), kth, out, std::greater<>());
+    query.floor = std::max<double>(query.floor, *kth);
+    Candidate* end = query.kept.data();
+    for (const Candidate& candidate : query.kept) {
+        *end = candidate;
+        end += candidate.upper >= *kth;
+    }
+    query.kept.resize(static_cast<std::size_t>(end - query.kept.data()));
+}
+
+// Whether the rows passed over cannot be among the k best: the k-th cosine found reaches the
+// highest floor that turned a row away.
+bool Scan::certified(const Query& query) const {
+    return query.floor <= plan_.options.threshold ||
+           (query.best.full() && query.best.floor() >= query.floor);
 }
 
 void Scan::rescore_one(std::size_t q, std::uint32_t row) {
-    const double inv_norm = index_.blocks().head(row / kBlockRows).inv_norm[row % kBlockRows];
+    const double inv_norm = head(row).inv_norm[row % kBlockRows];
     ++queries_[q].rescored;
     offer(q, row,
           dot_(index_.row(row), batch_.wide(q), index_.dim()) * (batch_.inv_norm(q) * inv_norm));
@@ -354,7 +405,7 @@ void Scan::absorb(Scan& other, std::size_t q) {
     theirs.best.reset(0);
 }
 
-void Scan::finish(std::size_t q, std::int64_t* ids, float* cosines) {
+void Scan::finish(std::size_t q, std::int64_t* ids, float* cosines, Monitor& monitor) {
     Query& query = queries_[q];
     if (batch_.zero(q)) {
         // Cosine 0 with every row: the lowest ids win.
@@ -368,6 +419,16 @@ void Scan::finish(std::size_t q, std::int64_t* ids, float* cosines) {
     } else if (plan_.tier != Tier::exact) {
         settle(q);
         rescore(q);
+        if (!certified(query)) {
+            Batch batch(plan_, batch_.first() + q, 1);
+            batch.be_certain();
+            if (query.best.full()) batch.floor(0) = query.best.floor();
+            Scan again(plan_, batch);
+            again.run(0, plan_.blocks, monitor);
+            again.finish(0, ids, cosines, monitor);
+            query.rescored += again.queries_[0].rescored;
+            return;
+        }
     }
     std::size_t rank = 0;
     for (const Scored& item : query.best.sorted()) {

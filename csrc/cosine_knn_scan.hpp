@@ -48,6 +48,7 @@ class Batch {
         double slack;
         float slope;
         std::int32_t offset;
+        float caution;  // 2: the bound in full; less: what its error will not exceed in practice
     };
     const Scale& scale(Tier tier, std::size_t q) const {
         return tier == Tier::int8 ? int8_[q] : float_[q];
@@ -56,7 +57,9 @@ class Batch {
         return tier == Tier::int8 ? static_cast<const void*>(int8_codes_.data())
                                   : static_cast<const void*>(float_codes_.data());
     }
+    // No row below it is looked at; see Scan::certified.
     std::atomic<double>& floor(std::size_t q) { return floors_[q]; }
+    void be_certain();
 
   private:
     std::size_t first_, count_, dim_;
@@ -65,7 +68,7 @@ class Batch {
     std::vector<std::int8_t> int8_codes_;  // in tiles, as Kernels wants them
     std::vector<float> float_codes_;
     std::vector<Scale> int8_, float_;
-    std::vector<std::atomic<double>> floors_;  // no row below it can be among the k best
+    std::vector<std::atomic<double>> floors_;
 };
 
 class Scan {
@@ -76,13 +79,14 @@ class Scan {
 
     // After the runs; different queries may be handled by different threads.
     void absorb(Scan& other, std::size_t q);  // takes over the other's candidates of query q
-    void finish(std::size_t q, std::int64_t* ids, float* cosines);
+    void finish(std::size_t q, std::int64_t* ids, float* cosines, Monitor& monitor);
 
     SearchStats stats() const;
 
   private:
     struct Candidate {
-        double upper, lower;
+        float upper;  // the cosine lies in [upper - 2 * reach, upper]
+        float reach;
         std::uint32_t row;
     };
     struct Query {
@@ -90,15 +94,19 @@ class Scan {
         TopK best;
         double floor;
         std::uint64_t rescored = 0;
-        std::vector<double> scores;  // scratch
+        std::vector<float> scores;  // scratch
     };
 
+    const BlockHead& head(std::uint32_t row) const {
+        return index_.blocks().head(row / kBlockRows);
+    }
     std::uint64_t select(std::size_t block, std::uint32_t* positions) const;
     void filter(std::size_t block, std::uint64_t mask);
     void compute_all(std::uint64_t mask);
     void use(Tier tier);
     std::size_t settle(std::size_t q);  // rows computed
-    void tighten(Query& query);
+    void tighten(std::size_t q);
+    bool certified(const Query& query) const;
     std::size_t rescore(std::size_t q);  // rows computed
     void rescore_one(std::size_t q, std::uint32_t row);
     void offer(std::size_t q, std::uint32_t row, double score);

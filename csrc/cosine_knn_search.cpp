@@ -9,9 +9,13 @@
 namespace robustft::knn {
 namespace {
 
-constexpr std::size_t kMaxInt8Dim = 16384;     // kSlack holds, and sums fit 32 bits
-constexpr std::size_t kBatch = 256;            // queries whose codes stay in the second-level cache
-constexpr std::size_t kScratch = 64ULL << 20;  // bytes per worker, more only if one query needs it
+constexpr std::size_t kMaxInt8Dim = 16384;  // kSlack holds, and sums fit 32 bits
+// A batch: what its queries keep touching should stay in the second-level cache, and there should
+// be enough of them to make up for reading all rows from memory again.
+constexpr std::size_t kCache = 768 << 10;
+constexpr std::size_t kBatch = 128;
+constexpr std::size_t kLargestBatch = 256;
+constexpr std::size_t kScratch = 64 << 20;  // bytes, a limit that only a single query may exceed
 constexpr std::size_t kTaskBlocks = 64;
 constexpr std::size_t kParallelFinish = 16;  // queries
 constexpr double kWorkPerThread = 4e6;       // multiplications that pay for starting a thread
@@ -75,7 +79,9 @@ SearchStats CosineIndex::search(const Rows& queries, const SearchOptions& option
                         static_cast<double>(dim_);
     const auto threads =
         static_cast<unsigned>(std::min<double>(options.threads, 1 + work / kWorkPerThread));
-    const std::size_t largest = std::clamp<std::size_t>(kScratch / plan.query_bytes(), 1, kBatch);
+    const std::size_t bytes = plan.query_bytes();
+    const std::size_t largest = std::clamp<std::size_t>(
+        kScratch / bytes, 1, std::clamp(kCache / bytes, kBatch, kLargestBatch));
     SearchStats stats;
     std::mutex mutex;
     const auto count = [&](const SearchStats& part) {
@@ -97,7 +103,8 @@ SearchStats CosineIndex::search(const Rows& queries, const SearchOptions& option
             Scan scan(plan, batch);
             scan.run(0, plan.blocks, monitor);
             for (std::size_t q = 0; q < batch.count(); ++q) {
-                scan.finish(q, ids + (first + q) * options.k, cosines + (first + q) * options.k);
+                scan.finish(q, ids + (first + q) * options.k, cosines + (first + q) * options.k,
+                            monitor);
             }
             count(scan.stats());
         });
@@ -122,7 +129,8 @@ SearchStats CosineIndex::search(const Rows& queries, const SearchOptions& option
             for (std::size_t other = 1; other < scans.size(); ++other) {
                 main.absorb(*scans[other], q);
             }
-            main.finish(q, ids + (first + q) * options.k, cosines + (first + q) * options.k);
+            main.finish(q, ids + (first + q) * options.k, cosines + (first + q) * options.k,
+                        monitor);
         };
         parallel_for(batch.count(), batch.count() < kParallelFinish ? 1 : threads, monitor,
                      [&](std::size_t q, unsigned) { finish(q); });
