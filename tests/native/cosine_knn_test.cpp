@@ -1,5 +1,7 @@
 // The kNN core without Python, for the sanitizers: every instruction set of this machine, every
 // tier, several threads, against a brute force with the same arithmetic.
+#include "cosine_knn.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,8 +12,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#include "cosine_knn.hpp"
 
 using namespace robustft;
 using namespace robustft::knn;
@@ -58,8 +58,8 @@ struct Answer {
     std::vector<float> cosines;
     bool operator==(const Answer& other) const {
         const auto same = [](float a, float b) { return a == b || (a != a && b != b); };
-        return ids == other.ids && std::equal(cosines.begin(), cosines.end(),
-                                              other.cosines.begin(), other.cosines.end(), same);
+        return ids == other.ids && std::equal(cosines.begin(), cosines.end(), other.cosines.begin(),
+                                              other.cosines.end(), same);
     }
 };
 
@@ -85,8 +85,8 @@ Answer brute_force(const Rows& rows, const Rows& queries, std::size_t dim,
                 continue;
             }
             widen_row(rows[i], rows.dtype, dim, y.data());
-            const double dot = kPortable.dot[static_cast<int>(DType::float64)](y.data(), x.data(),
-                                                                               dim);
+            const double dot =
+                kPortable.dot[static_cast<int>(DType::float64)](y.data(), x.data(), dim);
             const double cosine = dot * (inverse_norm(x.data(), dim) * inverse_norm(y.data(), dim));
             if (cosine > options.threshold) scored.emplace_back(-cosine, id);
         }
@@ -94,8 +94,7 @@ Answer brute_force(const Rows& rows, const Rows& queries, std::size_t dim,
         for (std::size_t rank = 0; rank < options.k; ++rank) {
             const bool found = rank < scored.size();
             out.ids.push_back(found ? scored[rank].second : -1);
-            out.cosines.push_back(found ? static_cast<float>(-scored[rank].first)
-                                        : std::nanf(""));
+            out.cosines.push_back(found ? static_cast<float>(-scored[rank].first) : std::nanf(""));
         }
     }
     return out;
@@ -115,10 +114,9 @@ void check_answers() {
             for (auto* allowed : {&some, &most}) {
                 if (count % 64 != 0) allowed->back() &= (std::uint64_t{1} << (count % 64)) - 1;
             }
-            for (const std::uint64_t* allowed :
-                 {static_cast<const std::uint64_t*>(nullptr),
-                  static_cast<const std::uint64_t*>(some.data()),
-                  static_cast<const std::uint64_t*>(most.data())}) {
+            for (const std::uint64_t* allowed : {static_cast<const std::uint64_t*>(nullptr),
+                                                 static_cast<const std::uint64_t*>(some.data()),
+                                                 static_cast<const std::uint64_t*>(most.data())}) {
                 SearchOptions options;
                 options.k = k;
                 options.exclude = exclude.data();
