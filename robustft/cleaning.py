@@ -21,9 +21,10 @@ from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
+from robustft.exchange import write_exchange
 from robustft.files import atomic_file
 from robustft.pipeline import CleanResult, CleanRun, count_records
-from robustft.records import RecordSource, open_records, output_name
+from robustft.records import RecordSource, open_records, output_name, reopened
 from robustft.reporting import write_run_report
 from robustft.store import Stopwatch, Store, folder_lock
 
@@ -127,6 +128,8 @@ def run_clean(
         result.counts["input"] = total + rejects
         if truncated := getattr(engine, "truncated", 0):
             result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
+        if config.dataset_info and result.counts["keep"] + result.counts["relabel"]:
+            write_exchange(reopened(source, result.cleaned), config.out)
         result.seconds["total"] = round(watch.seconds(), 3)
         manifest = _manifest(config, result, store, engine, embedder, source.content_hash)
         with atomic_file(config.out / "manifest.json") as handle:

@@ -52,6 +52,7 @@ def _run_clean(options: argparse.Namespace) -> int:
         without=frozenset(options.without),
         embedder=options.embedder,
         threads=options.threads,
+        dataset_info=options.dataset_info,
         engine=_engine_config(options),
         experts=ExpertConfig(
             rounds=options.rounds,

@@ -78,6 +78,7 @@ class CleanConfig:
     without: frozenset[str] = frozenset()  # ablations of the paper's table 3
     embedder: str | None = None  # sentence-embedding model; None: the embedded MiniLM
     threads: int | None = None
+    dataset_info: bool = False  # also write messages.jsonl and dataset_info.json
     engine: EngineConfig = field(default_factory=EngineConfig)
     experts: ExpertConfig = field(default_factory=ExpertConfig)
 
@@ -93,7 +94,7 @@ class CleanConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""
-        return _flat(self, {"out", "threads"})
+        return _flat(self, {"out", "threads", "dataset_info"})
 
 
 def _flat(config: Any, without: set[str]) -> dict[str, Any]:

@@ -206,6 +206,11 @@ def _add_clean(commands: Any) -> None:
     )  # fmt: skip
     _add_input(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder (required)")
+    parser.add_argument(
+        "--dataset-info", action="store_true",
+        help="also write messages.jsonl (the training set as chat turns, for TRL, Axolotl, "
+        "torchtune) and dataset_info.json (for LLaMA-Factory) (default: off)",
+    )  # fmt: skip
     parser.add_argument("--engine", default="transformers", help="where answers come from")
     _add_model(parser)
     _add_expert_options(parser)

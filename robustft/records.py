@@ -19,7 +19,15 @@ from robustft.framing import MAX_LINE_BYTES, Reject, reject
 from robustft.schemas import Context, Schema, find_schema
 from robustft.sources import open_reader
 
-__all__ = ["Record", "RecordSource", "RecordWriter", "Reject", "open_records", "output_name"]
+__all__ = [
+    "Record",
+    "RecordSource",
+    "RecordWriter",
+    "Reject",
+    "open_records",
+    "output_name",
+    "reopened",
+]
 
 SAMPLE_ROWS = 64
 
@@ -280,6 +288,12 @@ class RecordWriter:
         trace: TracebackType | None,
     ) -> bool | None:
         return self._stack.__exit__(kind, error, trace)
+
+
+def reopened(source: RecordSource, path: Path) -> RecordSource:
+    """The records of `path`, a file that a `RecordWriter` made from `source`: the same layout."""
+    reader = open_reader(str(path), "train", MAX_LINE_BYTES)
+    return RecordSource(str(path), reader, source.layout, source.fields, None)
 
 
 def output_name(source: RecordSource) -> str:

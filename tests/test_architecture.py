@@ -23,7 +23,7 @@ CONFINED = {
 }
 LAYERS = (
     {"records", "answers", "config"},
-    {"prompts", "engines", "retrieval", "embedding"},
+    {"prompts", "engines", "retrieval", "embedding", "exchange"},
     {"experts"},
     {"detection"},
     {"relabeling"},
