@@ -127,6 +127,7 @@ def _run_train(options: argparse.Namespace) -> int:
         cutoff=options.cutoff,
         top_layers=options.top_layers,
         seed=options.seed,
+        report_to=tuple(options.report_to),
     )
     print(train(config))
     return _DONE

@@ -13,6 +13,7 @@ from robustft.errors import UserError
 ABLATIONS = ("selection", "checker", "reviewer", "cer", "rel")
 ENGINES = ("transformers",)
 DETECTORS = ("crowd", "paper")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -128,6 +129,7 @@ class TrainConfig:
     cutoff: int = 2048  # longest record, tokens
     top_layers: int | None = None  # adapt only the last N layers; None: all
     checkpoint_seconds: float = 60.0  # what a killed run loses at most
+    report_to: tuple[str, ...] = ()  # trackers that get the numbers of every step
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,8 @@ class TrainConfig:
         for name in ("limit", "top_layers"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
+        for name in self.report_to:
+            _require(name in TRACKERS, "report_to", f"one of {', '.join(TRACKERS)}", name)
         _require(self.cutoff >= 16, "cutoff", "at least 16", self.cutoff)
         rate = self.learning_rate
         _require(math.isfinite(rate) and rate > 0, "learning_rate", "above 0", rate)
@@ -151,7 +155,8 @@ class TrainConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""
-        return _flat(self, {"input", "out", "checkpoint_seconds", "engine.batch_tokens"})
+        free = {"input", "out", "checkpoint_seconds", "report_to", "engine.batch_tokens"}
+        return _flat(self, free)
 
 
 @dataclass(frozen=True, slots=True)

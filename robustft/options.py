@@ -281,6 +281,11 @@ def _add_train(commands: Any) -> None:
     group.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="order of records and initial weights"
     )
+    group.add_argument(
+        "--report-to", action="append", metavar="NAME", default=[],
+        help="send loss, token entropy and noise score of every step to tensorboard, trackio or "
+        "wandb; may be repeated (default: nowhere)",
+    )  # fmt: skip
 
 
 def _add_eval(commands: Any) -> None:

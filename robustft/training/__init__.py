@@ -18,6 +18,7 @@ from robustft.files import write_atomically
 from robustft.models import DEFAULT_MODEL, find_model, load_causal_lm, load_tokenizer
 from robustft.records import Record, RecordSource, Reject, open_records
 from robustft.store import folder_lock
+from robustft.training import trackers
 from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
 from robustft.training.data import TrainingSet, encode_records
 from robustft.training.loop import History, TrainingLoop
@@ -76,6 +77,7 @@ def train(config: TrainConfig) -> TrainResult:
             folder holds a run with another configuration (the differences are named).
         KeyboardInterrupt: on SIGINT or SIGTERM, after the step at work was saved.
     """
+    trackers.require(config.report_to)
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
@@ -98,6 +100,8 @@ def train(config: TrainConfig) -> TrainResult:
         loop = TrainingLoop(adapted, data, config, config.out / _CHECKPOINT)
         loop.resume()
         resumed = loop.history.step
+        with trackers.opened(config.report_to, config.out, identity, resumed=resumed > 0) as report:
+            history = loop.run(report)
         result = TrainResult(
             out=config.out,
             model=model_source.name if config.engine.model is None else config.engine.model,
@@ -106,7 +110,7 @@ def train(config: TrainConfig) -> TrainResult:
             shortened=data.shortened,
             trained_parameters=loop.trained_parameters,
             resumed=resumed,
-            history=loop.run(),
+            history=history,
         )
         save_adapter(adapted, config.out)
         write_atomically(config.out / "README.md", _readme(config, result, model_source.name))

@@ -35,6 +35,9 @@ from robustft.training.data import (
     learning_rate_at,
     micro_batches,
 )
+from robustft.training.signals import StepSignals
+from robustft.training.trackers import Report
+from robustft_kernels import token_stats
 
 _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 16384
@@ -79,6 +82,7 @@ class TrainingLoop:
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), lr=config.learning_rate, weight_decay=0.0
         )
+        self._signals: StepSignals | None = None  # of the step at work, where somebody listens
         self._per_epoch = math.ceil(len(self._examples) / config.batch_size)
         self.steps = self._per_epoch * config.epochs
 
@@ -87,8 +91,8 @@ class TrainingLoop:
         if self._checkpoint.exists():
             self._load()
 
-    def run(self) -> History:
-        """Train to the end, saving a checkpoint now and then.
+    def run(self, report: Report | None = None) -> History:
+        """Train to the end, saving a checkpoint now and then; `report` gets every step's numbers.
 
         Raises:
             UserError: the loss is no longer a number, or one record does not fit the memory.
@@ -96,6 +100,7 @@ class TrainingLoop:
         """
         history, started = self.history, time.monotonic()
         before, saved = history.seconds, started
+        self._signals = StepSignals() if report else None
         self.model.train()
         precise = self.config.engine.dtype == "float32"
         shuffled = -1  # the epoch that `batches` belongs to
@@ -113,6 +118,8 @@ class TrainingLoop:
                     shuffled = epoch
                 loss = self._step(batches[position].tolist())
                 history.step += 1
+                if report:
+                    report.log(self._numbers(loss), history.step)
                 if history.step % self._per_epoch == 0:
                     history.epoch_losses.append(history.loss_sum / history.loss_tokens)
                     history.loss_sum, history.loss_tokens = 0.0, 0
@@ -165,9 +172,18 @@ class TrainingLoop:
         history.loss_tokens += response
         return loss
 
+    def _numbers(self, loss: float) -> dict[str, float]:
+        """What the trackers get after a step."""
+        step = self.history.step
+        rate = learning_rate_at(step - 1, self.steps, self.config.learning_rate, self.config.warmup)
+        signals = self._signals.take() if self._signals else {}
+        return {"loss": loss, "learning_rate": rate, "epoch": step / self._per_epoch, **signals}
+
     def _gradients(self, batch: Sequence[int], response: int) -> float:
         """Gradients of the mean loss over the batch's response tokens; that mean."""
         self._optimizer.zero_grad(set_to_none=True)
+        if self._signals is not None:
+            self._signals.take()  # what an attempt that ran out of memory left behind
         loss = 0.0
         for rows in micro_batches(batch, self._lengths, self._budget):
             part = self.response_loss([self._examples[row] for row in rows]) / response
@@ -204,7 +220,12 @@ class TrainingLoop:
         rows = torch.tensor([row for row, _ in places], device=self.device)
         slots = torch.tensor([slot[column] for _, column in places], device=self.device)
         targets = ids[rows, kept[slots] + 1]
-        return functional.cross_entropy(logits[rows, slots].float(), targets, reduction="sum")
+        chosen = logits[rows, slots].float()
+        if self._signals is not None:
+            ends = torch.bincount(rows, minlength=len(examples)).cumsum(0)
+            starts = functional.pad(ends, (1, 0))
+            self._signals.add(token_stats(chosen.detach(), targets, cu_seqlens=starts))
+        return functional.cross_entropy(chosen, targets, reduction="sum")
 
     # --- checkpoints ---------------------------------------------------------------------------
 
