@@ -74,8 +74,8 @@ def opened(
             if make.requires_logging_directory:
                 tracker = make(name, out)
             else:
-                name = "-".join(out.resolve().parts[-2:])
-                tracker = make(_PROJECT, name=name, resume="allow" if resumed else "never")
+                run = "-".join(out.resolve().parts[-2:])
+                tracker = make(_PROJECT, name=run, resume="allow" if resumed else "never")
             tracker.start()
             # trackio finishes its current run at exit, once more and on stdout, unless told first.
             module = importlib.import_module(name) if name == "trackio" else tracker
