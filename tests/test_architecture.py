@@ -20,6 +20,10 @@ CONFINED = {
     "peft": {"robustft.training"},
     "robustft._core": {"robustft.retrieval", "robustft_kernels", "robustft.benchmarks"},
     "sqlite3": {"robustft.store"},
+    "accelerate": {"robustft.training"},
+    "datatrove": {"robustft.integrations.datatrove_step"},
+    "datasets": {"robustft.columnar"},
+    "trl": set(),
 }
 LAYERS = (
     {"records", "answers", "config"},
@@ -30,7 +34,7 @@ LAYERS = (
     {"selection"},
     {"pipeline"},
     {"cleaning"},
-    {"cli"},
+    {"integrations", "cli"},
 )
 
 

@@ -360,7 +360,7 @@ class TransformersEngine:
 
 
 def _response_score(values: dict[str, np.ndarray[Any, Any]]) -> ResponseScore:
-    if not values:
+    if not len(values.get("nll", ())):
         nan = float("nan")
         return ResponseScore(0, nan, nan, nan, nan, nan)
     return ResponseScore(

@@ -1,0 +1,210 @@
+"""Batch callables for `datasets.Dataset.map(…, batched=True)` and Ray Data's `map_batches`.
+
+Each takes a batch as a mapping from column to values (lists, or NumPy arrays as Ray gives them) and
+returns it with columns added. They pickle as their settings: models and indexes are loaded in the
+process that works, on its first batch, and held there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustft.config import EngineConfig
+from robustft.embedding import Embedder, TextEmbedder
+from robustft.engines import Engine, Message, Prompt, ResponseScore
+from robustft.engines.transformers import TransformersEngine
+from robustft.retrieval import CosineKNN
+from robustft_kernels.answer_consistency import Metric, answer_consistency
+
+__all__ = ["AgreeingAnswers", "NearestNeighbours", "ResponseScorer", "build_index"]
+
+Batch = Mapping[str, Any]
+
+
+class _Lazy:
+    """Pickles as its settings, without the models and indexes that were loaded."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        loaded = {
+            name
+            for name in vars(self)
+            if isinstance(getattr(type(self), name, None), cached_property)
+        }
+        return {name: value for name, value in vars(self).items() if name not in loaded}
+
+
+class ResponseScorer(_Lazy):
+    """Adds token statistics of given responses: `response_nll`, `response_entropy` and more.
+
+    The columns are the fields of `robustft.engines.ResponseScore` with "response_" before them:
+    tokens, nll (eq. 7 of arXiv 2412.14922), entropy, max_entropy, margin (nats), rank.
+
+    Args:
+        model: hub id, folder or .gguf file; None is the embedded small model.
+        prompt: the column of prompts: a text, or a list of {"role", "content"} turns.
+        response: the column of responses.
+        options: other fields of `robustft.config.EngineConfig`, such as device or dtype.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        prompt: str = "prompt",
+        response: str = "response",
+        **options: Any,
+    ) -> None:
+        self.config = EngineConfig(model=model, **options)
+        self.prompt, self.response = prompt, response
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The model, loaded when it is first needed."""
+        return TransformersEngine(self.config)
+
+    def score(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[ResponseScore]:
+        """Statistics of every response, in order."""
+        asked = [as_prompt(prompt) for prompt in prompts]
+        given = [str(response) for response in responses]
+        found: dict[int, ResponseScore] = {}
+        for rows in self.engine.plan(asked, 16):
+            scores = self.engine.score([asked[row] for row in rows], [given[row] for row in rows])
+            found.update(zip(rows, scores, strict=True))
+        return [found[row] for row in range(len(asked))]
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """The batch with its statistics, float32 (tokens int64), NaN for an empty response."""
+        scores = self.score(list(batch[self.prompt]), list(batch[self.response]))
+        added = {
+            f"response_{field.name}": np.array(
+                [getattr(score, field.name) for score in scores],
+                np.int64 if field.name == "tokens" else np.float32,
+            )
+            for field in dataclasses.fields(ResponseScore)
+        }
+        return {**batch, **added}
+
+
+def as_prompt(value: Any) -> Prompt:
+    """A prompt from a text (one user turn) or from {"role", "content"} turns."""
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
+    return Prompt(tuple(Message(str(turn["role"]), str(turn["content"])) for turn in turns))
+
+
+class AgreeingAnswers:
+    """Adds what several answers to one question agree on.
+
+    Columns: `majority` (the first answer of the largest cluster, None without answers),
+    `majority_fraction`, `semantic_entropy` (nats) and, where `given` names a column,
+    `given_support`, the share of answers that agree with the given one.
+
+    Args:
+        answers: the column of lists of up to 64 texts.
+        given: the column of given answers, or None.
+        metric, threshold: as in `robustft.answer_consistency`.
+    """
+
+    def __init__(
+        self,
+        answers: str = "answers",
+        *,
+        given: str | None = None,
+        metric: Metric = "exact",
+        threshold: float | None = None,
+    ) -> None:
+        self.answers, self.given, self.metric, self.threshold = answers, given, metric, threshold
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """The batch with its agreement."""
+        answers = [list(row) for row in batch[self.answers]]
+        given = None if self.given is None else list(batch[self.given])
+        found = answer_consistency(
+            answers, metric=self.metric, threshold=self.threshold, given=given, threads=1
+        )
+        added = {
+            "majority": [
+                None if best < 0 else row[list(cluster).index(best)]
+                for row, cluster, best in zip(answers, found.cluster, found.majority, strict=True)
+            ],
+            "majority_fraction": found.majority_fraction,
+            "semantic_entropy": found.semantic_entropy,
+        }
+        if given is not None:
+            added["given_support"] = found.given_support
+        return {**batch, **added}
+
+
+def build_index(
+    texts: Sequence[str], path: str | Path, *, embedder: TextEmbedder | str | None = None
+) -> CosineKNN:
+    """Embed `texts`, number them from 0 and save their index to `path`."""
+    made = Embedder(embedder) if embedder is None or isinstance(embedder, str) else embedder
+    index = CosineKNN(made.encode(list(texts)))
+    index.save(path)
+    return index
+
+
+class NearestNeighbours(_Lazy):
+    """Adds the nearest texts of a saved index, and which of them a text duplicates.
+
+    Columns: `neighbours` [k] ids, `cosines` [k] (id -1 and NaN where there are fewer than k) and
+    `duplicate_of`, the lowest id among the neighbours whose cosine is at least `duplicate`, or -1.
+    With `own`, a row never finds itself, and duplicates only a row before it: filtering
+    `duplicate_of == -1` keeps the first of every group of up to k + 1, however rows are batched.
+
+    Args:
+        index: a file that `build_index` or `CosineKNN.save` wrote; it is mapped, not loaded.
+        text: the column of texts.
+        own: the column of the rows' own ids in the index, or None.
+        k: neighbours a row.
+        duplicate: cosine from which a neighbour is a duplicate.
+        embedder: hub id or folder; None is the embedded MiniLM. Must be the index's own.
+    """
+
+    def __init__(
+        self,
+        index: str | Path,
+        *,
+        text: str = "text",
+        own: str | None = None,
+        k: int = 8,
+        duplicate: float = 0.95,
+        embedder: str | None = None,
+    ) -> None:
+        if not 0 < duplicate <= 1:
+            raise ValueError(f"duplicate must be in (0, 1], got {duplicate}")
+        self.path, self.text, self.own, self.k = str(index), text, own, k
+        self.duplicate, self.model = duplicate, embedder
+
+    @cached_property
+    def embedder(self) -> TextEmbedder:
+        """The embedding model, loaded when it is first needed."""
+        return Embedder(self.model)
+
+    @cached_property
+    def index(self) -> CosineKNN:
+        """The index, mapped when it is first needed."""
+        return CosineKNN.load(self.path, threads=1)
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """The batch with its neighbours."""
+        texts = [str(text) for text in batch[self.text]]
+        own = None if self.own is None else np.asarray(batch[self.own], np.int64)
+        ids, cosines = self.index.search(self.embedder.encode(texts), self.k, exclude=own)
+        close = (cosines >= self.duplicate) & (ids >= 0)
+        if own is not None:
+            close &= ids < own[:, None]
+        none = np.iinfo(np.int64).max
+        lowest = np.where(close, ids, none).min(axis=1)
+        added = {
+            "neighbours": ids,
+            "cosines": cosines,
+            "duplicate_of": np.where(lowest == none, -1, lowest),
+        }
+        return {**batch, **added}
