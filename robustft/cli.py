@@ -208,7 +208,8 @@ def _logging(verbose: bool) -> Iterator[None]:
         with warnings.catch_warnings():
             if not verbose:
                 warnings.simplefilter("ignore")
-                os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+                for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+                    os.environ.setdefault(f"{library}_VERBOSITY", "error")
                 for name in ("transformers", "huggingface_hub", "datasets", "torch"):
                     logging.getLogger(name).setLevel(logging.ERROR)
             yield

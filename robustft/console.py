@@ -32,10 +32,10 @@ def print_announcement(known: Announcement) -> None:
 def print_clean_summary(result: CleanResult, config: CleanConfig) -> None:
     """What happened, where the files are and what to run next."""
     counts, out = result.counts, result.out
-    print(
-        f"{counts['input']} records: {counts['clean']} found clean, {counts['noisy']} noisy, "
-        f"{counts['rejected']} unreadable"
-    )
+    judged = f"{counts['clean']} found clean, {counts['noisy']} noisy"
+    if result.powerless:
+        judged = "not judged, nothing changed"
+    print(f"{counts['input']} records: {judged}, {counts['rejected']} unreadable")
     for action, meaning in (
         ("keep", "as given"),
         ("relabel", "new answer from the experts"),
@@ -56,7 +56,7 @@ def print_clean_summary(result: CleanResult, config: CleanConfig) -> None:
         print("next:")
         for command in steps:
             print(f"  {command}")
-    else:
+    elif not result.powerless:
         print("nothing is left to train on: the report says why; a larger --beta keeps more")
 
 

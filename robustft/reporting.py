@@ -30,6 +30,10 @@ _FILES = {
     "manifest.json": "command, versions, models, counts, seconds, tokens",
     "run.sqlite": "every opinion of every expert; a resumed run asks nothing twice",
 }
+_EXCHANGE = {
+    "messages.jsonl": "the training set as chat turns, for TRL, Axolotl, torchtune",
+    "dataset_info.json": "what LLaMA-Factory must know to read it",
+}
 
 
 def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[str, Any]) -> None:
@@ -37,11 +41,15 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
     counts = result.counts
     small = _SMALL if manifest["models"]["small_embedded_model"] else ""
     models = manifest["models"]
+    revision = "" if models["revision"] == "local" else models["revision"]
     top = max(
         (float(values.max()) for values in (result.kept_nll, result.dropped_nll) if len(values)),
         default=1.0,
     )
-    files = {(result.cleaned.name if name == "cleaned" else name): _FILES[name] for name in _FILES}
+    described = _FILES | (_EXCHANGE if config.dataset_info else {})
+    files = {
+        (result.cleaned.name if name == "cleaned" else name): described[name] for name in described
+    }
     data = ReportData(
         source=config.input,
         command=shlex.join(manifest["command"]),
@@ -60,21 +68,24 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         stage_seconds={name: s for name, s in result.seconds.items() if name != "total"},
         experts=_expert_rows(result, manifest["experts"]),
         models=(
-            ModelRow("experts", models["model"], models["revision"], small),
+            ModelRow("experts", models["model"], revision, small),
             ModelRow("embeddings", models["embedder"]),
         ),
         peak_memory_bytes=manifest["peak_memory_bytes"],
         settings={name: str(value) for name, value in manifest["config"].items()},
         files=files,
         next_steps=next_steps(config, result),
+        warnings=tuple(result.warnings),
+        weights={} if result.powerless else result.weights,
+        powerless=result.powerless,
         suspects=tuple(_suspect(judged) for judged in result.suspicious),
     )
     write_report(config.out / "report.html", data)
 
 
 def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
-    """Commands worth running after `clean`; none where nothing is left to train on."""
-    if result.counts["keep"] + result.counts["relabel"] == 0:
+    """Commands worth running after `clean`; none where nothing was cleaned, or nothing is left."""
+    if result.powerless or result.counts["keep"] + result.counts["relabel"] == 0:
         return ()
     adapter = str(result.out / "adapter")
     model = ["--model", config.engine.model] if config.engine.model else []

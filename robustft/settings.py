@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +27,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         lists = _take_defaults(Path(path), arguments[0], parser)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.commands[options.command].error(f"unknown argument {unknown[0]!r}")
+        command = parser.commands[options.command]
+        command.error(f"unknown argument {unknown[0]!r}{_hint(unknown[0], command)}")
     for field, values in lists.items():
         if not getattr(options, field):  # the command line names none
             setattr(options, field, values)
     return options
+
+
+def _hint(argument: str, command: Parser) -> str:
+    """The option that was probably meant."""
+    name = argument.partition("=")[0]
+    close = difflib.get_close_matches(name, command._option_string_actions, 1, 0.7)
+    return f"; did you mean {close[0]}?" if close and name.startswith("--") else ""
 
 
 def _take_defaults(path: Path, command: str, parser: Parser) -> dict[str, list[str]]:

@@ -91,6 +91,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         (("frob",), "invalid choice: 'frob'"),
         (("clean",), "required: INPUT, --out (see robustft clean --help)"),
         (("clean", "x", "--out", "o", "--frob"), "unknown argument '--frob'"),
+        (("clean", "x", "--out", "o", "--bta=1"), "argument '--bta=1'; did you mean --beta?"),
         (("clean", "x", "y", "--out", "o"), "unknown argument 'y' (see robustft clean --help)"),
         (("clean", "x", "--ou", "o"), "required: --out"),
         (("clean", "x", "--out", "o", "--beta", "2"), "expected a number in [0, 1], found '2'"),

@@ -346,3 +346,17 @@ def test_unwritable_report_is_one_clear_line(tmp_path: Path) -> None:
         write_report(blocked / "report.html", sample())
     assert "\n" not in str(caught.value)
     assert stat.S_ISREG(blocked.stat().st_mode)
+
+
+def test_a_run_that_could_not_judge_says_so() -> None:
+    page = render(sample(powerless=True, warnings=("no expert <b>knows</b>",), next_steps=()))
+    assert "could not judge" in page
+    assert "looked noisy" not in page
+    assert "no expert &lt;b&gt;knows&lt;/b&gt;" in page
+
+
+def test_the_vote_is_shown() -> None:
+    page = render(sample(weights={"base": 0.0, "regression": 0.63, "neighbours": 0.37}))
+    assert "Share of the vote" in page
+    assert "63 %" in page
+    assert "Share of the vote" not in render(sample())

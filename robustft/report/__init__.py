@@ -93,6 +93,11 @@ def _outcome(summary: ReportData) -> str:
         sentence = "The input held no record."
     elif judged == 0:
         sentence = "No line of the input could be read as a record: see <code>rejects.jsonl</code>."
+    elif summary.powerless:
+        sentence = (
+            f"The experts could not judge these {markup.count(judged, 'record')}: nothing was "
+            "changed, and the cleaned set is the input as it came."
+        )
     elif counts.noisy == 0:
         sentence = (
             f"None of the {markup.count(judged, 'record')} looked noisy: the cleaned set is the "
@@ -115,19 +120,21 @@ def _outcome(summary: ReportData) -> str:
     return (
         f"<section><p class='sentence'>{sentence}</p><div class='share'>{figures.share_bar(parts)}"
         f"</div><ul class='tiles'>{tiles}</ul>"
-        + _models_note(summary.models)
+        + _notes(summary)
         + (f"<h3>Next</h3>{steps}" if steps else "")
         + "</section>"
     )
 
 
-def _models_note(models: Iterable[ModelRow]) -> str:
-    notes = [
+def _notes(summary: ReportData) -> str:
+    """What to know before reading on: warnings of the run, then of its models."""
+    notes = [markup.data(warning, 600) for warning in summary.warnings]
+    notes += [
         f"<b>{markup.data(model.name, 120)}</b>: {markup.data(model.note, 300)}"
-        for model in models
+        for model in summary.models
         if model.note
     ]
-    return f"<p class='note'>{' '.join(notes)}</p>" if notes else ""
+    return "".join(f"<p class='note'>{note}</p>" for note in notes)
 
 
 def _figures(summary: ReportData) -> str:
@@ -244,11 +251,26 @@ def _experts(summary: ReportData) -> str:
             "answer</h3><p>Share of the answers that could be read; for the checker, the share "
             "that calls it right.</p></figcaption>"
             + figures.bars(agreement, "Agreement with the given answer.", full=1.0)
-            + "</figure><div class='card scroll'><h3>Work</h3><table><thead><tr><th>Expert</th>"
+            + "</figure>"
+            + _votes(summary.weights)
+            + "<div class='card scroll'><h3>Work</h3><table><thead><tr><th>Expert</th>"
             "<th class='num'>asked</th><th class='num'>unread</th><th class='num'>tokens in</th>"
             f"<th class='num'>tokens out</th></tr></thead><tbody>{rows}</tbody></table></div></div>"
         )
     return f"<section><h2>Experts</h2>{body}</section>"
+
+
+def _votes(weights: Mapping[str, float]) -> str:
+    """Whom the verdicts rest on."""
+    if not weights:
+        return ""
+    shares = [Bar(name, w, markup.percent(w, 1.0), "keep") for name, w in weights.items()]
+    return _card(
+        "Share of the vote",
+        "How far the corpus itself shows that each expert can be trusted; 0 is muted.",
+        figures.bars(shares, "Share of the vote.", full=1.0),
+        "",
+    )
 
 
 def _run(summary: ReportData) -> str:
@@ -263,7 +285,8 @@ def _run(summary: ReportData) -> str:
     )
     models = "".join(
         f"<tr><th scope='row'>{markup.data(m.role, 60)}</th><td>{markup.data(m.name, 120)}"
-        f"<br><small>{markup.data(m.revision, 60)}</small></td></tr>"
+        + (f"<br><small>{markup.data(m.revision, 60)}</small>" if m.revision else "")
+        + "</td></tr>"
         for m in summary.models
     )
     memory = summary.peak_memory_bytes
@@ -277,7 +300,7 @@ def _run(summary: ReportData) -> str:
         f"<div class='card scroll'><h3>Models</h3><table>{models}</table>"
         f"{_table('Machine', facts)}</div>"
         f"<div class='card scroll'>{_table('Settings', summary.settings)}</div>"
-        f"<div class='card scroll'>{_table('Files', summary.files)}</div></div>"
+        f"<div class='card scroll files'>{_table('Files', summary.files)}</div></div>"
         f"<h3>Command</h3><pre><code>{markup.data(summary.command, 1500)}</code></pre></section>"
     )
 

@@ -149,4 +149,7 @@ class ReportData:
     settings: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # name -> what it holds
     next_steps: tuple[str, ...] = ()  # commands to run next
+    warnings: tuple[str, ...] = ()  # what a reader must know before anything else
+    weights: Mapping[str, float] = field(default_factory=dict)  # expert -> share of the vote
+    powerless: bool = False  # no expert was better than chance: nothing was changed
     suspects: tuple[Suspect, ...] = ()  # most suspicious first; the first twenty are shown
