@@ -4,7 +4,31 @@
 
 #include "cosine_knn.hpp"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace robustft::knn {
+namespace {
+
+#if defined(__x86_64__)
+// The tiles' registers are the process's only once it has asked Linux for them.
+bool enable_amx() {
+#if defined(__linux__)
+    constexpr unsigned kTile = 1U << 24, kInt8 = 1U << 25;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTile) != 0 && (d & kInt8) != 0 &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> found;  // best first
@@ -15,6 +39,7 @@ std::vector<const Kernels*> available_kernels() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
+        if (enable_amx()) found.push_back(&kAmx);
         found.push_back(&kAvx512Vnni);
     }
     if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);

@@ -42,6 +42,15 @@ constexpr std::size_t kSlackRoom = 80;       // past the limit: a block's rows a
 constexpr std::size_t kPrefetchLines = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Where query q of `count` lies when they are cut into tiles.
+struct Place {
+    std::size_t first;  // query of its tile
+    std::size_t lane;   // within the tile
+    std::size_t width;  // of the tile
+    Place(std::size_t q, std::size_t count, std::size_t tile)
+        : first(q / tile * tile), lane(q - first), width(std::min(tile, count - first)) {}
+};
+
 float round_down(double x) {
     const auto near = static_cast<float>(x);
     return near > x ? std::nextafter(near, -kInfinity) : near;
@@ -66,30 +75,29 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
       float_(count),
       floors_(count) {
     const Kernels& kernels = plan.index.kernels();
-    const std::size_t steps = plan.index.blocks().steps();
     const bool int8 = plan.tier == Tier::int8;
     const bool floats = plan.tier == Tier::float32 || plan.adaptive;
+    std::vector<std::int8_t> codes((dim_ + kernels.int8_group - 1) / kernels.int8_group *
+                                   kernels.int8_group);
     if (int8) {
         int8_.resize(count);
-        int8_codes_.resize(count * steps * 4);
+        int8_codes_.resize(count * codes.size());
     }
     if (floats) float_codes_.resize(count * dim_);
-    std::vector<std::int8_t> codes(steps * 4);
     for (std::size_t q = 0; q < count; ++q) {
         double* wide = wide_.data() + q * dim_;
         widen_row(plan.queries[first + q], plan.queries.dtype, dim_, wide);
         inv_norm_[q] = inverse_norm(wide, dim_);
         floors_[q].store(plan.options.threshold, std::memory_order_relaxed);
-        const std::size_t tile = q / kernels.tile;
-        const std::size_t width = std::min(kernels.tile, count - tile * kernels.tile);
-        const std::size_t lane = q % kernels.tile;
         if (int8) {
             const Quantised x = quantise(wide, inv_norm_[q], dim_, kernels.query_max, codes.data());
             std::int32_t sum = 0;
             for (std::size_t i = 0; i < dim_; ++i) sum += codes[i];
-            std::int8_t* out = int8_codes_.data() + tile * kernels.tile * steps * 4 + lane * 4;
-            for (std::size_t step = 0; step < steps; ++step, out += width * 4) {
-                std::memcpy(out, codes.data() + step * 4, 4);
+            const Place place(q, count, kernels.int8_tile);
+            const std::size_t group = kernels.int8_group;
+            std::int8_t* out = int8_codes_.data() + place.first * codes.size() + place.lane * group;
+            for (std::size_t i = 0; i < codes.size(); i += group, out += place.width * group) {
+                std::memcpy(out, codes.data() + i, group);
             }
             const double unit = zero(q) ? 1 : x.scale;
             const float care = caution(wide, inv_norm_[q], dim_);
@@ -97,9 +105,10 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
             int8_[q] = {unit, x.norm, x.error + kSlack, slope, -128 * sum, care};
         }
         if (floats) {
-            float* out = float_codes_.data() + tile * kernels.tile * dim_ + lane;
+            const Place place(q, count, kernels.float_tile);
+            float* out = float_codes_.data() + place.first * dim_ + place.lane;
             for (std::size_t i = 0; i < dim_; ++i) {
-                out[i * width] = static_cast<float>(wide[i] * inv_norm_[q]);
+                out[i * place.width] = static_cast<float>(wide[i] * inv_norm_[q]);
             }
         }
         float_[q] = {1, 0, float_slack(dim_), 0, 0, 2};

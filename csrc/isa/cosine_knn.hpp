@@ -46,9 +46,9 @@ struct Block {
     std::uint64_t mask;              // the rows that take part
 };
 
-// Filters one block for `count` queries. Their codes lie in tiles of `Kernels::tile` queries (the
-// last one narrower), int8 [steps][width][4] or float [steps][width]. Returns whether some sieve
-// now holds more than `limit` survivors.
+// Filters one block for `count` queries. Their codes lie in tiles of queries (the last one
+// narrower), int8 [groups][width][int8_group], padded with zeros, or float [steps][width]. Returns
+// whether some sieve now holds more than `limit` survivors.
 using FilterFn = bool (*)(const Block& block, const void* queries, std::size_t steps, Sieve* sieves,
                           std::size_t count, std::uint32_t limit);
 
@@ -58,7 +58,9 @@ using PackFn = void (*)(const void* const* rows, const double* inv_norm, std::si
 
 struct Kernels {
     const char* name;
-    std::size_t tile;        // queries per tile
+    std::size_t int8_tile;   // queries per tile of the integer filter
+    std::size_t int8_group;  // bytes of one query that lie together in it
+    std::size_t float_tile;  // queries per tile of the fp32 filter
     std::int32_t query_max;  // largest |query code| for which no sum overflows
     bool fast_int8;          // whether the integer filter beats the fp32 one
     FilterFn filter_int8;
@@ -72,6 +74,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;
 extern const Kernels kAvx512Vnni;
+extern const Kernels kAmx;
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif

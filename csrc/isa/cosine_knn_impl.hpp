@@ -121,6 +121,40 @@ struct FloatCodes {
     static Sum finish(Sum sum) { return sum; }
 };
 
+// Keeps those rows first ... first + kWidth * panels of a block whose bound, from their dot
+// products with one query, reaches its floor. Returns whether the sieve now holds more than
+// `limit`.
+template <class Isa, std::size_t panels>
+[[gnu::always_inline]] inline bool sift(const Block& block, std::size_t first,
+                                        const typename Isa::Floats (&dots)[panels], Sieve& sieve,
+                                        std::uint32_t limit) {
+    const typename Isa::Floats slope = Isa::splat(sieve.slope);
+    const typename Isa::Floats floor = Isa::splat(sieve.floor);
+    typename Isa::Floats bounds[panels];
+    std::uint64_t passed = 0;
+#pragma GCC unroll 8
+    for (std::size_t p = 0; p < panels; ++p) {
+        const std::size_t at = first + p * Isa::kWidth;
+        bounds[p] = Isa::fma(dots[p], Isa::load(block.scale + at),
+                             Isa::mul(slope, Isa::load(block.error + at)));
+        passed |= static_cast<std::uint64_t>(Isa::at_least(bounds[p], floor)) << (p * Isa::kWidth);
+    }
+    passed &= block.mask >> first;
+    if (passed == 0) return false;
+    std::uint32_t count = sieve.count;
+#pragma GCC unroll 8
+    for (std::size_t p = 0; p < panels; ++p) {
+        const auto part =
+            static_cast<std::uint32_t>(passed >> (p * Isa::kWidth)) & ((1U << Isa::kWidth) - 1);
+        if (part == 0) continue;
+        Isa::push(part, block.positions + first + p * Isa::kWidth, bounds[p], sieve.rows + count,
+                  sieve.bounds + count);
+        count += static_cast<std::uint32_t>(__builtin_popcount(part));
+    }
+    sieve.count = count;
+    return count > limit;
+}
+
 // All rows of a block against Q queries.
 template <class Isa, template <class> class Codes, std::size_t Q>
 bool filter_tile(const Block& block, const char* queries, std::size_t steps, Sieve* sieves,
@@ -157,33 +191,10 @@ bool filter_tile(const Block& block, const char* queries, std::size_t steps, Sie
         }
 #pragma GCC unroll 8
         for (std::size_t q = 0; q < Q; ++q) {
-            Sieve& sieve = sieves[q];
-            const typename Isa::Floats slope = Isa::splat(sieve.slope);
-            const typename Isa::Floats floor = Isa::splat(sieve.floor);
-            typename Isa::Floats bounds[panels];
-            std::uint64_t passed = 0;
+            typename Isa::Floats dots[panels];
 #pragma GCC unroll 8
-            for (std::size_t p = 0; p < panels; ++p) {
-                const std::size_t at = first + p * Isa::kWidth;
-                bounds[p] = Isa::fma(C::finish(sums[q][p]), Isa::load(block.scale + at),
-                                     Isa::mul(slope, Isa::load(block.error + at)));
-                passed |= static_cast<std::uint64_t>(Isa::at_least(bounds[p], floor))
-                          << (p * Isa::kWidth);
-            }
-            passed &= wanted;
-            if (passed == 0) continue;
-            std::uint32_t count = sieve.count;
-#pragma GCC unroll 8
-            for (std::size_t p = 0; p < panels; ++p) {
-                const auto part = static_cast<std::uint32_t>(passed >> (p * Isa::kWidth)) &
-                                  ((1U << Isa::kWidth) - 1);
-                if (part == 0) continue;
-                Isa::push(part, block.positions + first + p * Isa::kWidth, bounds[p],
-                          sieve.rows + count, sieve.bounds + count);
-                count += static_cast<std::uint32_t>(__builtin_popcount(part));
-            }
-            sieve.count = count;
-            full |= count > limit;
+            for (std::size_t p = 0; p < panels; ++p) dots[p] = C::finish(sums[q][p]);
+            full |= sift<Isa>(block, first, dots, sieves[q], limit);
         }
     }
     return full;
@@ -238,7 +249,9 @@ template <class Isa>
 constexpr Kernels make_kernels(const char* name, std::int32_t query_max, bool fast_int8) {
     return {
         .name = name,
-        .tile = Isa::kTile,
+        .int8_tile = Isa::kTile,
+        .int8_group = 4,
+        .float_tile = Isa::kTile,
         .query_max = query_max,
         .fast_int8 = fast_int8,
         .filter_int8 = filter<Isa, IntCodes>,
