@@ -19,7 +19,7 @@ import robustft
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
 from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
-from robustft.engines.transformers import TransformersEngine
+from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.exchange import write_exchange
 from robustft.files import atomic_file
@@ -110,7 +110,7 @@ def run_clean(
         identity = config.fingerprint() | {"input": source.content_hash}
         del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
         resumed = store.holds(identity)
-        engine = engine or TransformersEngine(config.engine)
+        engine = engine or load_engine(config.engine)
         embedder = embedder or Embedder(config.embedder)
         models = {"model": f"{engine.model_id}@{engine.revision}", "embedder": embedder.model_id}
         store.claim(models, name="models")

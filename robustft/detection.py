@@ -204,7 +204,7 @@ def paper_rule(asked: Asked) -> Detection:
     experts = {name: said for name, said in predictions.items() if said is not None}
     doubts = [doubt(record, said) for said in experts.values()]
     agreeing = [name for name, said in experts.items() if agrees(record, said)]
-    if checker is not None:
+    if checker is not None and checker.answer is not None:
         probabilities = checker.probabilities or (0.5, 0.5)
         doubts.append(probabilities[1])
         noisy = checker.answer == "no"
@@ -214,6 +214,15 @@ def paper_rule(asked: Asked) -> Detection:
         said = "no checker: all predictions must agree"
     sides = [f"{name} {'agrees' if name in agreeing else 'disagrees'}" for name in experts]
     return Detection(noisy, sum(doubts) / len(doubts), "; ".join([said, *sides]))
+
+
+def unjudged(asked: Asked) -> Detection | None:
+    """The verdict where an expert could not be reached: kept as given, with the reason."""
+    experts = {"base": asked.base, "reasoned": asked.reasoned, "checker": asked.checker}
+    for name, said in experts.items():
+        if said is not None and said.failure:
+            return Detection(False, 0.5, f"not judged: {name}: {said.failure}")
+    return None
 
 
 def agrees(record: Record, opinion: Opinion) -> bool:

@@ -14,7 +14,8 @@ import orjson
 
 from robustft.answers import answer_kind, matches, parse
 from robustft.config import EvalConfig
-from robustft.engines import Engine, Prompt
+from robustft.engines import Engine, Failure, Prompt
+from robustft.engines.factory import load_engine
 from robustft.files import atomic_file
 from robustft.metrics import Tally, macro_f1
 from robustft.progress import Progress
@@ -36,6 +37,7 @@ class Prediction:
     reply: str = ""  # generated text; empty for a choice read from likelihoods
     probability: float | None = None  # of the chosen option among the options
     category: str | None = None
+    failure: str = ""  # why the engine gave no reply; such a record is not counted
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class EvalResult:
     macro_f1: float | None = None
     majority: float | None = None  # accuracy of always giving the commonest answer
     unanswered: int = 0
+    failed: int = 0  # the engine gave no reply: left out
     rejected: int = 0
     seconds: float = 0.0
 
@@ -68,6 +71,10 @@ class EvalResult:
             )
         if self.unanswered:
             lines.append(f"{self.unanswered:,} replies held no readable answer and count as wrong.")
+        if self.failed:
+            lines.append(
+                f"{self.failed:,} questions got no reply from the engine and were left out."
+            )
         if self.rejected:
             lines.append(f"{self.rejected:,} lines could not be read and were left out.")
         for name, tally in sorted(self.categories.items()):
@@ -94,7 +101,7 @@ def evaluate(config: EvalConfig, *, engine: Engine | None = None) -> EvalResult:
     )
     total = sum(isinstance(item, Record) for item in source)
     started = time.monotonic()
-    engine = engine or _load(config)
+    engine = engine or load_engine(config.engine, config.adapter)
     result = EvalResult(engine.model_id, None if config.adapter is None else str(config.adapter))
     scores = _Scores(result)
     with ExitStack() as stack:
@@ -110,24 +117,6 @@ def evaluate(config: EvalConfig, *, engine: Engine | None = None) -> EvalResult:
     scores.finish()
     result.seconds = time.monotonic() - started
     return result
-
-
-def _load(config: EvalConfig) -> Engine:
-    from robustft.engines.transformers import TransformersEngine
-
-    if config.adapter is None:
-        return TransformersEngine(config.engine)
-    from robustft.devices import pick_device, pick_dtype
-    from robustft.models import find_model, load_causal_lm, load_tokenizer
-    from robustft.training import load_adapter
-
-    source = find_model(config.engine.model)
-    dtype = pick_dtype(config.engine.dtype, pick_device(config.engine.device))
-    model = load_causal_lm(source, dtype=dtype, attention=config.engine.attention)
-    adapted = load_adapter(model, config.adapter)
-    engine = TransformersEngine(config.engine, model=adapted, tokenizer=load_tokenizer(source))
-    engine.model_id = source.name
-    return engine
 
 
 def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
@@ -170,6 +159,9 @@ def _choose(
     chosen = engine.choose(prompts, [letters(texts) for texts in options])
     predictions = []
     for record, choice in zip(records, chosen, strict=True):
+        if isinstance(choice, Failure):
+            predictions.append(Prediction(record, None, False, failure=choice.reason))
+            continue
         best = int(np.argmax(choice.logprobs))
         answer = LETTERS[best]
         predictions.append(
@@ -191,6 +183,9 @@ def _generate(
     replies = engine.generate(prompts, config.answer_tokens)
     predictions = []
     for record, reply in zip(records, replies, strict=True):
+        if isinstance(reply, Failure):
+            predictions.append(Prediction(record, None, False, failure=reply.reason))
+            continue
         kind = answer_kind(record.answer)
         answer = parse(reply.text, kind=kind).answer
         predictions.append(
@@ -216,6 +211,9 @@ class _Scores:
 
     def add(self, prediction: Prediction) -> None:
         result, record = self._result, prediction.record
+        if prediction.failure:
+            result.failed += 1
+            return
         result.overall.add(prediction.correct)
         result.unanswered += prediction.answer is None
         if prediction.category is not None:
@@ -260,6 +258,8 @@ def _line(prediction: Prediction) -> bytes:
         fields["probability"] = round(prediction.probability, 6)
     if record.options is None:
         fields["reply"] = prediction.reply
+    if prediction.failure:
+        fields["failed"] = prediction.failure
     if prediction.category is not None:
         fields["category"] = prediction.category
     return orjson.dumps(fields) + b"\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import numpy as np
 from robustft import answers, prompts
 from robustft.answers import Kind
 from robustft.config import ExpertConfig
-from robustft.engines import Choice, Engine, Generation, Prompt
+from robustft.engines import Choice, Engine, Failure, Generation, Prompt
 from robustft.records import Record
 from robustft.store import Opinion, Stopwatch, Store
 
@@ -27,16 +28,18 @@ _SHORT_ANSWER_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One thing to ask: `candidates` are read from a prefill, otherwise text is generated."""
+    """One thing to ask, read from a prefill or from generated text."""
 
     key: bytes
     prompt: Prompt
     candidates: tuple[str, ...] = ()  # allowed continuations
+    read: bool = False  # candidates are chosen by likelihood; otherwise text is generated
     names: tuple[str, ...] = ()  # the answer each candidate stands for
     neutral: Prompt | None = None  # the content-free prompt to calibrate with
     max_tokens: int = 0
     kind: Kind | None = None  # how to parse generated text; None: the text itself is wanted
     options: tuple[str, ...] | None = None
+    blocked: str = ""  # why it cannot be asked: what it builds on failed
 
 
 def record_kind(record: Record) -> Kind:
@@ -67,6 +70,7 @@ class Panel:
         self._config = config
         self._seed = seed
         self._progress = progress
+        self._failed: dict[tuple[bytes, str, int], str] = {}  # not asked again in this session
         self._priors: dict[tuple[Prompt, tuple[str, ...]], np.ndarray] = {}
         self.unit = 0
 
@@ -85,6 +89,7 @@ class Panel:
         Every step sees all earlier ones; the opinion's text is the last reasoning.
         """
         transcripts: list[list[str]] = [[] for _ in records]
+        failures = [""] * len(records)
         for round_ in range(1, self._config.rounds + 1):
             for expert, build in (
                 ("reasoning", prompts.reasoning_prompt),
@@ -95,21 +100,26 @@ class Panel:
                         key=record.question_key,
                         prompt=build(record, transcript),
                         max_tokens=self._config.reasoning_tokens,
+                        blocked=failure,
                     )
-                    for record, transcript in zip(records, transcripts, strict=True)
+                    for record, transcript, failure in zip(
+                        records, transcripts, failures, strict=True
+                    )
                 ]
-                for transcript, said in zip(
-                    transcripts, self._ask(expert, round_, questions), strict=True
-                ):
+                replies = self._ask(expert, round_, questions)
+                for transcript, said in zip(transcripts, replies, strict=True):
                     transcript.append(said.text.strip())
+                failures = [said.failure for said in replies]
         return self._ask(
             "reasoned",
             0,
             [
                 self._answer_question(
-                    record, prompts.conclusion_prompt(record, transcript, record_kind(record))
+                    record,
+                    prompts.conclusion_prompt(record, transcript, record_kind(record)),
+                    blocked=failure,
                 )
-                for record, transcript in zip(records, transcripts, strict=True)
+                for record, transcript, failure in zip(records, transcripts, failures, strict=True)
             ],
         )
 
@@ -123,12 +133,13 @@ class Panel:
         at all must not decide the split.
         """
         questions = [
-            _Question(
-                key=record.key,
-                prompt=prompts.checker_prompt(record, [opinion.answer for opinion in said]),
-                candidates=prompts.CHECKER_WORDS,
-                names=("yes", "no"),
+            self._word_question(
+                record.key,
+                prompts.checker_prompt(record, [opinion.answer for opinion in said]),
+                prompts.CHECKER_WORDS,
+                ("yes", "no"),
                 neutral=prompts.neutral_checker_prompt(len(said)),
+                blocked=_failure(said),
             )
             for record, said in zip(records, predictions, strict=True)
         ]
@@ -138,12 +149,10 @@ class Panel:
         self, records: Sequence[Record], neighbours: Sequence[Sequence[Neighbour]]
     ) -> list[Opinion]:
         """The answer with the nearest clean questions and answers as context (eq. 4, 5)."""
-        questions = [
-            self._answer_question(
-                record, prompts.context_prompt(record, record_kind(record), near), record.key
-            )
-            for record, near in zip(records, neighbours, strict=True)
-        ]
+        questions = []
+        for record, near in zip(records, neighbours, strict=True):
+            prompt = prompts.context_prompt(record, record_kind(record), near)
+            questions.append(self._answer_question(record, prompt, _content_key(record, prompt)))
         return self._ask("context", 0, questions)
 
     def review(
@@ -154,25 +163,50 @@ class Panel:
         for record, first, second in zip(records, context, reasoned, strict=True):
             kind = record_kind(record)
             prompt = prompts.review_prompt(record, kind, first.answer, second.answer)
+            key, blocked = _content_key(record, prompt), _failure((first, second))
             if kind == "choice":
-                questions.append(self._answer_question(record, prompt, record.key))
+                questions.append(self._answer_question(record, prompt, key, blocked))
             else:
                 names = (first.answer or "", second.answer or "")
-                questions.append(_Question(record.key, prompt, prompts.REVIEW_WORDS, names))
+                words = prompts.REVIEW_WORDS
+                questions.append(self._word_question(key, prompt, words, names, blocked=blocked))
         return self._ask("review", 0, questions)
 
     def _answer_question(
-        self, record: Record, prompt: Prompt, key: bytes | None = None
+        self, record: Record, prompt: Prompt, key: bytes | None = None, blocked: str = ""
     ) -> _Question:
         kind = record_kind(record)
         key = key or record.question_key
-        if kind == "choice" and self._config.choice == "likelihood":
+        if (
+            kind == "choice"
+            and self._config.choice == "likelihood"
+            and self._engine.abilities.choose
+        ):
             assert record.options is not None
             names = tuple(prompts.LETTERS[: len(record.options)])
             neutral = prompts.neutral_prompt(record) if self._config.calibrate else None
-            return _Question(key, prompt, prompts.letters(record.options), names, neutral)
+            letters = prompts.letters(record.options)
+            return _Question(key, prompt, letters, True, names, neutral, blocked=blocked)
         limit = self._config.answer_tokens if kind == "text" else _SHORT_ANSWER_TOKENS
-        return _Question(key, prompt, max_tokens=limit, kind=kind, options=record.options)
+        return _Question(
+            key, prompt, max_tokens=limit, kind=kind, options=record.options, blocked=blocked
+        )
+
+    def _word_question(
+        self,
+        key: bytes,
+        prompt: Prompt,
+        words: tuple[str, ...],
+        names: tuple[str, ...],
+        *,
+        neutral: Prompt | None = None,
+        blocked: str,
+    ) -> _Question:
+        """One of a few words, read from generated text where the engine has no likelihoods."""
+        read = self._engine.abilities.choose
+        return _Question(
+            key, prompt, words, read, names, neutral, _SHORT_ANSWER_TOKENS, blocked=blocked
+        )
 
     # --- asking ----------------------------------------------------------------------------
 
@@ -184,9 +218,14 @@ class Panel:
         # run forms the batches of the run it resumes.
         mine = [q for q in unique if q.key not in stored or stored[q.key][0] == self.unit]
         opinions = {key: opinion for key, (_, opinion) in stored.items()}
-        if len(opinions) < len(unique):
+        for question in unique:
+            failure = question.blocked or self._failed.get((question.key, expert, round_), "")
+            if failure and question.key not in opinions:
+                opinions[question.key] = Opinion(None, failure=failure)
+        before = len(opinions)
+        if before < len(unique):
             for read in (True, False):
-                group = [question for question in mine if bool(question.candidates) == read]
+                group = [question for question in mine if question.read == read]
                 limit = max((question.max_tokens for question in group), default=0)
                 for batch in self._engine.plan([question.prompt for question in group], limit):
                     todo = [group[i] for i in batch if group[i].key not in opinions]
@@ -194,7 +233,7 @@ class Panel:
                         done = self._ask_batch(expert, round_, todo)
                         opinions.update(done)
                         self._progress(expert, len(done))
-        self._progress(expert, len(questions) - (len(unique) - len(stored)))
+        self._progress(expert, len(questions) - (len(unique) - before))
         return [opinions[question.key] for question in questions]
 
     def _ask_batch(
@@ -202,7 +241,8 @@ class Panel:
     ) -> dict[bytes, Opinion]:
         watch = Stopwatch()
         asked = [question.prompt for question in batch]
-        if batch[0].candidates:
+        said: list[Opinion]
+        if batch[0].read:
             choices = self._engine.choose(asked, [question.candidates for question in batch])
             priors = self._neutral_logprobs(batch)
             said = [
@@ -215,11 +255,17 @@ class Panel:
             replies = self._engine.generate(asked, limit, seeds)
             said = [_read_text(*pair) for pair in zip(batch, replies, strict=True)]
         done = dict(zip((question.key for question in batch), said, strict=True))
-        self._store.add(expert, round_, self.unit, list(done.items()), watch.seconds())
+        answered = [(key, opinion) for key, opinion in done.items() if not opinion.failure]
+        if answered:
+            self._store.add(expert, round_, self.unit, answered, watch.seconds())
+        for key, opinion in done.items():
+            if opinion.failure:
+                self._failed[key, expert, round_] = opinion.failure
         return done
 
-    def _neutral_logprobs(self, batch: Sequence[_Question]) -> list[np.ndarray | None]:
+    def _neutral_logprobs(self, batch: Sequence[_Question]) -> list[np.ndarray | Failure | None]:
         """Log-probabilities of each question's candidates after its content-free prompt."""
+        failed: dict[tuple[Prompt, tuple[str, ...]], Failure] = {}
         wanted = {
             (question.neutral, question.candidates)
             for question in batch
@@ -237,20 +283,47 @@ class Panel:
                 [texts[row] for row in rows], [missing[row][1] for row in rows]
             )
             for row, choice in zip(rows, choices, strict=True):
-                self._priors[texts[row], missing[row][1]] = choice.logprobs.astype(np.float64)
-        return [
-            self._priors.get((question.neutral, question.candidates))
-            if question.neutral is not None
-            else None
-            for question in batch
-        ]
+                pair = texts[row], missing[row][1]
+                if isinstance(choice, Failure):
+                    failed[pair] = choice
+                else:
+                    self._priors[pair] = choice.logprobs.astype(np.float64)
+        found: list[np.ndarray | Failure | None] = []
+        for question in batch:
+            if question.neutral is None:
+                found.append(None)
+            else:
+                pair = question.neutral, question.candidates
+                found.append(failed[pair] if pair in failed else self._priors[pair])
+        return found
 
     def _sampling_seed(self, expert: str, round_: int, key: bytes) -> int:
         text = f"{self._seed}/{expert}/{round_}/".encode() + key
         return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
-def _read_choice(question: _Question, choice: Choice, prior: np.ndarray | None) -> Opinion:
+def _content_key(record: Record, prompt: Prompt) -> bytes:
+    """The key of a question that is not settled by its record alone.
+
+    A record that could not be judged at first may be, on resume, a neighbour of this one; what
+    was asked without it is then no answer to what is asked now.
+    """
+    text = record.key + repr(prompt).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _failure(opinions: Sequence[Opinion]) -> str:
+    """Why an opinion that rests on these cannot be had; empty where it can."""
+    return next((said.failure for said in opinions if said.failure), "")
+
+
+def _read_choice(
+    question: _Question, choice: Choice | Failure, prior: np.ndarray | Failure | None
+) -> Opinion:
+    if isinstance(choice, Failure):
+        return Opinion(None, failure=choice.reason)
+    if isinstance(prior, Failure):
+        return Opinion(None, failure=prior.reason)
     logprobs = choice.logprobs.astype(np.float64)
     weights = logprobs if prior is None else logprobs - prior
     weights = np.exp(weights - weights.max())
@@ -266,13 +339,17 @@ def _read_choice(question: _Question, choice: Choice, prior: np.ndarray | None) 
     )
 
 
-def _read_text(question: _Question, reply: Generation) -> Opinion:
+def _read_text(question: _Question, reply: Generation | Failure) -> Opinion:
+    if isinstance(reply, Failure):
+        return Opinion(None, failure=reply.reason)
     silent = Opinion(
         answer=None,
         text=reply.text,
         prompt_tokens=reply.prompt_tokens,
         new_tokens=len(reply.nll),
     )
+    if question.candidates:
+        return _read_word(question, reply, silent)
     if question.kind is None:
         return silent
     text = question.prompt.prefix + reply.text
@@ -286,4 +363,20 @@ def _read_text(question: _Question, reply: Generation) -> Opinion:
         answer=parsed.answer,
         nll=reply.span_mean(reply.nll, start, stop),
         entropy=reply.span_mean(reply.entropy, start, stop),
+    )
+
+
+def _read_word(question: _Question, reply: Generation, silent: Opinion) -> Opinion:
+    """The candidate that a reply begins with, after "Answer:" where it repeats that."""
+    words = "|".join(re.escape(word.strip()) for word in question.candidates)
+    found = re.match(rf"[\W_]*(?:answer\b[\W_]*)?({words})\b", reply.text, re.IGNORECASE)
+    if found is None:
+        return silent
+    said = [word.strip().casefold() for word in question.candidates].index(found[1].casefold())
+    return dataclasses.replace(
+        silent,
+        answer=question.names[said] or None,
+        nll=reply.span_mean(reply.nll, *found.span(1)),
+        entropy=reply.span_mean(reply.entropy, *found.span(1)),
+        probabilities=tuple(float(index == said) for index in range(len(question.names))),
     )

@@ -28,6 +28,7 @@ from robustft.detection import (
     Detector,
     PaperDetector,
     agrees,
+    unjudged,
 )
 from robustft.embedding import EmbeddingFile, TextEmbedder
 from robustft.engines import Engine
@@ -64,6 +65,12 @@ class Judged:
     reason: str = ""
 
     @property
+    def failed(self) -> bool:
+        """Whether detection lacks an opinion because the engine could not be reached."""
+        asked = (self.base, self.reasoned, self.checker)
+        return any(said is not None and bool(said.failure) for said in asked)
+
+    @property
     def opinions(self) -> dict[str, Opinion]:
         """The experts that were asked, in the order they were."""
         named = {
@@ -97,6 +104,7 @@ class CleanResult:
     # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
     tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
     weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
+    unanswered: int = 0  # records for which the engine failed; asked again on resume
     powerless: bool = False  # no expert was better than chance: nothing was changed
 
     def warn(self, text: str) -> None:
@@ -124,12 +132,14 @@ class CleanRun:
         self._progress: Progress | None = None
         self._counted: frozenset[str] = frozenset()  # experts whose answers move the bar
         self._noisy: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._unjudged: NDArray[np.bool_] = np.zeros(0, np.bool_)  # an expert was out of reach
         self._index: CosineKNN | None = None
         self._detector: Detector = PaperDetector()
 
     def execute(self, total: int) -> CleanResult:
         """Run every pass over the `total` records of the source."""
         self._noisy = np.zeros(total, np.bool_)
+        self._unjudged = np.zeros(total, np.bool_)
         paper = self.config.detector == "paper"
         self._detector = PaperDetector() if paper else CrowdDetector(total)
         path = self.config.out / "embeddings.f32"
@@ -138,6 +148,11 @@ class CleanRun:
             nll = self._timed("relabel", lambda: self._relabel_all(embeddings))
             selected = self._select(nll)
             self._timed("write", lambda: self._write_all(embeddings, nll, selected))
+        if self.result.unanswered:
+            self.result.warn(
+                f"{self.result.unanswered} records got no reply from the engine on some question "
+                "(verdicts.jsonl says why); the same command asks those questions again"
+            )
         return self.result
 
     def _timed(self, stage: str, step: Any) -> Any:
@@ -165,6 +180,7 @@ class CleanRun:
             self._panel.unit = unit
             for judged in self._judge(chunk):
                 self._noisy[judged.record.index] = judged.detection.noisy
+                self._unjudged[judged.record.index] = judged.failed
         noisy = int(self._noisy.sum())
         self.result.counts.update(clean=len(self._noisy) - noisy, noisy=noisy)
 
@@ -176,7 +192,7 @@ class CleanRun:
                 asked.base,
                 asked.reasoned,
                 asked.checker,
-                self._detector.detection(asked),
+                unjudged(asked) or self._detector.detection(asked),
             )
             for asked in self._ask_panel(chunk)
         ]
@@ -206,8 +222,8 @@ class CleanRun:
     def _relabel_all(self, embeddings: EmbeddingFile) -> NDArray[np.float64]:
         """Response entropy (eq. 7) by position; NaN where clean or without a label."""
         nll = np.full(len(self._noisy), np.nan)
-        clean = int((~self._noisy).sum())
-        noisy = len(self._noisy) - clean
+        clean = int((~(self._noisy | self._unjudged)).sum())
+        noisy = int(self._noisy.sum())
         if noisy == 0:
             return nll
         if "cer" not in self.config.without:
@@ -275,7 +291,7 @@ class CleanRun:
             embeddings.memory_map()[[record.index for record in records]]
         )
         k = min(self.config.k, len(self._noisy))
-        ids, cosines = self._index.search(queries, k, allowed=~self._noisy)
+        ids, cosines = self._index.search(queries, k, allowed=~(self._noisy | self._unjudged))
         stored = self.store.records_at(sorted(set(ids[ids >= 0].tolist())))
         rows = []
         for row_ids, row_cosines in zip(ids.tolist(), cosines.tolist(), strict=True):
@@ -339,10 +355,14 @@ class CleanRun:
     def _settle(self, judged: Judged, selected: bool) -> None:
         """The final action on one record, with its cause."""
         judged.answer, judged.cause = judged.record.answer, "found clean"
+        if judged.failed:
+            judged.cause = "not judged"
         label = judged.label
         if label is not None:
             if label.answer is None:
                 judged.action, judged.cause = "drop", "no expert gave an answer"
+                if any(said.failure for said in judged.opinions.values()):
+                    judged.cause = "not answered again"
             elif not selected:
                 judged.action = "drop"
                 judged.cause = "new label too uncertain"
@@ -354,6 +374,8 @@ class CleanRun:
         parts = [judged.detection.reason, judged.cause]
         if label is not None and label.answer is not None:
             parts.append(f"{label.reason}: {label.answer} (nll {label.nll:.3f})")
+        elif label is not None:
+            parts[1] = label.reason
         judged.reason = "; ".join(parts)
 
     def _count(self, judged: Judged) -> None:
@@ -367,6 +389,7 @@ class CleanRun:
             result.tallies[name, "answered"] += said.answer is not None
             agreed = said.answer == "yes" if name == "checker" else agrees(judged.record, said)
             result.tallies[name, "agreed"] += agreed
+        result.unanswered += any(said.failure for said in judged.opinions.values())
         if judged.record.options is not None:
             result.answers_before[judged.record.answer] += 1
             if judged.action != "drop":

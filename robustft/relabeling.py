@@ -32,6 +32,9 @@ def relabel(
         ("base", base),
     )
     source, chosen = next((name, said) for name, said in ranked if said is not None)
+    failure = next((said.failure for _, said in ranked if said is not None and said.failure), "")
+    if failure:
+        return NewLabel(None, float("nan"), f"not answered again: {failure}")
     if chosen.answer is None:  # the reviewer settled on an expert that gave no answer
         given = [(name, said) for name, said in ranked if said is not None and said.answer]
         if not given:

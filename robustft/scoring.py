@@ -11,8 +11,8 @@ import orjson
 
 from robustft import prompts
 from robustft.config import EngineConfig
-from robustft.engines import Engine, Prompt
-from robustft.engines.transformers import TransformersEngine
+from robustft.engines import Engine, Failure, Prompt
+from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.experts import record_kind
 from robustft.files import atomic_file
@@ -33,11 +33,13 @@ class ScoreSummary:
     tokens: int
     seconds: float
     mean_nll: float  # over records, nats per token
+    failures: int = 0  # requests that the engine did not answer
 
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0.0
+        failed = f", {self.failures} not answered by the engine" if self.failures else ""
         return (
-            f"{self.records} responses scored, {self.rejects} unreadable lines\n"
+            f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n"
             f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
             f"took        {self.seconds:.1f} s, {self.tokens} response tokens ({rate:.0f}/s)\n"
             f"statistics  {self.path}"
@@ -69,9 +71,9 @@ def score_file(
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise UserError(f"{out}: is the input itself; choose another name")
     total = sum(1 for item in source if isinstance(item, Record))
-    engine = engine or TransformersEngine(config)
+    engine = engine or load_engine(config)
     watch = Stopwatch()
-    tokens = rejects = 0
+    tokens = rejects = failures = 0
     nll = 0.0
     with atomic_file(out) as handle, Progress("score", total, unit="records") as progress:
         stream = iter(source)
@@ -93,8 +95,14 @@ def score_file(
                     body: dict[str, object] = {"line": item.line, "rejected": item.reason}
                 else:
                     score = scores[item.index]
+                    if isinstance(score, Failure):
+                        failures += 1
+                        handle.write(orjson.dumps({"id": item.id, "failed": score.reason}) + b"\n")
+                        continue
                     tokens += score.tokens
                     nll += score.nll if score.tokens else 0.0
                     body = {"id": item.id} | dataclasses.asdict(score)
                 handle.write(orjson.dumps(body) + b"\n")
-    return ScoreSummary(out, total, rejects, tokens, watch.seconds(), nll / total)
+    scored = total - failures
+    mean = nll / scored if scored else float("nan")
+    return ScoreSummary(out, scored, rejects, tokens, watch.seconds(), mean, failures)

@@ -56,6 +56,7 @@ class Opinion:
     probabilities: tuple[float, ...] | None = None
     prompt_tokens: int = 0
     new_tokens: int = 0
+    failure: str = ""  # why there was no reply; such an opinion is never stored
 
     def to_json(self) -> bytes:
         """Compact JSON; NaN becomes null."""

@@ -43,7 +43,7 @@ class CommandLine:
         self._capture = capture
         self._engine: dict[str, Any] = {}
         for module in (robustft.cleaning, robustft.scoring):
-            patch.setattr(module, "TransformersEngine", lambda _: ScriptedEngine(**self._engine))
+            patch.setattr(module, "load_engine", lambda _: ScriptedEngine(**self._engine))
         patch.setattr(robustft.cleaning, "Embedder", lambda _: LetterEmbedder())
 
     def script(self, **engine: Any) -> None:

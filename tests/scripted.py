@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from robustft.engines import Choice, Generation, Prompt, ResponseScore
+from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore
 
 
 class ScriptedEngine:
@@ -17,6 +17,7 @@ class ScriptedEngine:
     name = "scripted"
     model_id = "scripted"
     revision = "1"
+    abilities = Abilities()
 
     def __init__(
         self,

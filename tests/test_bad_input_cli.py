@@ -37,7 +37,7 @@ def clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Status:
     """Run `robustft clean` on bytes under a file name; returns status, stdout, stderr."""
-    monkeypatch.setattr(cleaning, "TransformersEngine", lambda config: ScriptedEngine())
+    monkeypatch.setattr(cleaning, "load_engine", lambda config: ScriptedEngine())
     monkeypatch.setattr(cleaning, "Embedder", lambda spec: LetterEmbedder())
 
     def run(name: str, data: bytes | None, *options: str, out: Path | None = None) -> object:
@@ -282,7 +282,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from scripted import LetterEmbedder, ScriptedEngine, slowly
 from robustft import cleaning
 from robustft.cli import main
-cleaning.TransformersEngine = lambda config: ScriptedEngine(before_batch=slowly(0.2))
+cleaning.load_engine = lambda config: ScriptedEngine(before_batch=slowly(0.2))
 cleaning.Embedder = lambda spec: LetterEmbedder()
 sys.exit(main(sys.argv[1:]))
 """

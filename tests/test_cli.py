@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from commandline import CommandLine, call, quiz, read, write
 
-from robustft.engines.transformers import TransformersEngine
+from robustft.engines.factory import load_engine
 
 COMMANDS = ("demo", "clean", "train", "eval", "score", "corrupt", "bench")
 PAPER = ("--detector", "paper")
@@ -267,7 +267,7 @@ def test_a_run_that_never_began_leaves_the_folder_free(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    monkeypatch.setattr("robustft.cleaning.TransformersEngine", TransformersEngine)
+    monkeypatch.setattr("robustft.cleaning.load_engine", load_engine)
     assert "./no" in run.refused("clean", source, "--out", out, "--model", "./no", *PAPER)
     run = CommandLine(monkeypatch, capsys)
     assert run("clean", source, "--out", out, *PAPER).status == 0
@@ -376,7 +376,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import robustft.cleaning
 from scripted import LetterEmbedder, ScriptedEngine, slowly
 seconds = float(sys.argv.pop(1))
-robustft.cleaning.TransformersEngine = lambda _: ScriptedEngine(before_batch=slowly(seconds))
+robustft.cleaning.load_engine = lambda _: ScriptedEngine(before_batch=slowly(seconds))
 robustft.cleaning.Embedder = lambda _: LetterEmbedder()
 from robustft.cli import main
 sys.exit(main())

@@ -99,7 +99,7 @@ def test_a_snippet_runs(
     absent = [name for name in snippet.imports if importlib.util.find_spec(name) is None]
     if absent:
         pytest.skip(f"{absent[0]} is not installed")
-    monkeypatch.setattr("robustft.cleaning.TransformersEngine", lambda _: ScriptedEngine())
+    monkeypatch.setattr("robustft.cleaning.load_engine", lambda _: ScriptedEngine())
     monkeypatch.setattr("robustft.cleaning.Embedder", lambda _: LetterEmbedder())
     padded = "\n" * (snippet.line - 1) + snippet.code
     with working_in(folder):

@@ -78,18 +78,37 @@ class ResponseScore:
     rank: float  # mean rank of the given token, 0 = the model's first choice
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that got no usable reply: no answer, never stored, asked again on resume."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an engine can do; where it is a server, what a probe at start-up found."""
+
+    choose: bool = True  # log-probabilities of given continuations
+    score: bool = True  # statistics of a given response
+    nll: bool = True  # the log-probability of every generated token; NaN without it
+    entropy: bool = True  # needs the whole vocabulary, a server gives the likeliest few; else NaN
+    found: tuple[str, ...] = ()  # the probe's findings in words, for the manifest
+
+
 @runtime_checkable
 class Engine(Protocol):
     """The contract every engine fulfils; see the methods' comments for what a caller may assume.
 
     `plan` splits requests into batches deterministically: it depends on the requests alone, so a
     resumed run forms the same batches. The other methods take one such batch (or anything
-    smaller) and return results in the order of the requests.
+    smaller) and return results in the order of the requests, a `Failure` where a remote one failed.
     """
 
     name: str  # "transformers", "openai", "vllm"
     model_id: str
     revision: str
+    abilities: Abilities
 
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """Indices of `prompts`, grouped into batches of similar length."""
@@ -97,16 +116,18 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, seeds: Sequence[int] | None = None
-    ) -> list[Generation]:
+    ) -> Sequence[Generation | Failure]:
         """Continue every prompt; greedy unless the engine was made with a temperature."""
         ...
 
     def choose(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
-    ) -> list[Choice]:
+    ) -> Sequence[Choice | Failure]:
         """Log-probability of each candidate continuation of each prompt."""
         ...
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> Sequence[ResponseScore | Failure]:
         """Teacher-forced statistics of the given responses."""
         ...

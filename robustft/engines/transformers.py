@@ -18,7 +18,7 @@ import torch
 
 from robustft.config import EngineConfig
 from robustft.devices import pick_device, pick_dtype
-from robustft.engines import Choice, Generation, Prompt, ResponseScore
+from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore
 from robustft.engines.encoding import PromptEncoder
 from robustft.models import find_model, load_causal_lm, load_tokenizer
 from robustft_kernels import linear_token_stats, token_stats
@@ -85,6 +85,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    abilities = Abilities()
 
     def __init__(
         self, config: EngineConfig, *, model: Any | None = None, tokenizer: Any | None = None

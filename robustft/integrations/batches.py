@@ -17,14 +17,15 @@ import numpy as np
 
 from robustft.config import EngineConfig
 from robustft.embedding import Embedder, TextEmbedder
-from robustft.engines import Engine, Message, Prompt, ResponseScore
-from robustft.engines.transformers import TransformersEngine
+from robustft.engines import Engine, Failure, Message, Prompt, ResponseScore
+from robustft.engines.factory import load_engine
 from robustft.retrieval import CosineKNN
 from robustft_kernels.answer_consistency import Metric, answer_consistency
 
 __all__ = ["AgreeingAnswers", "NearestNeighbours", "ResponseScorer", "build_index"]
 
 Batch = Mapping[str, Any]
+_UNSCORED = ResponseScore(0, *[float("nan")] * 5)
 
 
 class _Lazy:
@@ -66,7 +67,7 @@ class ResponseScorer(_Lazy):
     @cached_property
     def engine(self) -> Engine:
         """The model, loaded when it is first needed."""
-        return TransformersEngine(self.config)
+        return load_engine(self.config)
 
     def score(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[ResponseScore]:
         """Statistics of every response, in order."""
@@ -75,11 +76,14 @@ class ResponseScorer(_Lazy):
         found: dict[int, ResponseScore] = {}
         for rows in self.engine.plan(asked, 16):
             scores = self.engine.score([asked[row] for row in rows], [given[row] for row in rows])
-            found.update(zip(rows, scores, strict=True))
+            found.update(
+                (row, _UNSCORED if isinstance(score, Failure) else score)
+                for row, score in zip(rows, scores, strict=True)
+            )
         return [found[row] for row in range(len(asked))]
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """The batch with its statistics, float32 (tokens int64), NaN for an empty response."""
+        """The batch with its statistics, float32 (tokens int64); NaN where there are none."""
         scores = self.score(list(batch[self.prompt]), list(batch[self.response]))
         added = {
             f"response_{field.name}": np.array(
