@@ -128,8 +128,10 @@ void for_rows(const Logits& logits, unsigned threads, Body&& body) {
     // Below about 50 microseconds of work a thread costs more than it saves.
     constexpr std::int64_t worth_a_thread = 1 << 17;
     const std::int64_t rows = logits.rows();
+    // Neighbouring rows go to one thread, which prefetches into the next of them.
+    const std::int64_t least = (1 << 16) / std::max<std::int64_t>(1, logits.vocab);
     const std::int64_t share =
-        std::max<std::int64_t>(1, (1 << 16) / std::max<std::int64_t>(1, logits.vocab));
+        std::max<std::int64_t>({1, least, rows / (std::int64_t{16} * threads)});
     const std::int64_t most = 1 + rows * logits.vocab / worth_a_thread;
     Monitor monitor;
     parallel_for(static_cast<std::size_t>((rows + share - 1) / share),

@@ -117,15 +117,44 @@ EDGES = {
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_edges(isa: str, edge: str, softcap: float) -> None:
-    for pad in (0, 4001):  # short rows, and edges in the second tile behind a tile of -inf
-        x = torch.full((3, pad + 3), -math.inf)
-        x[:, pad:] = torch.tensor(EDGES[edge])
+def test_edges(isa: str, edge: str, dtype: torch.dtype, softcap: float) -> None:
+    for pad in (0, 1601):  # short rows, and edges in a late tile behind tiles of -inf
+        x = torch.full((3, pad + 3), -math.inf, dtype=dtype)
+        x[:, pad:] = torch.tensor(EDGES[edge]).to(dtype)
         t = torch.arange(pad, pad + 3)
         check_forward(on_isa(x, t, isa, softcap=softcap), x, t, softcap=softcap)
         x = x.flip(1).contiguous()
         check_forward(on_isa(x, t - pad, isa, softcap=softcap), x, t - pad, softcap=softcap)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("offset", [7e5, 8e5, -8e5, 1.6e7, 1e30])
+def test_far_from_zero(isa: str, offset: float) -> None:
+    # Where float32 cannot hold rate * max to less than the tolerance; then also within one row.
+    x = make_logits("spread", 2, 3001) + offset
+    t = torch.tensor([0, 3000])
+    check_forward(on_isa(x, t, isa), x, t)
+    x[:, :1500] -= offset
+    check_forward(on_isa(x, t, isa), x, t)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rank_around_zero_and_among_negatives(isa: str, dtype: torch.dtype) -> None:
+    values = torch.tensor([-0.0, 0.0, 1.0, -1.0, -1.5, 2.0**-14, -(2.0**-14)])
+    order = torch.randint(7, (12, 1700), generator=torch.Generator().manual_seed(4))
+    x = values[order].to(dtype)
+    t = torch.arange(12) * 140
+    check_forward(on_isa(x, t, isa), x, t)
+    x = -1 - x.abs()
+    check_forward(on_isa(x, t, isa), x, t)
+    x[:, 5] = x[:, 1600] = -math.nan
+    x[:, 7] = math.nan
+    found = on_isa(x, t, isa)
+    assert found.entropy.isnan().all()
+    assert (found.rank == -1).all()
 
 
 def test_documented_rules() -> None:

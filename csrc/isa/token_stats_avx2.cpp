@@ -8,6 +8,7 @@ namespace robustft::token_stats {
 namespace {
 
 constexpr int width = 8;
+constexpr bool fused = true;
 using F = __m256;
 using Count = __m256i;
 
@@ -21,6 +22,20 @@ inline F load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(p)), 16));
 }
 inline F load(const f16* p) { return _mm256_cvtph_ps(load_halves(p)); }
+
+inline void load_step(const float* p, F* a, F* b) {
+    *a = load(p);
+    *b = load(p + width);
+}
+inline void load_step(const bf16* p, F* a, F* b) {  // even and odd entries: one instruction each
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    *b = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-0x10000)));
+}
+inline void load_step(const f16* p, F* a, F* b) {
+    *a = load(p);
+    *b = load(p + width);
+}
 
 inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 inline void store(bf16* p, F v) {
@@ -38,6 +53,20 @@ inline void store(f16* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void lanes(F v, float* out) { _mm256_storeu_ps(out, v); }
+inline float largest(F v) {
+    float out[width];
+    lanes(v, out);
+    float max = out[0];
+    for (const float lane : out) max = lane > max ? lane : max;
+    return max;
+}
+inline double sum(F v) {
+    float out[width];
+    lanes(v, out);
+    double total = 0;
+    for (const float lane : out) total += static_cast<double>(lane);
+    return total;
+}
 
 inline F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 inline F vmin(F a, F b) { return _mm256_min_ps(a, b); }

@@ -6,6 +6,7 @@ namespace robustft::token_stats {
 namespace {
 
 constexpr int width = 4;
+constexpr bool fused = false;
 using F = float __attribute__((vector_size(16)));
 using Count = std::int32_t __attribute__((vector_size(16)));
 using Bits = std::uint32_t __attribute__((vector_size(16)));
@@ -19,6 +20,20 @@ inline F load(const float* p) {
 }
 inline void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
 inline void lanes(F v, float* out) { store(out, v); }
+inline float largest(F v) {
+    float out[width];
+    lanes(v, out);
+    float max = out[0];
+    for (const float lane : out) max = lane > max ? lane : max;
+    return max;
+}
+inline double sum(F v) {
+    float out[width];
+    lanes(v, out);
+    double total = 0;
+    for (const float lane : out) total += static_cast<double>(lane);
+    return total;
+}
 
 inline Bits as_bits(F v) {
     Bits b;
@@ -80,6 +95,12 @@ inline void store(f16* p, F v) {
         }
         p[i].bits = static_cast<std::uint16_t>(half | sign);
     }
+}
+
+template <class T>
+void load_step(const T* p, F* a, F* b) {
+    *a = load(p);
+    *b = load(p + width);
 }
 
 // Second argument when either is NaN, as on x86.
