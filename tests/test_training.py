@@ -211,6 +211,25 @@ def test_loss_and_gradients_match_one_row_at_a_time(
     torch.testing.assert_close(gradients(found), gradients(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_frozen_layers_are_computed_once_and_change_nothing(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = config_for(corpus, tiny_model, tmp_path, top_layers=1)
+    loop = loop_for(config, tmp_path / "c")
+    assert loop._trunk is not None
+    calls = []
+    below = loop._trunk._below
+    loop._trunk._below = lambda rows: calls.append(len(rows)) or below(rows)
+    examples = [loop._examples[i] for i in (0, 4, 7, 12)]
+    found = [loop.response_loss(examples).item() for _ in range(2)]
+    expected = reference_loss(loop.model, examples).item()
+    assert found == pytest.approx([expected] * 2, rel=1e-5)
+    again = loop_for(config, tmp_path / "c")  # another training of the same model
+    assert again.response_loss(examples).item() == pytest.approx(expected, rel=1e-5)
+    assert sum(calls) <= 4
+    assert all(example.ids.tobytes() in again._trunk._states for example in examples)
+
+
 SMALL = {"vocab_size": 120, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
 WINDOW = SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "sliding_window": 24}
 

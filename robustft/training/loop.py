@@ -35,6 +35,7 @@ from robustft.training.data import (
     learning_rate_at,
     micro_batches,
 )
+from robustft.training.frozen import FrozenTrunk, model_identity
 from robustft.training.signals import StepSignals
 from robustft.training.trackers import Report
 from robustft_kernels import token_stats
@@ -77,6 +78,7 @@ class TrainingLoop:
             _CPU_BATCH_TOKENS if on_cpu else _CUDA_BATCH_TOKENS
         )
         self._cacheable = has_plain_cache(model)
+        self._trunk = FrozenTrunk.of(model, model_identity(model))
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained_parameters = sum(p.numel() for p in self._trained.values())
         self._optimizer = torch.optim.AdamW(
@@ -196,9 +198,10 @@ class TrainingLoop:
 
         Rows are padded on the right: under causal attention no token then sees padding, and
         neither a mask nor positions have to be handed to the model. What all rows begin with
-        (system prompt, instruction) is computed once; gradients flow through it as usual.
+        (system prompt, instruction) is computed once; gradients flow through it as usual. Layers
+        below the lowest adapted one are computed once a record, not once an epoch.
         """
-        shared = shared_prefix(examples) if self._cacheable else 0
+        shared = shared_prefix(examples) if self._cacheable and not self._trunk else 0
         inputs: dict[str, Any] = {"use_cache": False}
         if shared:
             start = torch.from_numpy(examples[0].ids[:shared]).long().to(self.device)
@@ -216,7 +219,11 @@ class TrainingLoop:
         columns = sorted({column for _, column in places})
         slot = {column: index for index, column in enumerate(columns)}
         kept = torch.tensor(columns, device=self.device)
-        logits = self.model(input_ids=ids, logits_to_keep=kept, **inputs).logits
+        if self._trunk:
+            states = self._trunk.states([example.ids for example in examples])
+            logits = self._trunk.logits(states, kept)
+        else:
+            logits = self.model(input_ids=ids, logits_to_keep=kept, **inputs).logits
         rows = torch.tensor([row for row, _ in places], device=self.device)
         slots = torch.tensor([slot[column] for _, column in places], device=self.device)
         targets = ids[rows, kept[slots] + 1]
