@@ -201,9 +201,9 @@ class TrainingLoop:
         (system prompt, instruction) is computed once; gradients flow through it as usual. Layers
         below the lowest adapted one are computed once a record, not once an epoch.
         """
-        shared = shared_prefix(examples) if self._cacheable and not self._trunk else 0
+        shared = shared_prefix(examples) if self._cacheable else 0
         inputs: dict[str, Any] = {"use_cache": False}
-        if shared:
+        if shared and not self._trunk:
             start = torch.from_numpy(examples[0].ids[:shared]).long().to(self.device)
             cache = self.model(input_ids=start[None], use_cache=True, logits_to_keep=1)
             cache.past_key_values.batch_repeat_interleave(len(examples))
@@ -216,18 +216,15 @@ class TrainingLoop:
             ids[row, :length] = torch.from_numpy(example.ids[shared:])
             places += [(row, c) for c in range(max(length - example.response - 1, 0), length - 1)]
         ids = ids.to(self.device)
-        columns = sorted({column for _, column in places})
-        slot = {column: index for index, column in enumerate(columns)}
-        kept = torch.tensor(columns, device=self.device)
+        rows, kept = torch.tensor(places, device=self.device).T
+        targets = ids[rows, kept + 1]
         if self._trunk:
             states = self._trunk.states([example.ids for example in examples])
-            logits = self._trunk.logits(states, kept)
+            chosen = self._trunk.logits(states, rows, kept + shared, shared).float()
         else:
-            logits = self.model(input_ids=ids, logits_to_keep=kept, **inputs).logits
-        rows = torch.tensor([row for row, _ in places], device=self.device)
-        slots = torch.tensor([slot[column] for _, column in places], device=self.device)
-        targets = ids[rows, kept[slots] + 1]
-        chosen = logits[rows, slots].float()
+            columns, slots = kept.unique(return_inverse=True)
+            logits = self.model(input_ids=ids, logits_to_keep=columns, **inputs).logits
+            chosen = logits[rows, slots].float()
         if self._signals is not None:
             ends = torch.bincount(rows, minlength=len(examples)).cumsum(0)
             starts = functional.pad(ends, (1, 0))
