@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustft.cleaning import clean
     from robustft.config import CleanConfig
-    from robustft.pipeline import CleanResult
     from robustft.retrieval import CosineKNN
+    from robustft.verdicts import CleanResult
     from robustft_kernels import Consistency, TokenStats
     from robustft_kernels.answer_consistency import answer_consistency
     from robustft_kernels.linear_token_stats import linear_token_stats

@@ -1,34 +1,29 @@
-"""`clean`: one call from an input file to an output folder, and what is left beside the data."""
+"""`clean`: one call from an input file to an output folder."""
 
 from __future__ import annotations
 
 import os
-import platform
-import resource
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 
-import robustft
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
+from robustft.corpus import Corpus
 from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.exchange import write_exchange
 from robustft.files import atomic_file
-from robustft.pipeline import CleanResult, CleanRun, count_records
-from robustft.records import RecordSource, open_records, output_name, reopened
-from robustft.reporting import write_run_report
+from robustft.finishing import Models, finish
+from robustft.pipeline import ShardRun, conclude, forget
+from robustft.records import Record, RecordSource, Reject, open_records, output_name
+from robustft.shards import split
 from robustft.store import Stopwatch, Store, folder_lock
-
-_PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
+from robustft.verdicts import CleanResult
 
 
 def clean(
@@ -81,9 +76,7 @@ class Announcement:
 
     records: int
     rejects: int
-    model: str
-    embedder: str
-    small_models: bool
+    models: Models
     resumed: bool
 
 
@@ -96,94 +89,82 @@ def run_clean(
 ) -> CleanResult:
     """Run `config` from the input file to the report; see `clean` for errors."""
     watch = Stopwatch()
+    source = open_source(config)
+    with folder_lock(config.out), Store(config.out / "run.sqlite") as store:
+        identity = identity_of(config, source)
+        resumed = store.holds(identity)
+        total, rejects = store.get_meta("count") or count(source)
+        engine, embedder = load(config, engine, embedder)
+        models = Models.of(engine, embedder)
+        # Only now: a run that failed for a wrong --model or --device leaves the folder free.
+        store.claim(models.identity(), name="models")
+        store.claim(identity)
+        store.set_meta("count", [total, rejects])
+        announce(Announcement(total, rejects, models, resumed))
+        (shard,) = split(total, 1, config.out, source.content_hash)
+        target = config.out / "phases" / "conclusion"
+        if store.forgive():
+            forget(shard, target)
+        run = ShardRun(config, shard, source, engine, embedder, store)
+        run.detect()
+        with Corpus([shard], config.threads) as corpus:
+            conclusion = conclude(config, [shard], target, corpus)
+            run.relabel(conclusion, corpus)
+            parts = iter([(shard, store)])
+            return finish(config, source, parts, corpus, conclusion, rejects, models, watch)
+
+
+def open_source(config: CleanConfig) -> RecordSource:
+    """The input of a configuration, once it is certain that no output will land on it."""
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
-    total, rejects, first = count_records(source)
-    if total == 0:
-        why = f"; line {first.line}: {first.reason}" if first else ""
-        raise UserError(f"{config.input}: no readable record ({rejects} rejected{why})")
-    _refuse_overwriting(config, source)
+    refuse_overwriting(config, source)
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
-    with folder_lock(config.out), Store(config.out / "run.sqlite") as store:
-        identity = config.fingerprint() | {"input": source.content_hash}
-        del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
-        resumed = store.holds(identity)
-        engine = engine or load_engine(config.engine)
-        embedder = embedder or Embedder(config.embedder)
-        models = {"model": f"{engine.model_id}@{engine.revision}", "embedder": embedder.model_id}
-        store.claim(models, name="models")
-        # Only now: a run that failed for a wrong --model or --device leaves the folder free.
-        store.claim(identity)
-        announce(
-            Announcement(
-                total, rejects, engine.model_id, embedder.model_id,
-                bool(getattr(engine, "embedded", False)), resumed,
-            )
-        )  # fmt: skip
-        run = CleanRun(config, source, engine, embedder, store)
-        result = run.execute(total)
-        result.counts["rejected"] = rejects
-        result.counts["input"] = total + rejects
-        if truncated := getattr(engine, "truncated", 0):
-            result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
-        if config.dataset_info and result.counts["keep"] + result.counts["relabel"]:
-            write_exchange(reopened(source, result.cleaned), config.out)
-        result.seconds["total"] = round(watch.seconds(), 3)
-        manifest = _manifest(config, result, store, engine, embedder, source.content_hash)
-        with atomic_file(config.out / "manifest.json") as handle:
-            handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
-        write_run_report(config, result, manifest)
-    return result
+    return source
 
 
-def _refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
+def load(
+    config: CleanConfig, engine: Engine | None = None, embedder: TextEmbedder | None = None
+) -> tuple[Engine, TextEmbedder]:
+    """The models of a configuration, but for those that are ready."""
+    return engine or load_engine(config.engine), embedder or Embedder(config.embedder)
+
+
+def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
+    """What a resumed run must share with the run it resumes."""
+    identity = config.fingerprint() | {"input": source.content_hash}
+    del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
+    return identity
+
+
+def count(source: RecordSource) -> tuple[int, int]:
+    """Records and rejects of an input; raises UserError where there is no record."""
+    records, rejects, first = count_records(source)
+    if records == 0:
+        why = f"; line {first.line}: {first.reason}" if first else ""
+        raise UserError(f"{source.path}: no readable record ({rejects} rejected{why})")
+    return records, rejects
+
+
+def count_records(items: Iterable[Record | Reject]) -> tuple[int, int, Reject | None]:
+    """(records, rejects, first reject) of a source."""
+    records = rejects = 0
+    first: Reject | None = None
+    for item in items:
+        if isinstance(item, Reject):
+            rejects += 1
+            first = first or item
+        else:
+            records += 1
+    return records, rejects, first
+
+
+def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
     """No output may land on the input, nor among the files of an input folder."""
     given, out = Path(config.input).resolve(), config.out.resolve()
     if given.is_dir() and out.is_relative_to(given):
         raise UserError(f"{config.out}: lies in the input folder; choose another --out")
     if given in {out / output_name(source), out / "verdicts.jsonl", out / "rejects.jsonl"}:
         raise UserError(f"{config.input}: would be overwritten; choose another --out")
-
-
-def _manifest(
-    config: CleanConfig,
-    result: CleanResult,
-    store: Store,
-    engine: Engine,
-    embedder: TextEmbedder,
-    content_hash: str,
-) -> dict[str, Any]:
-    versions = {"robustft": robustft.__version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
-    return {
-        "command": sys.argv,
-        "config": config.fingerprint(),
-        "input": {"path": config.input, "blake2b": content_hash},
-        "versions": versions,
-        "platform": platform.platform(),
-        "models": {
-            "engine": engine.name,
-            "model": engine.model_id,
-            "revision": engine.revision,
-            "embedder": embedder.model_id,
-            "small_embedded_model": bool(getattr(engine, "embedded", False)),
-        },
-        "counts": dict(result.counts),
-        "warnings": result.warnings,
-        "crowd_weights": result.weights,
-        "powerless": result.powerless,
-        "threshold_nll": result.threshold,
-        "agreed_with_given": {
-            name: count for (name, what), count in result.tallies.items() if what == "agreed"
-        },
-        "seconds": result.seconds,
-        "experts": store.totals(),
-        "peak_memory_bytes": peak,
-    }

@@ -10,16 +10,19 @@ import orjson
 from robustft.cleaning import Announcement
 from robustft.config import CleanConfig
 from robustft.models import DEFAULT_MODEL
-from robustft.pipeline import CleanResult
 from robustft.reporting import next_steps
+from robustft.verdicts import CleanResult
 
 
 def print_announcement(known: Announcement) -> None:
     """First lines of a run: what was read and which models will be asked."""
     bad = f", {known.rejects} unreadable (see rejects.jsonl)" if known.rejects else ""
     print(f"robustft: {known.records} records{bad}", file=sys.stderr)
-    print(f"robustft: experts: {known.model}; embeddings: {known.embedder}", file=sys.stderr)
-    if known.small_models:
+    print(
+        f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}",
+        file=sys.stderr,
+    )
+    if known.models.small_embedded_model:
         print(
             f"robustft: {DEFAULT_MODEL} is a small model: fine to see how everything works, too "
             "weak for verdicts you would train on. Name a stronger one with --model.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,18 @@ _STRENGTHS = (0.1, 1.0, 10.0)  # inverse regularisation, chosen by log-loss on t
 _FIT_ROWS = 40_000  # the regression is fitted on at most this many rows a fold
 _VOTERS = 20
 Probabilities = NDArray[np.float64]  # [N, C]
+
+
+class Rows(Protocol):
+    """Embeddings of a whole corpus, possibly in several files."""
+
+    def __getitem__(self, positions: NDArray[np.int64], /) -> NDArray[np.float32]:
+        """Gather [len(positions), d]."""
+        ...
+
+    def index(self) -> CosineKNN:
+        """Return an index of all of them, each found under its position."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +50,10 @@ class Crowd:
 
 
 def regression_expert(
-    embeddings: NDArray[np.float32], given: NDArray[np.int64], classes: int, seed: int = 0
+    embeddings: NDArray[np.float32] | Rows,
+    given: NDArray[np.int64],
+    classes: int,
+    seed: int = 0,
 ) -> Probabilities:
     """Out-of-fold probabilities of a multinomial logistic regression on the given labels.
 

@@ -1,15 +1,17 @@
 """Split the corpus into clean and noisy (eq. 3).
 
-A detector sees the opinions on every record once (`observe`), then concludes. `PaperDetector` is
-the paper's rule; `CrowdDetector` learns how far each expert can be trusted.
+A detector turns the opinions on each record into evidence, then concludes on all of it.
+`PaperDetector` is the paper's rule; `CrowdDetector` learns how far each expert can be trusted.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,43 +48,104 @@ class Detection:
     reason: str
 
 
-class Detector(Protocol):
-    """Observes every record in input order, concludes once, then answers by position."""
+Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
 
-    def observe(self, asked: Sequence[Asked]) -> None:
-        """Take in the opinions on the next records."""
-        ...
 
-    def conclude(self, embeddings: NDArray[np.float32]) -> list[str]:
-        """Decide on all records, [N, d] embeddings in input order; returns warnings."""
-        ...
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """The split of a whole corpus, by position in the input (arrays may be mapped files)."""
 
-    def detection(self, asked: Asked) -> Detection:
-        """The verdict on one record, after `conclude`."""
-        ...
+    noisy: NDArray[np.bool_]  # [N]
+    unjudged: NDArray[np.bool_]  # [N] an expert could not be reached
+    pooled: NDArray[np.float64]  # [N, options] the crowd's probabilities; no column: no crowd
+    weights: Mapping[str, float] = field(default_factory=dict)  # expert -> share of the vote
+    powerless: bool = False  # no expert was better than chance
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> NDArray[np.bool_]:
+        """[N] whom retrieval may show."""
+        return ~(self.noisy | self.unjudged)
+
+    def detections(self, asked: Sequence[Asked]) -> list[Detection]:
+        """The verdict on each of some records that follow one another in the input."""
+        if not asked:
+            return []
+        first = asked[0].record.index
+        rows = self.pooled[first : first + len(asked)].tolist()
+        return [
+            unjudged(one) or (self._by_crowd(one, row) if row else None) or paper_rule(one)
+            for one, row in zip(asked, rows, strict=True)
+        ]
+
+    def _by_crowd(self, asked: Asked, row: list[float]) -> Detection | None:
+        """Noisy where the crowd's answer is another one; None without options."""
+        if asked.record.options is None:
+            return None
+        if self.powerless:
+            return Detection(False, 0.5, "no expert is better than chance on this corpus")
+        given = LETTERS.index(asked.record.answer)
+        best = row.index(max(row))
+        voters = ", ".join(f"{name} {w:.2f}" for name, w in self.weights.items() if w)
+        said = f"crowd: {LETTERS[best]} ({row[best]:.2f}), given {row[given]:.2f}; votes {voters}"
+        return Detection(row[given] < row[best], min(max(1.0 - row[given], 0.0), 1.0), said)
 
     def own_label(self, record: Record) -> tuple[str, float] | None:
-        """The detector's label and its negative log-probability where it outranks the panel's."""
+        """The crowd's label and its negative log-probability where it outranks the panel's.
+
+        Where learners on the corpus hold most of the vote, the panel's model knows less about
+        these labels than the corpus itself does, and so would its context-enhanced answer and its
+        review.
+        """
+        learnt = sum(self.weights.get(name, 0.0) for name in ("regression", "neighbours"))
+        if not self.pooled.shape[1] or record.options is None or learnt <= 0.5:
+            return None
+        row = self.pooled[record.index]
+        best = int(row.argmax())
+        return LETTERS[best], -math.log(max(float(row[best]), 1e-12))
+
+
+class Detector(Protocol):
+    """Gathers evidence unit by unit, anywhere and in any order; concludes once, on all of it."""
+
+    def evidence(self, asked: Sequence[Asked]) -> Evidence:
+        """What `conclude` needs to know of the records of one unit."""
         ...
+
+    def conclude(self, evidence: Evidence, embeddings: crowd.Rows) -> Conclusion:
+        """Decide on all records: the evidence of every unit, `stacked`, in input order."""
+        ...
+
+
+def stacked(parts: Sequence[Evidence]) -> Evidence:
+    """The evidence of several units as one; narrower columns are filled up with zeros."""
+    found = {}
+    for name in parts[0]:
+        arrays = [part[name] for part in parts]
+        if arrays[0].ndim == 2:
+            width = max(array.shape[1] for array in arrays)
+            arrays = [
+                array
+                if array.shape[1] == width
+                else np.pad(array, ((0, 0), (0, width - array.shape[1])))
+                for array in arrays
+            ]
+        found[name] = np.concatenate(arrays)
+    return found
 
 
 class PaperDetector:
     """The paper's rule to the letter; see `paper_rule`."""
 
-    def observe(self, asked: Sequence[Asked]) -> None:
-        """Nothing to learn."""
+    def evidence(self, asked: Sequence[Asked]) -> Evidence:
+        """noisy, unjudged: [n] bool."""
+        noisy, skipped = _by_paper(asked, np.ones(len(asked), np.bool_))
+        return {"noisy": noisy, "unjudged": skipped}
 
-    def conclude(self, embeddings: NDArray[np.float32]) -> list[str]:
-        """Nothing to decide: the rule looks at one record at a time."""
-        return []
-
-    def detection(self, asked: Asked) -> Detection:
-        """`paper_rule` on this record."""
-        return paper_rule(asked)
-
-    def own_label(self, record: Record) -> tuple[str, float] | None:
-        """None: the reviewer decides (eq. 6)."""
-        return None
+    def conclude(self, evidence: Evidence, embeddings: crowd.Rows) -> Conclusion:
+        """The rule looks at one record at a time: nothing is left to decide."""
+        total = len(evidence["noisy"])
+        return Conclusion(evidence["noisy"], evidence["unjudged"], np.zeros((total, 0)))
 
 
 class CrowdDetector:
@@ -94,90 +157,76 @@ class CrowdDetector:
     it proves nothing. Records without options follow `paper_rule`.
     """
 
-    def __init__(self, total: int) -> None:
-        self._given = np.full(total, -1, dtype=np.int64)  # -1: no options
-        self._options: set[tuple[str, ...]] = set()
-        self._panel: dict[str, list[NDArray[np.float32]]] = {"base": [], "reasoned": []}
-        self._pooled: NDArray[np.float64] | None = None
-        self._weights: dict[str, float] = {}
-        self.powerless = False
-
-    def observe(self, asked: Sequence[Asked]) -> None:
-        """Note the given letter and the panel's option probabilities of each record."""
+    def evidence(self, asked: Sequence[Asked]) -> Evidence:
+        """Beside the paper's: given [n] int8, options [n] int64, base and reasoned [n, options]."""
         width = max((len(a.record.options or ()) for a in asked), default=0)
-        rows = {
-            name: np.zeros((len(asked), width), dtype=np.float32)
-            for name in self._panel
+        given = np.full(len(asked), -1, np.int8)  # -1: no options
+        kinds = np.zeros(len(asked), np.int64)
+        panel = {
+            name: np.zeros((len(asked), width), np.float32)
+            for name in ("base", "reasoned")
             if asked and getattr(asked[0], name) is not None
         }
         for position, one in enumerate(asked):
             options = one.record.options
             if options is None:
                 continue
-            self._given[one.record.index] = LETTERS.index(one.record.answer)
-            if len(self._options) < 2:
-                self._options.add(tuple(answers.normalise(text, "span") for text in options))
-            for name, values in rows.items():
+            given[position] = LETTERS.index(one.record.answer)
+            kinds[position] = _kind_of(options)
+            for name, values in panel.items():
                 said: Opinion = getattr(one, name)
                 values[position, : len(options)] = option_probabilities(said, len(options))
-        for name, values in rows.items():
-            self._panel[name].append(values)
+        noisy, skipped = _by_paper(asked, given < 0)
+        return {
+            "noisy": noisy, "unjudged": skipped, "given": given, "options": kinds, **panel
+        }  # fmt: skip
 
-    def conclude(self, embeddings: NDArray[np.float32]) -> list[str]:
+    def conclude(self, evidence: Evidence, embeddings: crowd.Rows) -> Conclusion:
         """Pool the experts over all records with options."""
-        chosen = np.flatnonzero(self._given >= 0)
+        noisy, skipped = evidence["noisy"].copy(), evidence["unjudged"]
+        total = len(noisy)
+        chosen = np.flatnonzero(evidence["given"] >= 0)
         if len(chosen) == 0:
-            return []
-        given = self._given[chosen]
-        width = max(part.shape[1] for part in self._panel["base"])
-        experts = {}
-        for name, parts in self._panel.items():
-            if parts:
-                padded = [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]
-                experts[name] = np.concatenate(padded)[chosen].astype(np.float64)
-        self._panel = {}
-        if len(self._options) == 1 and len(chosen) > 1:
-            rows = embeddings if len(chosen) == len(embeddings) else embeddings[chosen]
+            return Conclusion(noisy, skipped, np.zeros((total, 0)))
+        given = evidence["given"][chosen].astype(np.int64)
+        experts: dict[str, crowd.Probabilities] = {
+            name: evidence[name][chosen].astype(np.float64)
+            for name in ("base", "reasoned")
+            if name in evidence
+        }
+        width = experts["base"].shape[1]
+        if len(np.unique(evidence["options"][chosen])) == 1 and len(chosen) > 1:
+            rows = embeddings if len(chosen) == total else embeddings[chosen]
+            index = CosineKNN(rows) if isinstance(rows, np.ndarray) else rows.index()
             experts["regression"] = crowd.regression_expert(rows, given, width)
-            experts["neighbours"] = crowd.neighbour_expert(CosineKNN(rows), given, width)
+            experts["neighbours"] = crowd.neighbour_expert(index, given, width)
         found = crowd.pool(experts, given, width)
-        self._weights = dict(found.weights)
-        self.powerless = not any(found.weights.values())
-        self._pooled = np.zeros((len(self._given), width))
-        self._pooled[chosen] = found.probabilities
-        return [NO_BETTER_THAN_CHANCE] if self.powerless else []
+        powerless = not any(found.weights.values())
+        pooled = np.zeros((total, width))
+        pooled[chosen] = found.probabilities
+        doubted = found.probabilities[np.arange(len(given)), given] < found.probabilities.max(1)
+        noisy[chosen] = doubted & ~skipped[chosen] & (not powerless)
+        warnings = (NO_BETTER_THAN_CHANCE,) if powerless else ()
+        return Conclusion(noisy, skipped, pooled, dict(found.weights), powerless, warnings)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Expert -> share of the vote, after `conclude`; empty without options."""
-        return self._weights
 
-    def detection(self, asked: Asked) -> Detection:
-        """Noisy where the crowd's answer is another one."""
-        given = int(self._given[asked.record.index])
-        if given < 0 or self._pooled is None:
-            return paper_rule(asked)
-        if self.powerless:
-            return Detection(False, 0.5, "no expert is better than chance on this corpus")
-        row = self._pooled[asked.record.index]
-        best = int(row.argmax())
-        noisy = bool(row[given] < row[best])
-        voters = ", ".join(f"{name} {w:.2f}" for name, w in self._weights.items() if w)
-        said = f"crowd: {LETTERS[best]} ({row[best]:.2f}), given {row[given]:.2f}; votes {voters}"
-        return Detection(noisy, float(min(max(1.0 - row[given], 0.0), 1.0)), said)
+def _by_paper(
+    asked: Sequence[Asked], where: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Noisy by `paper_rule` (only looked at where `where`), and unjudged."""
+    skipped = np.array([unjudged(one) is not None for one in asked], np.bool_)
+    noisy = np.zeros(len(asked), np.bool_)
+    for position in np.flatnonzero(where & ~skipped).tolist():
+        noisy[position] = paper_rule(asked[position]).noisy
+    return noisy, skipped
 
-    def own_label(self, record: Record) -> tuple[str, float] | None:
-        """The crowd's label where learners on the corpus hold most of the vote.
 
-        There the panel's model knows less about these labels than the corpus itself does, and so
-        would its context-enhanced answer and its review.
-        """
-        learnt = sum(self._weights.get(name, 0.0) for name in ("regression", "neighbours"))
-        if self._pooled is None or self._given[record.index] < 0 or learnt <= 0.5:
-            return None
-        row = self._pooled[record.index]
-        best = int(row.argmax())
-        return LETTERS[best], -math.log(max(float(row[best]), 1e-12))
+@functools.lru_cache(maxsize=4096)
+def _kind_of(options: tuple[str, ...]) -> int:
+    """A number for a set of options; sets that differ in spelling alone share it."""
+    text = "\0".join(answers.normalise(option, "span") for option in options)
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
 
 
 def option_probabilities(said: Opinion, options: int) -> NDArray[np.float32]:
@@ -229,6 +278,9 @@ def agrees(record: Record, opinion: Opinion) -> bool:
     """Whether an expert's answer is the given one."""
     if opinion.answer is None:
         return False
+    options = record.options
+    if options is not None and opinion.answer in LETTERS[: len(options)]:
+        return opinion.answer == record.answer
     kind = record_kind(record)
     return answers.matches(record.answer, opinion.answer, kind=kind, options=record.options)
 

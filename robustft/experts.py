@@ -7,11 +7,10 @@ a record. Whatever the store already holds is not asked again.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from robustft.answers import Kind
 from robustft.config import ExpertConfig
 from robustft.engines import Choice, Engine, Failure, Generation, Prompt
 from robustft.records import Record
-from robustft.store import Opinion, Stopwatch, Store
+from robustft.store import UNIT_ROWS, Opinion, Said, Stopwatch, Store
 
 Neighbour = tuple[str, Sequence[str] | None, str]  # question, options, answer
 _SHORT_ANSWER_TOKENS = 32
@@ -28,9 +27,8 @@ _SHORT_ANSWER_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One thing to ask, read from a prefill or from generated text."""
+    """One thing to ask, read from a prefill or from generated text; equal ones are asked once."""
 
-    key: bytes
     prompt: Prompt
     candidates: tuple[str, ...] = ()  # allowed continuations
     read: bool = False  # candidates are chosen by likelihood; otherwise text is generated
@@ -39,7 +37,8 @@ class _Question:
     max_tokens: int = 0
     kind: Kind | None = None  # how to parse generated text; None: the text itself is wanted
     options: tuple[str, ...] | None = None
-    blocked: str = ""  # why it cannot be asked: what it builds on failed
+    basis: str = ""  # a digest of the prompt, where the record alone does not settle it
+    blocked: str = field(default="", compare=False)  # why it cannot be asked: a failure before it
 
 
 def record_kind(record: Record) -> Kind:
@@ -70,7 +69,6 @@ class Panel:
         self._config = config
         self._seed = seed
         self._progress = progress
-        self._failed: dict[tuple[bytes, str, int], str] = {}  # not asked again in this session
         self._priors: dict[tuple[Prompt, tuple[str, ...]], np.ndarray] = {}
         self.unit = 0
 
@@ -79,7 +77,7 @@ class Panel:
     def base(self, records: Sequence[Record]) -> list[Opinion]:
         """The base model's own answer (eq. 1)."""
         return self._ask(
-            "base", 0, [self._answer_question(r, prompts.answer_prompt(r, record_kind(r)))
+            "base", 0, records, [self._answer_question(r, prompts.answer_prompt(r, record_kind(r)))
                         for r in records],
         )  # fmt: skip
 
@@ -97,7 +95,6 @@ class Panel:
             ):
                 questions = [
                     _Question(
-                        key=record.question_key,
                         prompt=build(record, transcript),
                         max_tokens=self._config.reasoning_tokens,
                         blocked=failure,
@@ -106,13 +103,14 @@ class Panel:
                         records, transcripts, failures, strict=True
                     )
                 ]
-                replies = self._ask(expert, round_, questions)
+                replies = self._ask(expert, round_, records, questions)
                 for transcript, said in zip(transcripts, replies, strict=True):
                     transcript.append(said.text.strip())
                 failures = [said.failure for said in replies]
         return self._ask(
             "reasoned",
             0,
+            records,
             [
                 self._answer_question(
                     record,
@@ -134,7 +132,6 @@ class Panel:
         """
         questions = [
             self._word_question(
-                record.key,
                 prompts.checker_prompt(record, [opinion.answer for opinion in said]),
                 prompts.CHECKER_WORDS,
                 ("yes", "no"),
@@ -143,7 +140,7 @@ class Panel:
             )
             for record, said in zip(records, predictions, strict=True)
         ]
-        return self._ask("checker", 0, questions)
+        return self._ask("checker", 0, records, questions)
 
     def context(
         self, records: Sequence[Record], neighbours: Sequence[Sequence[Neighbour]]
@@ -152,8 +149,8 @@ class Panel:
         questions = []
         for record, near in zip(records, neighbours, strict=True):
             prompt = prompts.context_prompt(record, record_kind(record), near)
-            questions.append(self._answer_question(record, prompt, _content_key(record, prompt)))
-        return self._ask("context", 0, questions)
+            questions.append(self._answer_question(record, prompt, basis=_digest(prompt)))
+        return self._ask("context", 0, records, questions)
 
     def review(
         self, records: Sequence[Record], context: Sequence[Opinion], reasoned: Sequence[Opinion]
@@ -163,20 +160,20 @@ class Panel:
         for record, first, second in zip(records, context, reasoned, strict=True):
             kind = record_kind(record)
             prompt = prompts.review_prompt(record, kind, first.answer, second.answer)
-            key, blocked = _content_key(record, prompt), _failure((first, second))
+            basis, blocked = _digest(prompt), _failure((first, second))
             if kind == "choice":
-                questions.append(self._answer_question(record, prompt, key, blocked))
+                questions.append(self._answer_question(record, prompt, basis, blocked))
             else:
                 names = (first.answer or "", second.answer or "")
                 words = prompts.REVIEW_WORDS
-                questions.append(self._word_question(key, prompt, words, names, blocked=blocked))
-        return self._ask("review", 0, questions)
+                asked = self._word_question(prompt, words, names, basis=basis, blocked=blocked)
+                questions.append(asked)
+        return self._ask("review", 0, records, questions)
 
     def _answer_question(
-        self, record: Record, prompt: Prompt, key: bytes | None = None, blocked: str = ""
+        self, record: Record, prompt: Prompt, basis: str = "", blocked: str = ""
     ) -> _Question:
         kind = record_kind(record)
-        key = key or record.question_key
         if (
             kind == "choice"
             and self._config.choice == "likelihood"
@@ -186,59 +183,71 @@ class Panel:
             names = tuple(prompts.LETTERS[: len(record.options)])
             neutral = prompts.neutral_prompt(record) if self._config.calibrate else None
             letters = prompts.letters(record.options)
-            return _Question(key, prompt, letters, True, names, neutral, blocked=blocked)
+            return _Question(prompt, letters, True, names, neutral, basis=basis, blocked=blocked)
         limit = self._config.answer_tokens if kind == "text" else _SHORT_ANSWER_TOKENS
         return _Question(
-            key, prompt, max_tokens=limit, kind=kind, options=record.options, blocked=blocked
+            prompt,
+            max_tokens=limit,
+            kind=kind,
+            options=record.options,
+            basis=basis,
+            blocked=blocked,
         )
 
     def _word_question(
         self,
-        key: bytes,
         prompt: Prompt,
         words: tuple[str, ...],
         names: tuple[str, ...],
         *,
         neutral: Prompt | None = None,
+        basis: str = "",
         blocked: str,
     ) -> _Question:
         """One of a few words, read from generated text where the engine has no likelihoods."""
         read = self._engine.abilities.choose
-        return _Question(
-            key, prompt, words, read, names, neutral, _SHORT_ANSWER_TOKENS, blocked=blocked
-        )
+        limit = _SHORT_ANSWER_TOKENS
+        return _Question(prompt, words, read, names, neutral, limit, basis=basis, blocked=blocked)
 
     # --- asking ----------------------------------------------------------------------------
 
-    def _ask(self, expert: str, round_: int, questions: Sequence[_Question]) -> list[Opinion]:
-        """One opinion a question, from the store or from the engine."""
-        unique = list({question.key: question for question in questions}.values())
-        stored = self._store.find([question.key for question in unique], expert, round_)
-        # Batches are formed from everything this chunk asks first, done or not, so that a resumed
-        # run forms the batches of the run it resumes.
-        mine = [q for q in unique if q.key not in stored or stored[q.key][0] == self.unit]
-        opinions = {key: opinion for key, (_, opinion) in stored.items()}
-        for question in unique:
-            failure = question.blocked or self._failed.get((question.key, expert, round_), "")
-            if failure and question.key not in opinions:
-                opinions[question.key] = Opinion(None, failure=failure)
+    def _ask(
+        self, expert: str, round_: int, records: Sequence[Record], questions: Sequence[_Question]
+    ) -> list[Opinion]:
+        """One opinion a record, from the store or from the engine."""
+        stored = self._store.opinions(self.unit, expert, round_)
+        rows: dict[_Question, list[int]] = {}  # whose question it is
+        for record, question in zip(records, questions, strict=True):
+            rows.setdefault(question, []).append(record.index % UNIT_ROWS)
+        opinions: dict[_Question, Opinion] = {}
+        for question, mine in rows.items():
+            kept = [stored[row] for row in mine if row in stored]
+            if len(kept) == len(mine) and all(one.basis == question.basis for one in kept):
+                opinions[question] = kept[0].opinion
+            elif question.blocked:
+                opinions[question] = Opinion(None, failure=question.blocked)
         before = len(opinions)
-        if before < len(unique):
+        if before < len(rows):
+            # Batches are formed of everything this unit asks, done or not, so that a resumed run
+            # forms the batches of the run it resumes.
             for read in (True, False):
-                group = [question for question in mine if question.read == read]
+                group = [question for question in rows if question.read == read]
                 limit = max((question.max_tokens for question in group), default=0)
                 for batch in self._engine.plan([question.prompt for question in group], limit):
-                    todo = [group[i] for i in batch if group[i].key not in opinions]
+                    todo = [group[i] for i in batch if group[i] not in opinions]
                     if todo:
-                        done = self._ask_batch(expert, round_, todo)
-                        opinions.update(done)
-                        self._progress(expert, len(done))
-        self._progress(expert, len(questions) - (len(unique) - before))
-        return [opinions[question.key] for question in questions]
+                        opinions.update(self._ask_batch(expert, round_, todo, rows))
+                        self._progress(expert, len(todo))
+        self._progress(expert, len(questions) - (len(rows) - before))
+        return [opinions[question] for question in questions]
 
     def _ask_batch(
-        self, expert: str, round_: int, batch: Sequence[_Question]
-    ) -> dict[bytes, Opinion]:
+        self,
+        expert: str,
+        round_: int,
+        batch: Sequence[_Question],
+        rows: Mapping[_Question, Sequence[int]],
+    ) -> dict[_Question, Opinion]:
         watch = Stopwatch()
         asked = [question.prompt for question in batch]
         said: list[Opinion]
@@ -250,17 +259,16 @@ class Panel:
                 for question, choice, prior in zip(batch, choices, priors, strict=True)
             ]
         else:
-            seeds = [self._sampling_seed(expert, round_, question.key) for question in batch]
+            seeds = [self._sampling_seed(expert, round_, prompt) for prompt in asked]
             limit = max(question.max_tokens for question in batch)
             replies = self._engine.generate(asked, limit, seeds)
             said = [_read_text(*pair) for pair in zip(batch, replies, strict=True)]
-        done = dict(zip((question.key for question in batch), said, strict=True))
-        answered = [(key, opinion) for key, opinion in done.items() if not opinion.failure]
-        if answered:
-            self._store.add(expert, round_, self.unit, answered, watch.seconds())
-        for key, opinion in done.items():
-            if opinion.failure:
-                self._failed[key, expert, round_] = opinion.failure
+        done = dict(zip(batch, said, strict=True))
+        kept = [Said(rows[question][0], question.basis, done[question]) for question in batch]
+        for question in batch:
+            others = rows[question][1:]
+            kept += [Said(row, question.basis, done[question]) for row in others]
+        self._store.add(self.unit, expert, round_, kept, watch.seconds(), questions=len(batch))
         return done
 
     def _neutral_logprobs(self, batch: Sequence[_Question]) -> list[np.ndarray | Failure | None]:
@@ -297,19 +305,19 @@ class Panel:
                 found.append(failed[pair] if pair in failed else self._priors[pair])
         return found
 
-    def _sampling_seed(self, expert: str, round_: int, key: bytes) -> int:
-        text = f"{self._seed}/{expert}/{round_}/".encode() + key
+    def _sampling_seed(self, expert: str, round_: int, prompt: Prompt) -> int:
+        text = f"{self._seed}/{expert}/{round_}/{prompt!r}".encode(errors="surrogatepass")
         return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
-def _content_key(record: Record, prompt: Prompt) -> bytes:
-    """The key of a question that is not settled by its record alone.
+def _digest(prompt: Prompt) -> str:
+    """What tells whether a stored opinion answers this prompt.
 
     A record that could not be judged at first may be, on resume, a neighbour of this one; what
     was asked without it is then no answer to what is asked now.
     """
-    text = record.key + repr(prompt).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16).digest()
+    text = repr(prompt).encode(errors="surrogatepass")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _failure(opinions: Sequence[Opinion]) -> str:
@@ -358,8 +366,7 @@ def _read_text(question: _Question, reply: Generation | Failure) -> Opinion:
     if parsed.answer is None:
         return silent
     start, stop = max(parsed.start - shift, 0), max(parsed.stop - shift, 0)
-    return dataclasses.replace(
-        silent,
+    return silent._replace(
         answer=parsed.answer,
         nll=reply.span_mean(reply.nll, start, stop),
         entropy=reply.span_mean(reply.entropy, start, stop),
@@ -373,8 +380,7 @@ def _read_word(question: _Question, reply: Generation, silent: Opinion) -> Opini
     if found is None:
         return silent
     said = [word.strip().casefold() for word in question.candidates].index(found[1].casefold())
-    return dataclasses.replace(
-        silent,
+    return silent._replace(
         answer=question.names[said] or None,
         nll=reply.span_mean(reply.nll, *found.span(1)),
         entropy=reply.span_mean(reply.entropy, *found.span(1)),

@@ -1,204 +1,158 @@
-"""The main job: detect, relabel, select, write. Composition only; the stages are elsewhere.
+"""The main job in phases: detect, conclude, relabel, select. Composition only.
 
-The input is streamed three times (experts, relabeling, writing) and never held: what one record
-leaves in memory is a few bytes, what later stages need of it lies in `run.sqlite` and
-`embeddings.f32`. A resumed run repeats the passes and finds its opinions in the store.
+    detect    each shard   every expert's opinion, and from it the evidence on each record
+    conclude  once         the split into clean and noisy, from the evidence of all shards
+    relabel   each shard   noisy records answered again, the clean ones of all shards in view
+    select    once         the most confident share, over all shards
+
+A run on one machine has one shard. A phase goes unit by unit, in input order, and holds one unit in
+memory; a killed run finds what is finished in its store, and what a phase has published stays.
+`robustft.verdicts` writes the outputs.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
-import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from robustft.config import CleanConfig
+from robustft.corpus import Corpus, CorpusWriter
 from robustft.detection import (
     Asked,
+    Conclusion,
     CrowdDetector,
-    Detection,
     Detector,
     PaperDetector,
-    agrees,
-    unjudged,
+    stacked,
 )
-from robustft.embedding import EmbeddingFile, TextEmbedder
+from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
-from robustft.experts import Neighbour, Panel
-from robustft.files import atomic_file
+from robustft.experts import Panel
 from robustft.progress import Progress
-from robustft.records import Record, RecordSource, RecordWriter, Reject, output_name
-from robustft.relabeling import NewLabel, relabel
-from robustft.retrieval import CosineKNN
+from robustft.records import Record, RecordSource, Reject
+from robustft.relabeling import relabel
 from robustft.selection import select_confident
-from robustft.store import Opinion, Stopwatch, Store
+from robustft.shards import Published, Shard, publish
+from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
 
-_log = logging.getLogger("robustft")
-_CHUNK = 512
-_SUSPICIOUS = 20
+_SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
-@dataclass(slots=True)
-class Judged:
-    """One record on its way through the stages."""
+def units(
+    source: RecordSource, on_reject: Callable[[Reject], None] = lambda reject: None
+) -> Iterator[tuple[int, list[Record]]]:
+    """Numbered lists of UNIT_ROWS records (the last may hold fewer), in input order."""
 
-    record: Record
-    base: Opinion
-    reasoned: Opinion | None
-    checker: Opinion | None
-    detection: Detection
-    context: Opinion | None = None
-    review: Opinion | None = None
-    label: NewLabel | None = None
-    neighbours: tuple[tuple[str, float, Neighbour], ...] = ()  # id, cosine, question and answer
-    action: str = "keep"  # keep, relabel, drop
-    answer: str = ""
-    cause: str = ""  # why this action, in words that many records share
-    reason: str = ""
+    def records() -> Iterator[Record]:
+        for item in source:
+            if isinstance(item, Reject):
+                on_reject(item)
+            else:
+                yield item
+
+    stream = records()
+    for unit in itertools.count():
+        chunk = list(itertools.islice(stream, UNIT_ROWS))
+        if not chunk:
+            return
+        yield unit, chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Estimated work of one record, for the ETA: tokens decoded; a prefill counts as 24."""
+
+    config: CleanConfig
+
+    def of(self, expert: str) -> float:
+        """Work of one question to an expert."""
+        return self.config.experts.reasoning_tokens if expert in ("reasoning", "reflection") else 24
 
     @property
-    def failed(self) -> bool:
-        """Whether detection lacks an opinion because the engine could not be reached."""
-        asked = (self.base, self.reasoned, self.checker)
-        return any(said is not None and bool(said.failure) for said in asked)
+    def detect(self) -> float:
+        """Work of detection."""
+        total = self.of("base")
+        if "rel" not in self.config.without:
+            total += self.of("reasoned") + 2 * self.config.experts.rounds * self.of("reasoning")
+        return total + ("checker" not in self.config.without) * self.of("checker")
 
     @property
-    def opinions(self) -> dict[str, Opinion]:
-        """The experts that were asked, in the order they were."""
-        named = {
-            "base": self.base,
-            "reasoned": self.reasoned,
-            "checker": self.checker,
-            "context": self.context,
-            "review": self.review,
-        }
-        return {name: opinion for name, opinion in named.items() if opinion is not None}
+    def relabel(self) -> float:
+        """Work of relabeling a noisy record."""
+        parts = {"cer": "context", "reviewer": "review"}
+        return sum(self.of(e) for part, e in parts.items() if part not in self.config.without)
 
 
-@dataclass(slots=True)
-class CleanResult:
-    """What `clean` did; the counts add up: keep + relabel + drop + rejected = input."""
-
-    out: Path
-    cleaned: Path
-    counts: Counter[str] = field(default_factory=Counter)
-    warnings: list[str] = field(default_factory=list)
-    threshold: float = float("nan")  # largest response entropy kept, nats (eq. 8)
-    seconds: dict[str, float] = field(default_factory=dict)
-    suspicious: list[Judged] = field(default_factory=list)
-    score_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 24), np.int64))
-    kept_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    dropped_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    answers_before: Counter[str] = field(default_factory=Counter)
-    answers_after: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)  # action and cause -> records
-    reject_reasons: Counter[str] = field(default_factory=Counter)
-    # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
-    tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
-    weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
-    unanswered: int = 0  # records for which the engine failed; asked again on resume
-    powerless: bool = False  # no expert was better than chance: nothing was changed
-
-    def warn(self, text: str) -> None:
-        """Tell the user now, and the report later."""
-        self.warnings.append(text)
-        _log.warning(text)
-
-
-class CleanRun:
-    """One run over one output folder. `execute` does it all; the passes below are its steps."""
+class ShardRun:
+    """The phases of one shard, in the folder that its store holds."""
 
     def __init__(
-        self, config: CleanConfig, source: RecordSource, engine: Engine, embedder: TextEmbedder,
+        self,
+        config: CleanConfig,
+        shard: Shard,
+        source: RecordSource,
+        engine: Engine,
+        embedder: TextEmbedder,
         store: Store,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config = config
+        self.shard = shard
         self.source = source
         self.engine = engine
         self.embedder = embedder
         self.store = store
-        self.result = CleanResult(config.out, config.out / output_name(source))
+        self._truncated = 0  # prompts cut before this phase
         self._panel = Panel(
             engine, store, config.experts, seed=config.seed, progress=self._on_answers
         )
+        self._effort = Effort(config)
         self._progress: Progress | None = None
-        self._counted: frozenset[str] = frozenset()  # experts whose answers move the bar
-        self._noisy: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._unjudged: NDArray[np.bool_] = np.zeros(0, np.bool_)  # an expert was out of reach
-        self._index: CosineKNN | None = None
-        self._detector: Detector = PaperDetector()
 
-    def execute(self, total: int) -> CleanResult:
-        """Run every pass over the `total` records of the source."""
-        self._noisy = np.zeros(total, np.bool_)
-        self._unjudged = np.zeros(total, np.bool_)
-        paper = self.config.detector == "paper"
-        self._detector = PaperDetector() if paper else CrowdDetector(total)
-        path = self.config.out / "embeddings.f32"
-        with EmbeddingFile(path, self.embedder.dimensions) as embeddings:
-            self._timed("detect", lambda: self._detect_all(embeddings))
-            nll = self._timed("relabel", lambda: self._relabel_all(embeddings))
-            selected = self._select(nll)
-            self._timed("write", lambda: self._write_all(embeddings, nll, selected))
-        if self.result.unanswered:
-            self.result.warn(
-                f"{self.result.unanswered} records got no reply from the engine on some question "
-                "(verdicts.jsonl says why); the same command asks those questions again"
-            )
-        return self.result
+    # --- detect ----------------------------------------------------------------------------
 
-    def _timed(self, stage: str, step: Any) -> Any:
+    def detect(self) -> None:
+        """Ask the panel about every record and publish the evidence."""
+        target = self.shard.phase("detected")
+        if target.is_dir():
+            return
         watch = Stopwatch()
-        value = step()
-        self.result.seconds[stage] = round(watch.seconds(), 3)
-        return value
+        detector = make_detector(self.config)
+        done = set(self.store.finished("detect"))
+        held = min(len(self.store.finished("corpus")) * UNIT_ROWS, self.shard.rows)
+        with (
+            CorpusWriter(self.shard.folder, self.embedder.dimensions, held) as corpus,
+            self._shown("detect", self.shard.rows * self._effort.detect),
+        ):
+            marks = _Marks(self.store, ("corpus", "detect"), corpus.sync)
+            for unit, chunk in units(self.source):
+                if unit < self.shard.units.start:
+                    continue
+                if unit >= self.shard.units.stop:
+                    break
+                if chunk[-1].index - self.shard.start >= corpus.rows:
+                    corpus.append(chunk, self.embedder.encode([one.question for one in chunk]))
+                    marks.add("corpus", unit, {})
+                if unit in done:
+                    self._skip(len(chunk) * self._effort.detect)
+                else:
+                    evidence = detector.evidence(self._ask_panel(unit, chunk))
+                    marks.add("detect", unit, evidence)
+            marks.flush()
+        publish(target, stacked(list(self.store.arrays("detect"))), self._facts(watch))
 
-    # --- pass 1: experts and verdicts --------------------------------------------------------
-
-    def _detect_all(self, embeddings: EmbeddingFile) -> None:
-        steps = len(self._noisy) * self._detect_weight()
-        self._counted = frozenset(("base", "reasoning", "reflection", "reasoned", "checker"))
-        with Progress("detect", steps) as self._progress:
-            for unit, chunk in self._chunks():
-                self._panel.unit = unit
-                self._remember(chunk, embeddings)
-                self._detector.observe(self._ask_panel(chunk))
-        self._progress = None
-        for warning in self._detector.conclude(embeddings.memory_map()):
-            self.result.warn(warning)
-        self.result.powerless = getattr(self._detector, "powerless", False)
-        self.result.weights = getattr(self._detector, "weights", {})
-        for unit, chunk in self._chunks():
-            self._panel.unit = unit
-            for judged in self._judge(chunk):
-                self._noisy[judged.record.index] = judged.detection.noisy
-                self._unjudged[judged.record.index] = judged.failed
-        noisy = int(self._noisy.sum())
-        self.result.counts.update(clean=len(self._noisy) - noisy, noisy=noisy)
-
-    def _judge(self, chunk: Sequence[Record]) -> list[Judged]:
-        """The panel's opinions and the detector's verdict, once it has concluded."""
-        return [
-            Judged(
-                asked.record,
-                asked.base,
-                asked.reasoned,
-                asked.checker,
-                unjudged(asked) or self._detector.detection(asked),
-            )
-            for asked in self._ask_panel(chunk)
-        ]
-
-    def _ask_panel(self, chunk: Sequence[Record]) -> list[Asked]:
+    def _ask_panel(self, unit: int, chunk: Sequence[Record]) -> list[Asked]:
         without = self.config.without
+        self._panel.unit = unit
         base = self._panel.base(chunk)
         reasoned: Sequence[Opinion | None] = [None] * len(chunk)
         if "rel" not in without:
@@ -207,271 +161,208 @@ class CleanRun:
         if "checker" not in without:
             said = [[o for o in pair if o] for pair in zip(base, reasoned, strict=True)]
             checker = self._panel.checker(chunk, said)
-        return [Asked(*row) for row in zip(chunk, base, reasoned, checker, strict=True)]
+        return list(map(Asked, chunk, base, reasoned, checker))
 
-    def _remember(self, chunk: Sequence[Record], embeddings: EmbeddingFile) -> None:
-        """Keep what retrieval needs: the embedding and the text of each record."""
-        if embeddings.rows > chunk[-1].index:
+    # --- relabel ---------------------------------------------------------------------------
+
+    def relabel(self, conclusion: Conclusion, corpus: Corpus) -> None:
+        """Answer the noisy records again; publish their confidence and neighbours.
+
+        For the m noisy records in input order: nll [m] (eq. 7, nats; NaN without a label), ids and
+        cosines [m, k] of the neighbours shown, nearest first (id -1: none).
+        """
+        target = self.shard.phase("relabeled")
+        if target.is_dir():
             return
-        fresh = [record for record in chunk if record.index >= embeddings.rows]
-        self.store.add_records((r.index, r.id, [r.question, r.options, r.answer]) for r in fresh)
-        embeddings.append(self.embedder.encode([record.question for record in fresh]))
+        watch = Stopwatch()
+        done = set(self.store.finished("relabel"))
+        noisy = np.flatnonzero(conclusion.noisy[self.shard.start : self.shard.stop])
+        noisy += self.shard.start
+        with self._shown("relabel", len(noisy) * self._effort.relabel):
+            marks = _Marks(self.store, ("relabel",), lambda: None)
+            for unit in self.shard.units:
+                low, high = np.searchsorted(noisy, (unit * UNIT_ROWS, (unit + 1) * UNIT_ROWS))
+                if unit in done:
+                    self._skip((high - low) * self._effort.relabel)
+                    continue
+                records = [corpus.record(position) for position in noisy[low:high].tolist()]
+                marks.add("relabel", unit, self._relabel_unit(unit, records, conclusion, corpus))
+            marks.flush()
+        publish(target, stacked(list(self.store.arrays("relabel"))), self._facts(watch))
 
-    # --- pass 2: neighbours, context, review ---------------------------------------------------
+    def _facts(self, watch: Stopwatch) -> dict[str, Any]:
+        """What a phase says of itself: its seconds and the prompts it cut, in this session."""
+        truncated = getattr(self.engine, "truncated", 0)
+        facts = {"seconds": watch.seconds(), "truncated": truncated - self._truncated}
+        self._truncated = truncated
+        return facts
 
-    def _relabel_all(self, embeddings: EmbeddingFile) -> NDArray[np.float64]:
-        """Response entropy (eq. 7) by position; NaN where clean or without a label."""
-        nll = np.full(len(self._noisy), np.nan)
-        clean = int((~(self._noisy | self._unjudged)).sum())
-        noisy = int(self._noisy.sum())
-        if noisy == 0:
-            return nll
-        if "cer" not in self.config.without:
-            if clean == 0:
-                self.result.warn(
-                    "no record was found clean: noisy ones are answered without examples"
-                )
-            elif clean < self.config.k:
-                self.result.warn(
-                    f"k is {self.config.k}, but only {clean} clean records exist: using {clean}"
-                )
-            if clean:
-                self._index = CosineKNN(embeddings.memory_map(), threads=self.config.threads)
-        self._counted = frozenset(("context", "review"))
-        with Progress("relabel", noisy * self._relabel_weight()) as self._progress:
-            for unit, chunk in self._chunks():
-                self._panel.unit = unit
-                rows = [record for record in chunk if self._noisy[record.index]]
-                if rows:
-                    for judged in self._relabel(self._judge(rows), embeddings):
-                        if judged.label is not None and judged.label.answer is not None:
-                            nll[judged.record.index] = judged.label.nll
-        self._progress = None
-        return nll
-
-    def _relabel(self, noisy: Sequence[Judged], embeddings: EmbeddingFile) -> Sequence[Judged]:
-        """Fill label, and where the panel decides it context, review and neighbours."""
+    def _relabel_unit(
+        self, unit: int, records: Sequence[Record], conclusion: Conclusion, corpus: Corpus
+    ) -> Arrays:
+        nll = np.full(len(records), np.nan)
+        width = 0 if "cer" in self.config.without else min(self.config.k, len(conclusion.noisy))
+        ids = np.full((len(records), width), -1, np.int64)
+        cosines = np.full((len(records), width), np.nan, np.float32)
         undecided = []
-        for judged in noisy:
-            own = self._detector.own_label(judged.record)
+        for row, record in enumerate(records):
+            own = conclusion.own_label(record)
             if own is None:
-                undecided.append(judged)
+                undecided.append(row)
             else:
-                judged.label = NewLabel(own[0], own[1], "label from the crowd")
+                nll[row] = own[1]
         if undecided:
-            self._relabel_by_panel(undecided, embeddings)
-        return noisy
+            chosen = [records[row] for row in undecided]
+            if width and conclusion.clean.any():
+                positions = np.array([record.index for record in chosen])
+                ids[undecided], cosines[undecided] = corpus.index().search(
+                    corpus[positions], width, allowed=conclusion.clean
+                )
+            near = [[p for p in ids[row].tolist() if p >= 0] for row in undecided]
+            nll[undecided] = self._ask_again(unit, chosen, near, corpus)
+        return {"nll": nll, "ids": ids, "cosines": cosines}
 
-    def _relabel_by_panel(self, noisy: Sequence[Judged], embeddings: EmbeddingFile) -> None:
+    def _ask_again(
+        self, unit: int, records: Sequence[Record], near: Sequence[Sequence[int]], corpus: Corpus
+    ) -> list[float]:
+        """Context and review (eq. 5, 6); the response entropy of each new label, or NaN."""
         without = self.config.without
-        records = [judged.record for judged in noisy]
-        context: Sequence[Opinion | None] = [None] * len(noisy)
+        self._panel.unit = unit
+        said, failures = self.store.panel(unit)
+        rows = [record.index % UNIT_ROWS for record in records]
+        base = [opinion_of(said["base"], row, failures) for row in rows]
+        reasoned: list[Opinion | None] = [None] * len(rows)
+        if "rel" not in without:
+            reasoned = [opinion_of(said["reasoned"], row, failures) for row in rows]
+        context: Sequence[Opinion | None] = [None] * len(rows)
         if "cer" not in without:
-            found = self._neighbours(records, embeddings)
-            near = [[neighbour for _, _, neighbour in row] for row in found]
-            context = self._panel.context(records, near)
-            for judged, row in zip(noisy, found, strict=True):
-                judged.neighbours = tuple(row)
-        review: Sequence[Opinion | None] = [None] * len(noisy)
+            shown = {position: corpus.record(position) for ids in near for position in ids}
+            examples = [
+                [(shown[p].question, shown[p].options, shown[p].answer) for p in ids]
+                for ids in near
+            ]
+            context = self._panel.context(records, examples)
+        review: Sequence[Opinion | None] = [None] * len(rows)
         if "reviewer" not in without:
-            first = [c or judged.base for c, judged in zip(context, noisy, strict=True)]
-            second = [judged.reasoned or judged.base for judged in noisy]
+            first = [c or b for c, b in zip(context, base, strict=True)]
+            second = [r or b for r, b in zip(reasoned, base, strict=True)]
             review = self._panel.review(records, first, second)
-        for judged, by_context, by_review in zip(noisy, context, review, strict=True):
-            judged.context, judged.review = by_context, by_review
-            judged.label = relabel(judged.reasoned, judged.base, by_context, by_review)
+        labels = map(relabel, reasoned, base, context, review)
+        return [float("nan") if label.answer is None else label.nll for label in labels]
 
-    def _neighbours(
-        self, records: Sequence[Record], embeddings: EmbeddingFile
-    ) -> list[list[tuple[str, float, Neighbour]]]:
-        """The k nearest clean records of each, nearest first (eq. 4)."""
-        if self._index is None:
-            return [[] for _ in records]
-        queries = np.ascontiguousarray(
-            embeddings.memory_map()[[record.index for record in records]]
-        )
-        k = min(self.config.k, len(self._noisy))
-        ids, cosines = self._index.search(queries, k, allowed=~(self._noisy | self._unjudged))
-        stored = self.store.records_at(sorted(set(ids[ids >= 0].tolist())))
-        rows = []
-        for row_ids, row_cosines in zip(ids.tolist(), cosines.tolist(), strict=True):
-            row = []
-            for position, cosine in zip(row_ids, row_cosines, strict=True):
-                if position >= 0:
-                    id_, (question, options, answer) = stored[position]
-                    row.append((id_, cosine, (question, options, answer)))
-            rows.append(row)
-        return rows
+    # --- progress --------------------------------------------------------------------------
 
-    # --- selection -------------------------------------------------------------------------
+    def _shown(self, phase: str, total: float) -> Progress:
+        name = phase if self.shard.of == 1 else f"shard {self.shard.name} {phase}"
+        self._progress = Progress(name, total)
+        return self._progress
 
-    def _select(self, nll: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which noisy records are kept, by position (eq. 8)."""
-        selected = np.zeros(len(nll), np.bool_)
-        positions = np.flatnonzero(self._noisy & np.isfinite(nll))
-        beta = 1.0 if "selection" in self.config.without else self.config.beta
-        mask, self.result.threshold = select_confident(nll[positions], beta)
-        selected[positions[mask]] = True
-        self.result.kept_nll = nll[positions[mask]]
-        self.result.dropped_nll = nll[positions[~mask]]
-        return selected
-
-    # --- pass 3: outputs -------------------------------------------------------------------
-
-    def _write_all(
-        self, embeddings: EmbeddingFile, nll: NDArray[np.float64], selected: NDArray[np.bool_]
-    ) -> None:
-        out = self.config.out
-        suspicious: list[tuple[float, int, Judged]] = []
-        with (
-            RecordWriter(self.result.cleaned, self.source) as cleaned,
-            atomic_file(out / "verdicts.jsonl") as verdicts,
-            atomic_file(out / "rejects.jsonl") as rejects,
-            Progress("write", len(nll), unit="records") as progress,
-        ):
-
-            def on_reject(reject: Reject) -> None:
-                rejects.write(_reject_line(reject))
-                self.result.reject_reasons[reject.reason] += 1
-
-            for unit, chunk in self._chunks(on_reject):
-                self._panel.unit = unit
-                judged = self._judge(chunk)
-                self._relabel([j for j in judged if j.detection.noisy], embeddings)
-                for one in judged:
-                    self._settle(one, bool(selected[one.record.index]))
-                    self._count(one)
-                    if one.action != "drop":
-                        cleaned.write(one.record, one.answer)
-                    verdicts.write(verdict_line(one))
-                    entry = (one.detection.noise_score, -one.record.index, one)
-                    if len(suspicious) < _SUSPICIOUS:
-                        heapq.heappush(suspicious, entry)
-                    else:
-                        heapq.heappushpop(suspicious, entry)
-                progress.update(len(chunk))
-        self.result.suspicious = [one for _, _, one in sorted(suspicious, reverse=True)]
-
-    def _settle(self, judged: Judged, selected: bool) -> None:
-        """The final action on one record, with its cause."""
-        judged.answer, judged.cause = judged.record.answer, "found clean"
-        if judged.failed:
-            judged.cause = "not judged"
-        label = judged.label
-        if label is not None:
-            if label.answer is None:
-                judged.action, judged.cause = "drop", "no expert gave an answer"
-                if any(said.failure for said in judged.opinions.values()):
-                    judged.cause = "not answered again"
-            elif not selected:
-                judged.action = "drop"
-                judged.cause = "new label too uncertain"
-            elif agrees(judged.record, Opinion(label.answer)):
-                judged.cause = "given answer confirmed"
-            else:
-                judged.action, judged.answer = "relabel", label.answer
-                judged.cause = "new label"
-        parts = [judged.detection.reason, judged.cause]
-        if label is not None and label.answer is not None:
-            parts.append(f"{label.reason}: {label.answer} (nll {label.nll:.3f})")
-        elif label is not None:
-            parts[1] = label.reason
-        judged.reason = "; ".join(parts)
-
-    def _count(self, judged: Judged) -> None:
-        result = self.result
-        result.counts[judged.action] += 1
-        result.reasons[f"{judged.action}: {judged.cause}"] += 1
-        score, bins = judged.detection.noise_score, result.score_counts.shape[1]
-        result.score_counts[int(judged.detection.noisy), min(int(score * bins), bins - 1)] += 1
-        for name, said in judged.opinions.items():
-            result.tallies[name, "asked"] += 1
-            result.tallies[name, "answered"] += said.answer is not None
-            agreed = said.answer == "yes" if name == "checker" else agrees(judged.record, said)
-            result.tallies[name, "agreed"] += agreed
-        result.unanswered += any(said.failure for said in judged.opinions.values())
-        if judged.record.options is not None:
-            result.answers_before[judged.record.answer] += 1
-            if judged.action != "drop":
-                result.answers_after[judged.answer] += 1
-
-    # --- shared ----------------------------------------------------------------------------
-
-    def _chunks(self, on_reject: Any = lambda reject: None) -> Iterator[tuple[int, list[Record]]]:
-        """Numbered lists of at most _CHUNK records, in input order."""
-
-        def records() -> Iterator[Record]:
-            for item in self.source:
-                if isinstance(item, Reject):
-                    on_reject(item)
-                else:
-                    yield item
-
-        stream = records()
-        for unit in itertools.count():
-            chunk = list(itertools.islice(stream, _CHUNK))
-            if not chunk:
-                return
-            yield unit, chunk
-
-    def _weight(self, expert: str) -> float:
-        """Estimated work of one question, for the ETA: tokens decoded; a prefill costs about 24."""
-        return self.config.experts.reasoning_tokens if expert in ("reasoning", "reflection") else 24
-
-    def _detect_weight(self) -> float:
-        total = self._weight("base")
-        if "rel" not in self.config.without:
-            rounds = self.config.experts.rounds
-            total += self._weight("reasoned") + 2 * rounds * self._weight("reasoning")
-        return total + ("checker" not in self.config.without) * self._weight("checker")
-
-    def _relabel_weight(self) -> float:
-        parts = {"cer": "context", "reviewer": "review"}
-        return sum(self._weight(e) for s, e in parts.items() if s not in self.config.without)
+    def _skip(self, amount: float) -> None:
+        if self._progress is not None:
+            self._progress.skip(amount)
 
     def _on_answers(self, expert: str, count: int) -> None:
-        if self._progress is not None and expert in self._counted:
-            self._progress.update(count * self._weight(expert), expert)
+        if self._progress is not None:
+            self._progress.update(count * self._effort.of(expert), expert)
 
 
-def _reject_line(reject: Reject) -> bytes:
-    text = reject.data.decode("utf-8", "backslashreplace")
-    body = {"line": reject.line, "reason": reject.reason, "bytes": reject.size, "data": text}
-    return orjson.dumps(body) + b"\n"
+class _Marks:
+    """Marks units as finished, a few seconds' worth at a time: `sync`, then one transaction."""
+
+    def __init__(self, store: Store, phases: Sequence[str], sync: Callable[[], None]) -> None:
+        self._store, self._sync = store, sync
+        self._waiting: dict[str, list[tuple[int, Arrays]]] = {phase: [] for phase in phases}
+        self._due = time.monotonic() + _SECONDS_BETWEEN_MARKS
+
+    def add(self, phase: str, unit: int, arrays: Arrays) -> None:
+        self._waiting[phase].append((unit, arrays))
+        if time.monotonic() >= self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        self._sync()
+        for phase, waiting in self._waiting.items():
+            self._store.finish(phase, waiting)
+            waiting.clear()
+        self._due = time.monotonic() + _SECONDS_BETWEEN_MARKS
 
 
-def verdict_line(judged: Judged) -> bytes:
-    """One line of verdicts.jsonl."""
-    record = judged.record
-    experts: dict[str, Any] = {}
-    for name, opinion in judged.opinions.items():
-        experts[name] = {
-            "answer": opinion.answer, "nll": opinion.nll, "entropy": opinion.entropy,
-        }  # fmt: skip
-        if opinion.probabilities is not None:
-            experts[name]["probabilities"] = opinion.probabilities
-    body = {
-        "id": record.id,
-        "verdict": "noisy" if judged.detection.noisy else "clean",
-        "noise_score": round(judged.detection.noise_score, 6),
-        "action": judged.action,
-        "given": record.answer,
-        "answer": None if judged.action == "drop" else judged.answer,
-        "experts": experts,
-        "neighbours": [{"id": id_, "cosine": cosine} for id_, cosine, _ in judged.neighbours],
-        "reason": judged.reason,
-    }
-    return orjson.dumps(body) + b"\n"
+def opinion_of(said: Mapping[int, Opinion], row: int, failures: Mapping[int, str]) -> Opinion:
+    """An expert's stored opinion on a row of a unit, or why there is none."""
+    found = said.get(row)
+    return Opinion(None, failure=failures.get(row, "was not asked")) if found is None else found
 
 
-def count_records(items: Iterable[Record | Reject]) -> tuple[int, int, Reject | None]:
-    """(records, rejects, first reject) of a source."""
-    records = rejects = 0
-    first: Reject | None = None
-    for item in items:
-        if isinstance(item, Reject):
-            rejects += 1
-            first = first or item
-        else:
-            records += 1
-    return records, rejects, first
+# --- the steps over all shards -------------------------------------------------------------
+
+
+def make_detector(config: CleanConfig) -> Detector:
+    """The detector that a configuration names."""
+    return PaperDetector() if config.detector == "paper" else CrowdDetector()
+
+
+def conclude(
+    config: CleanConfig, shards: Sequence[Shard], target: Path, corpus: Corpus
+) -> Conclusion:
+    """The split of the whole corpus; published at `target` once and then read from there."""
+    if not target.is_dir():
+        watch = Stopwatch()
+        evidence = stacked([Published(shard.phase("detected")).arrays for shard in shards])
+        found = make_detector(config).conclude(evidence, corpus)
+        publish(
+            target,
+            {"noisy": found.noisy, "unjudged": found.unjudged, "pooled": found.pooled},
+            {
+                "weights": dict(found.weights),
+                "powerless": found.powerless,
+                "warnings": [*found.warnings, *_on_the_clean_set(config, found)],
+                "seconds": watch.seconds(),
+            },
+        )
+    read = Published(target)
+    return Conclusion(
+        read["noisy"],
+        read["unjudged"],
+        read["pooled"],
+        read.facts["weights"],
+        read.facts["powerless"],
+        tuple(read.facts["warnings"]),
+    )
+
+
+def _on_the_clean_set(config: CleanConfig, found: Conclusion) -> list[str]:
+    clean = int(found.clean.sum())
+    if "cer" in config.without or not found.noisy.any() or clean >= config.k:
+        return []
+    if clean == 0:
+        return ["no record was found clean: noisy ones are answered without examples"]
+    return [f"k is {config.k}, but only {clean} clean records exist: using {clean}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which denoised records are kept (eq. 8)."""
+
+    selected: NDArray[np.bool_]  # [N] by position
+    kept: NDArray[np.float64]  # response entropy of those kept, nats
+    dropped: NDArray[np.float64]  # and of those dropped for it
+    threshold: float  # the largest kept, nats; NaN where nothing is
+
+
+def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion) -> Selection:
+    """The most confident share of all denoised records."""
+    parts = [Published(shard.phase("relabeled"))["nll"] for shard in shards]
+    nll = np.concatenate(parts)
+    finite = np.isfinite(nll)
+    positions = np.flatnonzero(conclusion.noisy)[finite]
+    beta = 1.0 if "selection" in config.without else config.beta
+    mask, threshold = select_confident(nll[finite], beta)
+    selected = np.zeros(len(conclusion.noisy), np.bool_)
+    selected[positions[mask]] = True
+    return Selection(selected, nll[finite][mask], nll[finite][~mask], threshold)
+
+
+def forget(shard: Shard, target: Path) -> None:
+    """Take back what was published, so that failures of an earlier session are asked again."""
+    for folder in (shard.phase("detected"), shard.phase("relabeled"), target):
+        shutil.rmtree(folder, ignore_errors=True)

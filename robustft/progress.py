@@ -43,6 +43,14 @@ class Progress:
                 flush=True,
             )
 
+    def skip(self, amount: float) -> None:
+        """Advance by what an earlier run has done; the estimate of what is left ignores it."""
+        self._done += amount
+        self._before += amount
+        if self._bar is not None:
+            self._bar.initial += amount
+            self._bar.update(amount)
+
     def __enter__(self) -> Self:
         return self
 

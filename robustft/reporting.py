@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from robustft.config import CleanConfig
-from robustft.pipeline import CleanResult, Judged
 from robustft.report import write_report
 from robustft.report.data import (
     Counts,
@@ -21,6 +20,7 @@ from robustft.report.data import (
     ReportData,
     Suspect,
 )
+from robustft.verdicts import CleanResult, Judged
 
 _SMALL = "a small model that the package carries: good for a first look, not for real verdicts"
 _FILES = {
@@ -129,8 +129,8 @@ def _suspect(judged: Judged) -> Suspect:
             for name, said in judged.opinions.items()
         ),
         neighbours=tuple(
-            NeighbourRow(id_, cosine, question, answer)
-            for id_, cosine, (question, _, answer) in judged.neighbours
+            NeighbourRow(near.id, cosine, near.question, near.answer)
+            for cosine, near in judged.neighbours
         ),
         reason=judged.reason,
     )

@@ -159,10 +159,13 @@ class CosineKNN:
             np.concatenate([cosines for _, cosines in found]),
         )
 
-    def add(self, embeddings: Embeddings, *, ids: ArrayLike | None = None) -> None:
-        """Append rows [M, d] of the index's dtype (copied), in amortised constant time a row.
+    def add(
+        self, embeddings: Embeddings, *, ids: ArrayLike | None = None, copy: bool = True
+    ) -> None:
+        """Append rows [M, d] of the index's dtype, in amortised constant time a row.
 
-        `ids` [M] must be given if and only if the index was built with ids.
+        `ids` [M] must be given if and only if the index was built with ids. With `copy=False` the
+        rows are used in place, as those the index was built with; meant for few and large parts.
         """
         rows, dtype = _as_rows(embeddings, "embeddings")
         if dtype != self._dtype:
@@ -175,6 +178,10 @@ class CosineKNN:
                 expected = "must" if self._named else "must not"
                 raise ValueError(f"ids {expected} be given: the index was built that way")
             self._core.check(rows, self._threads)  # all first: none is added if one is bad
+            if not copy:
+                self._tail = None
+                self._append(rows, names)
+                return
             done = 0
             while done < len(rows):
                 if self._tail is None or self._tail_used == len(self._tail):

@@ -1,47 +1,57 @@
 """`run.sqlite`: every expert's opinion the moment it exists, and the lock on the output folder.
 
 One transaction a finished batch (WAL). A process killed at any moment leaves whole batches, so a
-resumed run forms the same batches, skips the finished ones and never asks twice.
+resumed run forms the same batches, skips the finished ones and never asks twice. What is asked
+together depends on one unit of the input alone, so that shards of whole units ask what one process
+would.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
+import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from robustft.errors import UserError
 
+UNIT_ROWS = 512  # records of one unit, the last one's but for the remainder
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS opinions (
-    key BLOB NOT NULL,          -- content of the question, 16 bytes
+CREATE TABLE IF NOT EXISTS batches (  -- one row a finished batch: what was said and what it cost
+    unit INTEGER NOT NULL,      -- number of the unit of the input, from 0
     expert TEXT NOT NULL,
     round INTEGER NOT NULL,
-    unit INTEGER NOT NULL,      -- chunk of the input that asked first
-    asked INTEGER NOT NULL,     -- how often this question was put; 1 in every healthy store
-    payload BLOB NOT NULL,      -- JSON of the opinion
-    PRIMARY KEY (key, expert, round)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS requests (  -- one row a finished batch: what it cost
-    batch INTEGER PRIMARY KEY, expert TEXT, round INTEGER, unit INTEGER, questions INTEGER,
-    prompt_tokens INTEGER, new_tokens INTEGER, seconds REAL
+    opinions BLOB NOT NULL,     -- JSON lists: rows of the unit, bases, then each field of opinions
+    questions INTEGER, prompt_tokens INTEGER, new_tokens INTEGER, seconds REAL
 );
-CREATE TABLE IF NOT EXISTS records (position INTEGER PRIMARY KEY, id TEXT, body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS batches_of_unit ON batches (unit);
+CREATE TABLE IF NOT EXISTS failures (  -- questions that got no reply in the last session
+    unit INTEGER NOT NULL, row INTEGER NOT NULL, reason TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS failures_of_unit ON failures (unit);
+CREATE TABLE IF NOT EXISTS units (  -- one row a unit that a phase has finished
+    phase TEXT NOT NULL, unit INTEGER NOT NULL,
+    arrays BLOB NOT NULL,       -- what later steps need of it, as an .npz file
+    PRIMARY KEY (phase, unit)
+);
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Opinion:
+class Opinion(NamedTuple):
     """What one expert said about one record.
 
     `nll` is eq. 7 (nats per answer token), `entropy` the mean token entropy over the same tokens;
@@ -51,27 +61,46 @@ class Opinion:
 
     answer: str | None
     text: str = ""
-    nll: float = float("nan")
-    entropy: float = float("nan")
+    nll: float = math.nan
+    entropy: float = math.nan
     probabilities: tuple[float, ...] | None = None
     prompt_tokens: int = 0
     new_tokens: int = 0
-    failure: str = ""  # why there was no reply; such an opinion is never stored
+    failure: str = ""  # why there was no reply; such an opinion is asked for again on resume
 
-    def to_json(self) -> bytes:
-        """Compact JSON; NaN becomes null."""
-        return orjson.dumps(self)
 
-    @classmethod
-    def from_json(cls, payload: bytes) -> Opinion:
-        """The inverse of `to_json`."""
-        fields: dict[str, Any] = orjson.loads(payload)
-        for name in ("nll", "entropy"):
-            if fields[name] is None:
-                fields[name] = float("nan")
-        if fields["probabilities"] is not None:
-            fields["probabilities"] = tuple(fields["probabilities"])
-        return cls(**fields)
+class Said(NamedTuple):
+    """An opinion as it is stored.
+
+    `basis` tells what was asked where the record alone does not: a digest of the prompt.
+    """
+
+    row: int  # of its unit
+    basis: str
+    opinion: Opinion
+
+
+def pack(said: Sequence[Said]) -> bytes:
+    """Opinions as JSON, field by field; NaN becomes null."""
+    fields = map(list, zip(*(one.opinion[:-1] for one in said), strict=True))
+    columns = [[one.row for one in said], [one.basis for one in said], *fields]
+    return orjson.dumps(columns, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def unpack(body: bytes) -> Iterator[Said]:
+    """The inverse of `pack`."""
+    rows, bases, answers, texts, nll, entropy, probabilities, *tokens = orjson.loads(body)
+    columns = (
+        answers,
+        texts,
+        [math.nan if value is None else value for value in nll],
+        [math.nan if value is None else value for value in entropy],
+        [None if values is None else tuple(values) for values in probabilities],
+        *tokens,
+        [""] * len(rows),
+    )
+    opinions = map(Opinion._make, zip(*columns, strict=True))
+    return map(Said, rows, bases, opinions)
 
 
 @contextlib.contextmanager
@@ -103,12 +132,18 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 class Store:
-    """The opinions of one run. Not shared between processes; see `folder_lock`."""
+    """The opinions of one run. One process writes (`folder_lock`); others may read meanwhile.
 
-    def __init__(self, path: Path) -> None:
+    With `exclusive` nobody may, which needs no memory shared between processes: over a network
+    file system there is none.
+    """
+
+    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
         self.path = path
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            if exclusive:
+                self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA cache_size=-16384")
@@ -190,77 +225,104 @@ class Store:
 
     # --- opinions ---------------------------------------------------------------------------
 
-    def find(
-        self, keys: Sequence[bytes], expert: str, round_: int
-    ) -> dict[bytes, tuple[int, Opinion]]:
-        """Stored opinions by key, each with the unit of input that asked first."""
-        found: dict[bytes, tuple[int, Opinion]] = {}
-        for low in range(0, len(keys), 500):
-            part = keys[low : low + 500]
-            marks = ",".join("?" * len(part))
-            rows = self._db.execute(
-                "SELECT key, unit, payload FROM opinions "
-                f"WHERE key IN ({marks}) AND expert = ? AND round = ?",
-                (*part, expert, round_),
-            )
-            found.update({key: (unit, Opinion.from_json(body)) for key, unit, body in rows})
-        return found
+    def opinions(self, unit: int, expert: str, round_: int = 0) -> dict[int, Said]:
+        """What an expert has said about a unit so far, by row of the unit."""
+        rows = self._db.execute(
+            "SELECT opinions FROM batches WHERE unit = ? AND expert = ? AND round = ? "
+            "ORDER BY rowid",
+            (unit, expert, round_),
+        )
+        return {said.row: said for (body,) in rows for said in unpack(body)}
+
+    def panel(self, unit: int) -> tuple[dict[str, dict[int, Opinion]], dict[int, str]]:
+        """A unit's newest answers of every expert by row, and why rows lack what they lack."""
+        found: dict[str, dict[int, Opinion]] = defaultdict(dict)
+        rows = self._db.execute(
+            "SELECT expert, opinions FROM batches WHERE unit = ? AND round = 0 ORDER BY rowid",
+            (unit,),
+        )
+        for expert, body in rows:
+            found[expert].update((said.row, said.opinion) for said in unpack(body))
+        failures = self._db.execute(
+            "SELECT row, reason FROM failures WHERE unit = ? ORDER BY rowid DESC", (unit,)
+        )
+        return found, dict(failures.fetchall())
 
     def add(
         self,
+        unit: int,
         expert: str,
         round_: int,
-        unit: int,
-        opinions: Sequence[tuple[bytes, Opinion]],
+        said: Sequence[Said],
         seconds: float,
+        *,
+        questions: int | None = None,
     ) -> None:
-        """Write one finished batch, all of it or nothing."""
-        cost = (
-            sum(opinion.prompt_tokens for _, opinion in opinions),
-            sum(opinion.new_tokens for _, opinion in opinions),
-        )
+        """Write one finished batch, all of it or nothing.
+
+        Its first `questions` opinions (None: all) were asked for, the others are those of records
+        with the same question. Failures are kept apart, for this session only.
+        """
+        failed = [one for one in said if one.opinion.failure]
+        cost = [one.opinion for one in said[:questions] if not one.opinion.failure]
+        answered = [one for one in said if not one.opinion.failure]
         with self._transaction():
+            if answered:
+                tokens = sum(o.prompt_tokens for o in cost), sum(o.new_tokens for o in cost)
+                row = (unit, expert, round_, pack(answered), len(cost), *tokens, seconds)
+                self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._db.executemany(
-                "INSERT INTO opinions VALUES (?, ?, ?, ?, 1, ?) "
-                "ON CONFLICT (key, expert, round) DO UPDATE SET asked = asked + 1",
-                [(key, expert, round_, unit, opinion.to_json()) for key, opinion in opinions],
+                "INSERT INTO failures VALUES (?, ?, ?)",
+                [(unit, one.row, one.opinion.failure) for one in failed],
             )
-            self._db.execute(
-                "INSERT INTO requests VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)",
-                (expert, round_, unit, len(opinions), *cost, seconds),
-            )
+
+    def forgive(self) -> bool:
+        """Open again whatever rests on a failure of an earlier session; whether there was one."""
+        units = self._db.execute("SELECT DISTINCT unit FROM failures").fetchall()
+        if units:
+            with self._transaction():
+                self._db.executemany("DELETE FROM units WHERE phase = 'detect' AND unit = ?", units)
+                # Whoever is judged now may be a neighbour of any record.
+                self._db.execute("DELETE FROM units WHERE phase = 'relabel'")
+                self._db.execute("DELETE FROM failures")
+        return bool(units)
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Per expert: questions asked, tokens and seconds, over all sessions of the run."""
         rows = self._db.execute(
             "SELECT expert, SUM(questions), SUM(prompt_tokens), SUM(new_tokens), SUM(seconds) "
-            "FROM requests GROUP BY expert ORDER BY MIN(batch)"
+            "FROM batches GROUP BY expert ORDER BY MIN(rowid)"
         )
         names = ("questions", "prompt_tokens", "new_tokens", "seconds")
         return {expert: dict(zip(names, values, strict=True)) for expert, *values in rows}
 
-    # --- records that later stages look up by position ----------------------------------------
+    # --- units that are finished ---------------------------------------------------------------
 
-    def add_records(self, records: Iterable[tuple[int, str, Any]]) -> None:
-        """Keep (position, id, body as JSON) for `records_at`."""
+    def finish(self, phase: str, units: Iterable[tuple[int, Mapping[str, NDArray[Any]]]]) -> None:
+        """Mark units as finished, with what later steps need of them."""
         with self._transaction():
             self._db.executemany(
-                "INSERT OR IGNORE INTO records VALUES (?, ?, ?)",
-                ((position, id_, orjson.dumps(body)) for position, id_, body in records),
+                "INSERT INTO units VALUES (?, ?, ?)",
+                ((phase, unit, _pack_arrays(arrays)) for unit, arrays in units),
             )
 
-    def records_at(self, positions: Sequence[int]) -> dict[int, tuple[str, Any]]:
-        """(id, body) by position."""
-        found: dict[int, tuple[str, Any]] = {}
-        for low in range(0, len(positions), 500):
-            part = positions[low : low + 500]
-            rows = self._db.execute(
-                f"SELECT position, id, body FROM records WHERE position IN "
-                f"({','.join('?' * len(part))})",
-                [int(position) for position in part],
-            )
-            found.update({position: (id_, orjson.loads(body)) for position, id_, body in rows})
-        return found
+    def finished(self, phase: str) -> list[int]:
+        """Numbers of the units that a phase has finished, ascending."""
+        rows = self._db.execute("SELECT unit FROM units WHERE phase = ? ORDER BY unit", (phase,))
+        return [unit for (unit,) in rows]
+
+    def arrays(self, phase: str) -> Iterator[dict[str, NDArray[Any]]]:
+        """What `finish` was given, unit by unit."""
+        rows = self._db.execute("SELECT arrays FROM units WHERE phase = ? ORDER BY unit", (phase,))
+        for (body,) in rows:
+            with np.load(io.BytesIO(body), allow_pickle=False) as found:
+                yield {name: found[name] for name in found.files}
+
+
+def _pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
 
 
 class Stopwatch:

@@ -27,12 +27,14 @@ CONFINED = {
 }
 LAYERS = (
     {"records", "answers", "config"},
-    {"prompts", "engines", "retrieval", "embedding", "exchange"},
+    {"prompts", "engines", "retrieval", "embedding", "exchange", "store", "shards", "corpus"},
     {"experts"},
     {"detection"},
     {"relabeling"},
     {"selection"},
     {"pipeline"},
+    {"verdicts"},
+    {"finishing"},
     {"cleaning"},
     {"integrations", "cli"},
 )

@@ -386,7 +386,7 @@ sys.exit(main())
 def opinions(folder: Path) -> int:
     try:
         with sqlite3.connect(f"file:{folder / 'run.sqlite'}?mode=ro", uri=True) as store:
-            return int(store.execute("SELECT COUNT(*) FROM opinions").fetchone()[0])
+            return int(store.execute("SELECT SUM(questions) FROM batches").fetchone()[0] or 0)
     except sqlite3.Error:
         return 0
 

@@ -14,8 +14,8 @@ from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, EvalConfig, ExpertConfig
 from robustft.engines import Abilities, Failure, Prompt
 from robustft.evaluation import evaluate
-from robustft.pipeline import CleanResult
 from robustft.scoring import score_file
+from robustft.verdicts import CleanResult
 
 REASON = "HTTP 500 (4 tries)"
 

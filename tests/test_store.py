@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from robustft.errors import UserError
-from robustft.store import Opinion, Store, folder_lock
+from robustft.store import Opinion, Said, Store, folder_lock, pack, unpack
 
 
 @given(
@@ -22,29 +23,62 @@ from robustft.store import Opinion, Store, folder_lock
 def test_opinions_round_trip(
     answer: str | None, nll: float, probabilities: tuple[float, ...] | None
 ) -> None:
-    opinion = Opinion(answer, "said", nll, nll, probabilities, 3, 4)
-    again = Opinion.from_json(opinion.to_json())
-    assert repr(again) == repr(opinion)  # repr, for NaN is not equal to itself
+    said = [Said(3, "b", Opinion(answer, "said", nll, nll, probabilities, 3, 4))]
+    assert repr([*unpack(pack(said))]) == repr(said)  # repr, for NaN is not equal to itself
 
 
-def test_what_was_stored_is_found_with_its_unit(tmp_path: Path) -> None:
+def test_what_was_stored_is_found_by_row_the_newest_first(tmp_path: Path) -> None:
+    first, nothing, later = Opinion("A", prompt_tokens=5), Opinion(None), Opinion("B")
     with Store(tmp_path / "run.sqlite") as store:
-        store.add("base", 0, 7, [(b"k1", Opinion("A")), (b"k2", Opinion(None))], 0.5)
-        found = store.find([b"k1", b"k2", b"k3"], "base", 0)
-        assert {key: (unit, opinion.answer) for key, (unit, opinion) in found.items()} == {
-            b"k1": (7, "A"),
-            b"k2": (7, None),
+        store.add(7, "base", 0, [Said(0, "", first), Said(4, "", nothing)], 0.5)
+        store.add(7, "base", 0, [Said(0, "x", later), Said(1, "x", later)], 0.5, questions=1)
+        found = store.opinions(7, "base")
+        assert {row: (said.basis, said.opinion.answer) for row, said in found.items()} == {
+            0: ("x", "B"),
+            4: ("", None),
+            1: ("x", "B"),
         }
-        assert store.find([b"k1"], "base", 1) == {}
-        assert math.isnan(found[b"k2"][1].nll)
-        assert store.totals()["base"]["questions"] == 2
+        assert math.isnan(found[4].opinion.nll)
+        assert store.opinions(7, "base", 1) == store.opinions(8, "base") == {}
+        said, failures = store.panel(7)
+        assert {row: opinion.answer for row, opinion in said["base"].items()} == {
+            0: "B", 4: None, 1: "B"
+        }  # fmt: skip
+        assert failures == {}
+        assert store.totals()["base"] == {
+            "questions": 3, "prompt_tokens": 5, "new_tokens": 0, "seconds": 1.0
+        }  # fmt: skip
 
 
 def test_a_failed_batch_leaves_nothing(tmp_path: Path) -> None:
     with Store(tmp_path / "run.sqlite") as store:
         with pytest.raises(AttributeError):
-            store.add("base", 0, 0, [(b"k1", Opinion("A")), (b"k2", None)], 0.0)  # type: ignore[list-item]
-        assert store.find([b"k1"], "base", 0) == {}
+            store.add(0, "base", 0, [Said(0, "", Opinion("A")), Said(1, "", None)], 0.0)  # type: ignore[arg-type]
+        assert store.opinions(0, "base") == {}
+
+
+def test_failures_are_told_apart_and_open_what_rests_on_them(tmp_path: Path) -> None:
+    with Store(tmp_path / "run.sqlite") as store:
+        store.add(1, "base", 0, [Said(0, "", Opinion("A"))], 0.0)
+        store.finish("detect", [(0, {}), (1, {}), (2, {})])
+        store.finish("relabel", [(0, {})])
+        assert store.forgive() is False
+        store.add(1, "base", 0, [Said(3, "", Opinion(None, failure="HTTP 500"))], 0.0)
+        assert store.panel(1)[1] == {3: "HTTP 500"}
+        assert store.forgive() is True
+        assert store.finished("detect") == [0, 2]
+        assert store.finished("relabel") == []
+        assert store.panel(1)[1] == {}
+        assert store.opinions(1, "base").keys() == {0}
+
+
+def test_arrays_of_finished_units_come_back_in_order(tmp_path: Path) -> None:
+    with Store(tmp_path / "run.sqlite") as store:
+        store.finish("detect", [(n, {"x": np.full((2, n), n, np.float32)}) for n in (3, 0, 1)])
+        found = [arrays["x"] for arrays in store.arrays("detect")]
+        assert [array.shape for array in found] == [(2, 0), (2, 1), (2, 3)]
+        assert [array.dtype for array in found] == [np.float32] * 3
+        assert store.finished("detect") == [0, 1, 3]
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -70,11 +104,3 @@ def test_a_second_run_names_the_first(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"process {os.getpid()}" in done.stderr
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_records_are_found_by_position(tmp_path: Path) -> None:
-    with Store(tmp_path / "run.sqlite") as store:
-        store.add_records((i, f"id{i}", [f"q{i}", None, "a"]) for i in range(1200))
-        found = store.records_at([0, 5, 1199])
-        assert found[5] == ("id5", ["q5", None, "a"])
-        assert sorted(found) == [0, 5, 1199]

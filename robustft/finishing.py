@@ -1,0 +1,146 @@
+"""The end of a run: selection, the outputs, the manifest and the report."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import orjson
+
+import robustft
+from robustft.config import CleanConfig
+from robustft.corpus import Corpus
+from robustft.detection import Conclusion
+from robustft.embedding import TextEmbedder
+from robustft.engines import Engine
+from robustft.exchange import write_exchange
+from robustft.files import atomic_file
+from robustft.pipeline import select
+from robustft.records import RecordSource, reopened
+from robustft.reporting import write_run_report
+from robustft.shards import Published, Shard
+from robustft.store import Stopwatch, Store
+from robustft.verdicts import CleanResult, write_outputs
+
+_PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
+
+_STAGES = {"detected": "detect", "relabeled": "relabel"}  # what is published -> its stage
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Who was asked, as the manifest names it."""
+
+    engine: str
+    model: str
+    revision: str
+    embedder: str
+    small_embedded_model: bool
+
+    @classmethod
+    def of(cls, engine: Engine, embedder: TextEmbedder) -> Models:
+        """The names of loaded models."""
+        small = bool(getattr(engine, "embedded", False))
+        return cls(engine.name, engine.model_id, engine.revision, embedder.model_id, small)
+
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must share with the run it resumes."""
+        return {"model": f"{self.model}@{self.revision}", "embedder": self.embedder}
+
+
+def finish(
+    config: CleanConfig,
+    source: RecordSource,
+    parts: Iterator[tuple[Shard, Store]],
+    corpus: Corpus,
+    conclusion: Conclusion,
+    rejects: int,
+    models: Models,
+    watch: Stopwatch,
+) -> CleanResult:
+    """Select, write every output, and say what was done.
+
+    `parts` gives every shard, all of which have relabeled, with its store, in input order.
+    """
+    writing = Stopwatch()
+    shards: list[Shard] = []
+    totals: dict[str, Counter[str]] = {}
+
+    def noted() -> Iterator[tuple[Shard, Store]]:
+        for shard, store in parts:
+            shards.append(shard)
+            for expert, cost in store.totals().items():
+                totals.setdefault(expert, Counter()).update(cost)
+            yield shard, store
+
+    selection = select(config, corpus.shards, conclusion)
+    result = write_outputs(config, source, noted(), corpus, conclusion, selection)
+    seconds = Counter({"detect": 0.0, "relabel": 0.0})
+    truncated = 0
+    for shard in shards:
+        for phase in _STAGES:
+            facts = Published(shard.phase(phase)).facts
+            seconds[_STAGES[phase]] += facts["seconds"]
+            truncated += facts["truncated"]
+    result.seconds = {name: round(value, 3) for name, value in seconds.items()}
+    result.seconds["write"] = round(writing.seconds(), 3)
+    result.counts["rejected"] = rejects
+    result.counts["input"] = len(conclusion.noisy) + rejects
+    for warning in conclusion.warnings:
+        result.warn(warning)
+    if truncated:
+        result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
+    if result.unanswered:
+        result.warn(
+            f"{result.unanswered} records got no reply from the engine on some question "
+            "(verdicts.jsonl says why); the same command asks those questions again"
+        )
+    if config.dataset_info and result.counts["keep"] + result.counts["relabel"]:
+        write_exchange(reopened(source, result.cleaned), config.out)
+    result.seconds["total"] = round(watch.seconds(), 3)
+    manifest = _manifest(config, result, models, totals, source.content_hash)
+    with atomic_file(config.out / "manifest.json") as handle:
+        handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+    write_run_report(config, result, manifest)
+    return result
+
+
+def _manifest(
+    config: CleanConfig,
+    result: CleanResult,
+    models: Models,
+    totals: dict[str, Counter[str]],
+    content_hash: str,
+) -> dict[str, Any]:
+    versions = {"robustft": robustft.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
+    return {
+        "command": sys.argv,
+        "config": config.fingerprint(),
+        "input": {"path": config.input, "blake2b": content_hash},
+        "versions": versions,
+        "platform": platform.platform(),
+        "models": asdict(models),
+        "counts": dict(result.counts),
+        "warnings": result.warnings,
+        "crowd_weights": result.weights,
+        "powerless": result.powerless,
+        "threshold_nll": result.threshold,
+        "agreed_with_given": {
+            name: count for (name, what), count in result.tallies.items() if what == "agreed"
+        },
+        "seconds": result.seconds,
+        "experts": totals,
+        "peak_memory_bytes": peak,
+    }

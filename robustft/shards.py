@@ -1,0 +1,150 @@
+"""Shards: whole units of the input, each worked on in a folder of its own, and what they publish.
+
+A phase publishes its arrays as a folder that is there in full or not at all: written beside its
+place, brought to the disk, renamed. Whoever comes second finds the first one's and keeps that, so
+several processes on a shared file system need no coordinator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from robustft.errors import UserError
+from robustft.store import UNIT_ROWS
+
+_FACTS = "facts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Records [start, stop) of the input, shard `number` of `of`, and the folder it works in."""
+
+    number: int
+    of: int
+    start: int
+    stop: int
+    folder: Path
+
+    @property
+    def rows(self) -> int:
+        """How many records it holds."""
+        return self.stop - self.start
+
+    @property
+    def units(self) -> range:
+        """Numbers of its units."""
+        return range(self.start // UNIT_ROWS, -(-self.stop // UNIT_ROWS))
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.number}/{self.of}"
+
+    def phase(self, name: str) -> Path:
+        """Where a phase publishes."""
+        return self.folder / "phases" / name
+
+
+def split(total: int, count: int, out: Path, content_hash: str) -> list[Shard]:
+    """The records of an input in `count` shards of whole units, in order; one works in `out`.
+
+    Folders are named by row range and content, so that none is ever taken for another. With more
+    shards than units the last ones are empty.
+    """
+    if count == 1:
+        return [Shard(0, 1, 0, total, out)]
+    units = -(-total // UNIT_ROWS)
+    edges = [min(units * number // count * UNIT_ROWS, total) for number in range(count)] + [total]
+    shards = []
+    for number in range(count):
+        start, stop = edges[number], edges[number + 1]
+        name = f"rows-{start:010}-{stop:010}-{content_hash[:12]}"
+        shards.append(Shard(number, count, start, stop, out / "shards" / name))
+    return shards
+
+
+def publish(
+    folder: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any] | None = None
+) -> None:
+    """Make arrays and facts (JSON) appear as `folder`, unless it is there already.
+
+    Raises UserError where they cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, array in arrays.items():
+            with (temporary / f"{name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        with (temporary / _FACTS).open("wb") as file:
+            file.write(orjson.dumps(facts or {}))
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+        _sync(folder.parent)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Published:
+    """What a phase has published; arrays are mapped when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The JSON facts."""
+        with self._telling():
+            found: dict[str, Any] = orjson.loads((self.folder / _FACTS).read_bytes())
+        return found
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        with self._telling():
+            found: NDArray[Any] = np.load(
+                self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False
+            )
+        return found
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every array by name."""
+        return {path.stem: self[path.stem] for path in sorted(self.folder.glob("*.npy"))}
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder}: cannot be read ({error}); delete it and run the same command again"
+            ) from error

@@ -1,0 +1,301 @@
+"""The outputs: the training set, a verdict on every record, the rejects, and their numbers.
+
+One pass over the input; opinions come from the stores of the shards, nobody is asked anything.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from robustft.config import CleanConfig
+from robustft.corpus import Corpus
+from robustft.detection import Asked, Conclusion, Detection, agrees
+from robustft.files import atomic_file
+from robustft.pipeline import Selection, opinion_of, units
+from robustft.progress import Progress
+from robustft.records import Record, RecordSource, RecordWriter, Reject, output_name
+from robustft.relabeling import NewLabel, relabel
+from robustft.shards import Published, Shard
+from robustft.store import Opinion, Store
+
+_log = logging.getLogger("robustft")
+_SUSPICIOUS = 20
+_SCORE_BINS = 24
+
+
+@dataclass(slots=True)
+class Judged:
+    """One record with everything that was said about it, and what became of it."""
+
+    record: Record
+    base: Opinion
+    reasoned: Opinion | None
+    checker: Opinion | None
+    detection: Detection
+    context: Opinion | None = None
+    review: Opinion | None = None
+    label: NewLabel | None = None
+    neighbours: tuple[tuple[float, Record], ...] = ()  # cosine and record, nearest first
+    action: str = "keep"  # keep, relabel, drop
+    answer: str = ""
+    cause: str = ""  # why this action, in words that many records share
+    reason: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether detection lacks an opinion because the engine could not be reached."""
+        asked = (self.base, self.reasoned, self.checker)
+        return any(said is not None and bool(said.failure) for said in asked)
+
+    @property
+    def opinions(self) -> dict[str, Opinion]:
+        """The experts that were asked, in the order they were."""
+        named = {
+            "base": self.base,
+            "reasoned": self.reasoned,
+            "checker": self.checker,
+            "context": self.context,
+            "review": self.review,
+        }
+        return {name: opinion for name, opinion in named.items() if opinion is not None}
+
+
+@dataclass(slots=True)
+class CleanResult:
+    """What `clean` did; the counts add up: keep + relabel + drop + rejected = input."""
+
+    out: Path
+    cleaned: Path
+    counts: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+    threshold: float = float("nan")  # largest response entropy kept, nats (eq. 8)
+    seconds: dict[str, float] = field(default_factory=dict)
+    suspicious: list[Judged] = field(default_factory=list)
+    score_counts: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros((2, _SCORE_BINS), np.int64)
+    )
+    kept_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    dropped_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    answers_before: Counter[str] = field(default_factory=Counter)
+    answers_after: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)  # action and cause -> records
+    reject_reasons: Counter[str] = field(default_factory=Counter)
+    # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
+    tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
+    unanswered: int = 0  # records for which the engine failed; asked again on resume
+    powerless: bool = False  # no expert was better than chance: nothing was changed
+
+    def warn(self, text: str) -> None:
+        """Tell the user now, and the report later."""
+        self.warnings.append(text)
+        _log.warning(text)
+
+
+def write_outputs(
+    config: CleanConfig,
+    source: RecordSource,
+    parts: Iterator[tuple[Shard, Store]],
+    corpus: Corpus,
+    conclusion: Conclusion,
+    selection: Selection,
+) -> CleanResult:
+    """Write cleaned.*, verdicts.jsonl and rejects.jsonl; returns what they hold in numbers."""
+    out = config.out
+    result = CleanResult(
+        out, out / output_name(source), weights=dict(conclusion.weights),
+        powerless=conclusion.powerless, threshold=selection.threshold,
+        kept_nll=selection.kept, dropped_nll=selection.dropped,
+    )  # fmt: skip
+    noisy = int(conclusion.noisy.sum())
+    result.counts.update(clean=len(conclusion.noisy) - noisy, noisy=noisy)
+    suspicious: list[tuple[float, int, Judged]] = []
+    view = _Panels(config, parts, corpus, conclusion)
+    with ExitStack() as stack:
+        cleaned = stack.enter_context(RecordWriter(result.cleaned, source))
+        verdicts = stack.enter_context(atomic_file(out / "verdicts.jsonl"))
+        rejects = stack.enter_context(atomic_file(out / "rejects.jsonl"))
+        progress = stack.enter_context(Progress("write", len(conclusion.noisy), unit="records"))
+
+        def on_reject(reject: Reject) -> None:
+            rejects.write(_reject_line(reject))
+            result.reject_reasons[reject.reason] += 1
+
+        for unit, chunk in units(source, on_reject):
+            lines = []
+            for one in view.judge(unit, chunk):
+                settle(one, bool(selection.selected[one.record.index]))
+                _count(result, one)
+                if one.action != "drop":
+                    cleaned.write(one.record, one.answer)
+                lines.append(verdict_line(one))
+                entry = (one.detection.noise_score, -one.record.index, one)
+                if len(suspicious) < _SUSPICIOUS:
+                    heapq.heappush(suspicious, entry)
+                elif entry > suspicious[0]:
+                    heapq.heapreplace(suspicious, entry)
+            verdicts.write(b"".join(lines))
+            progress.update(len(chunk))
+    result.suspicious = [one for _, _, one in sorted(suspicious, reverse=True)]
+    return result
+
+
+class _Panels:
+    """The stored opinions on each unit, from the shard that asked for them."""
+
+    def __init__(
+        self,
+        config: CleanConfig,
+        parts: Iterator[tuple[Shard, Store]],
+        corpus: Corpus,
+        conclusion: Conclusion,
+    ) -> None:
+        self._without = config.without
+        self._corpus = corpus
+        self._conclusion = conclusion
+        self._parts = parts
+        self._shard, self._store = next(self._parts)
+        self._open()
+
+    def _open(self) -> None:
+        found = Published(self._shard.phase("relabeled"))
+        self._again: Iterator[tuple[list[int], list[float]]] = zip(
+            map(np.ndarray.tolist, found["ids"]), map(np.ndarray.tolist, found["cosines"]),
+            strict=True,
+        )  # fmt: skip
+
+    def judge(self, unit: int, chunk: Sequence[Record]) -> list[Judged]:
+        """The records of a unit, which follows the one before, with all that was said of them."""
+        while chunk[0].index >= self._shard.stop:
+            self._shard, self._store = next(self._parts)
+            self._open()
+        said, failures = self._store.panel(unit)
+        rows = range(len(chunk))
+
+        def everyone(expert: str) -> list[Opinion]:
+            return [opinion_of(said[expert], row, failures) for row in rows]
+
+        nobody: list[None] = [None] * len(chunk)
+        reasoned = nobody if "rel" in self._without else everyone("reasoned")
+        checker = nobody if "checker" in self._without else everyone("checker")
+        asked = list(map(Asked, chunk, everyone("base"), reasoned, checker))
+        judged = []
+        for row, one, detection in zip(
+            rows, asked, self._conclusion.detections(asked), strict=True
+        ):
+            found = Judged(one.record, one.base, one.reasoned, one.checker, detection)
+            if detection.noisy:
+                self._add_label(found, said, row, failures)
+            judged.append(found)
+        return judged
+
+    def _add_label(
+        self,
+        judged: Judged,
+        said: dict[str, dict[int, Opinion]],
+        row: int,
+        failures: dict[int, str],
+    ) -> None:
+        ids, cosines = next(self._again)
+        own = self._conclusion.own_label(judged.record)
+        if own is not None:
+            judged.label = NewLabel(own[0], own[1], "label from the crowd")
+            return
+        if "cer" not in self._without:
+            judged.context = opinion_of(said["context"], row, failures)
+        if "reviewer" not in self._without:
+            judged.review = opinion_of(said["review"], row, failures)
+        judged.neighbours = tuple(
+            (cosine, self._corpus.record(position))
+            for position, cosine in zip(ids, cosines, strict=True)
+            if position >= 0
+        )
+        judged.label = relabel(judged.reasoned, judged.base, judged.context, judged.review)
+
+
+def settle(judged: Judged, selected: bool) -> None:
+    """The final action on one record, with its cause."""
+    judged.answer, judged.cause = judged.record.answer, "found clean"
+    if judged.failed:
+        judged.cause = "not judged"
+    label = judged.label
+    if label is not None:
+        if label.answer is None:
+            judged.action, judged.cause = "drop", "no expert gave an answer"
+            if any(said.failure for said in judged.opinions.values()):
+                judged.cause = "not answered again"
+        elif not selected:
+            judged.action = "drop"
+            judged.cause = "new label too uncertain"
+        elif agrees(judged.record, Opinion(label.answer)):
+            judged.cause = "given answer confirmed"
+        else:
+            judged.action, judged.answer = "relabel", label.answer
+            judged.cause = "new label"
+    parts = [judged.detection.reason, judged.cause]
+    if label is not None and label.answer is not None:
+        parts.append(f"{label.reason}: {label.answer} (nll {label.nll:.3f})")
+    elif label is not None:
+        parts[1] = label.reason
+    judged.reason = "; ".join(parts)
+
+
+def _count(result: CleanResult, judged: Judged) -> None:
+    result.counts[judged.action] += 1
+    result.reasons[f"{judged.action}: {judged.cause}"] += 1
+    score = judged.detection.noise_score
+    bin_ = min(int(score * _SCORE_BINS), _SCORE_BINS - 1)
+    result.score_counts[int(judged.detection.noisy), bin_] += 1
+    failed = False
+    for name, said in judged.opinions.items():
+        result.tallies[name, "asked"] += 1
+        result.tallies[name, "answered"] += said.answer is not None
+        agreed = said.answer == "yes" if name == "checker" else agrees(judged.record, said)
+        result.tallies[name, "agreed"] += agreed
+        failed = failed or bool(said.failure)
+    result.unanswered += failed
+    if judged.record.options is not None:
+        result.answers_before[judged.record.answer] += 1
+        if judged.action != "drop":
+            result.answers_after[judged.answer] += 1
+
+
+def _reject_line(reject: Reject) -> bytes:
+    text = reject.data.decode("utf-8", "backslashreplace")
+    body = {"line": reject.line, "reason": reject.reason, "bytes": reject.size, "data": text}
+    return orjson.dumps(body) + b"\n"
+
+
+def verdict_line(judged: Judged) -> bytes:
+    """One line of verdicts.jsonl."""
+    record = judged.record
+    experts: dict[str, Any] = {}
+    for name, opinion in judged.opinions.items():
+        experts[name] = {
+            "answer": opinion.answer, "nll": opinion.nll, "entropy": opinion.entropy,
+        }  # fmt: skip
+        if opinion.probabilities is not None:
+            experts[name]["probabilities"] = opinion.probabilities
+    body = {
+        "id": record.id,
+        "verdict": "noisy" if judged.detection.noisy else "clean",
+        "noise_score": round(judged.detection.noise_score, 6),
+        "action": judged.action,
+        "given": record.answer,
+        "answer": None if judged.action == "drop" else judged.answer,
+        "experts": experts,
+        "neighbours": [{"id": near.id, "cosine": cosine} for cosine, near in judged.neighbours],
+        "reason": judged.reason,
+    }
+    return orjson.dumps(body) + b"\n"
