@@ -108,6 +108,31 @@ py::tuple compute_partials(const ts::Logits& logits, const std::int64_t* targets
 }
 
 template <class Real>
+void accumulate(const ts::Logits& tile, const std::int64_t* targets,
+                const py::object& target_logits, std::int64_t first_column, const ts::Options& opts,
+                const ts::Partials<double>& total) {
+    MaybeColumn<Real> given;
+    if (!target_logits.is_none()) given = target_logits.cast<Column<Real>>();
+    const Real* const logit = column(given, tile.rows(), "target_logits");
+    if ((targets == nullptr) != (logit == nullptr)) {
+        throw py::value_error("targets and target_logits must be given together");
+    }
+    const py::gil_scoped_release release;
+    ts::accumulate(tile, targets, logit, first_column, opts, total);
+}
+
+// The rows of `values` [count, rows], which the caller owns and may be written to.
+template <class T>
+T* rows_of(py::array_t<T, py::array::c_style>& values, std::int64_t count, std::int64_t rows,
+           const char* name) {
+    if (values.ndim() != 2 || values.shape(0) != count || values.shape(1) != rows) {
+        throw py::value_error(std::string(name) + " must be [" + std::to_string(count) + ", " +
+                              std::to_string(rows) + "]");
+    }
+    return values.mutable_data();
+}
+
+template <class Real>
 void backward(const ts::Logits& logits, const std::int64_t* targets, const ts::Options& opts,
               const py::tuple& gradients, const py::tuple& forward, const Ids& argmax,
               const ts::Logits& out) {
@@ -161,6 +186,29 @@ void bind_token_stats(py::module_& module) {
         },
         py::arg("logits"), py::arg("targets"), py::arg("target_logits"), py::arg("temperature"),
         py::arg("softcap"), py::arg("threads"), py::arg("isa") = "");
+    module.def(
+        "token_stats_accumulate",
+        [](py::array& tile, const std::optional<Ids>& targets, const py::object& target_logits,
+           std::int64_t first_column, double temperature, double softcap, unsigned threads,
+           Column<double>& reals, Ids& counts, const std::string& isa) {
+            const ts::Logits x = view(tile);
+            const std::int64_t n = x.rows();
+            const std::int64_t* const t = column(targets, n, "targets");
+            const ts::Options opts = options(temperature, softcap, 0, threads, isa);
+            if (!tile.writeable()) throw py::value_error("tile must be writable");
+            double* const real = rows_of(reals, 5, n, "reals");
+            std::int64_t* const count = rows_of(counts, 2, n, "counts");
+            const ts::Partials<double> total{real,         real + n, real + 2 * n, real + 3 * n,
+                                             real + 4 * n, count,    count + n};
+            if (x.type == ts::Type::f64) {
+                accumulate<double>(x, t, target_logits, first_column, opts, total);
+            } else {
+                accumulate<float>(x, t, target_logits, first_column, opts, total);
+            }
+        },
+        py::arg("tile"), py::arg("targets"), py::arg("target_logits"), py::arg("first_column"),
+        py::arg("temperature"), py::arg("softcap"), py::arg("threads"),
+        py::arg("reals").noconvert(), py::arg("counts").noconvert(), py::arg("isa") = "");
     module.def(
         "token_stats_backward",
         [](const py::array& logits, const std::optional<Ids>& targets, double temperature,

@@ -1,4 +1,4 @@
-// Threads that live for one call: nothing survives a fork, nothing spins, no OpenMP.
+// Threads that work for one call: nothing survives a fork, nothing spins, no OpenMP.
 // An exception in any worker stops the others and reaches the caller.
 #pragma once
 
@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
 #include <utility>
-#include <vector>
 
 namespace robustft {
 
@@ -76,10 +76,16 @@ inline unsigned hardware_threads() { return std::max(1U, std::thread::hardware_c
 // which the caller is number 0. Tasks are handed out in ascending order.
 template <class Body>
 void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& body) {
+    // Outlives the call: a helper that starts too late reads `closed`, and nothing of the caller's.
+    // On a busy machine (another library's spinning threads, say) a start takes milliseconds.
+    struct Shared {
+        std::mutex mutex;
+        std::condition_variable finished;
+        unsigned running = 0;
+        bool closed = false;
+    };
+    const auto shared = std::make_shared<Shared>();
     std::atomic<std::size_t> next{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-    unsigned running = 0;
 
     const auto work = [&](unsigned worker) noexcept {
         try {
@@ -94,26 +100,29 @@ void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& 
     };
 
     const std::size_t wanted = std::min<std::size_t>(std::max(1U, threads), tasks);
-    std::vector<std::thread> helpers;
-    helpers.reserve(wanted);
     for (unsigned worker = 1; worker < wanted; ++worker) {
-        const std::lock_guard lock(mutex);
         try {
-            helpers.emplace_back([&, worker] {
+            std::thread([&work, shared, worker] {
+                {
+                    const std::lock_guard lock(shared->mutex);
+                    if (shared->closed) return;
+                    ++shared->running;
+                }
                 work(worker);
-                const std::lock_guard done(mutex);
-                --running;
-                finished.notify_one();
-            });
+                const std::lock_guard lock(shared->mutex);
+                --shared->running;
+                shared->finished.notify_one();
+            }).detach();
         } catch (const std::system_error&) {
             break;  // the machine gives no more threads: those that started do the work
         }
-        ++running;
     }
     work(0);
     {
-        std::unique_lock lock(mutex);
-        while (!finished.wait_for(lock, Monitor::interval, [&] { return running == 0; })) {
+        std::unique_lock lock(shared->mutex);
+        shared->closed = true;
+        while (!shared->finished.wait_for(lock, Monitor::interval,
+                                          [&] { return shared->running == 0; })) {
             lock.unlock();
             try {
                 monitor.poll_if_due();
@@ -123,7 +132,6 @@ void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& 
             lock.lock();
         }
     }
-    for (auto& helper : helpers) helper.join();
     monitor.rethrow();
 }
 

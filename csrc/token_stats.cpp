@@ -114,6 +114,17 @@ class Rows {
         return static_cast<double>(kernels_.widen[static_cast<int>(logits_.type)](x));
     }
 
+    // Overwrites an entry of a matrix that is the caller's to change.
+    void put(std::int64_t row, std::int64_t column, double value) const {
+        char* const x = static_cast<char*>(const_cast<void*>(logits_.row(row))) +
+                        static_cast<std::size_t>(column) * bytes(logits_.type);
+        if (logits_.type == Type::f64) {
+            *reinterpret_cast<double*>(x) = value;
+        } else {
+            kernels_.narrow[static_cast<int>(logits_.type)](static_cast<float>(value), x);
+        }
+    }
+
     const Transform& z() const { return z_; }
     const Kernels& kernels() const { return kernels_; }
 
@@ -174,6 +185,27 @@ void finish(const RowPartial& p, const Transform& z, bool has_target, std::int64
     out.rank[row] = is_nan || !has_target ? -1 : p.rank;
 }
 
+// Two partials of one row, `after` holding the later columns, as one.
+RowPartial merge(const RowPartial& before, const RowPartial& after, const Transform& z) {
+    const double top = std::max(before.max, after.max);
+    double sum = 0, weighted = 0;
+    for (const RowPartial& part : {before, after}) {
+        // exp(-1e4) is zero in double, and finite times zero stays zero.
+        const double shift = part.max == top ? 0 : std::max(-1e4, z(part.max) - z(top));
+        const double share = std::exp(shift);
+        sum += share * part.sum;
+        weighted += share * (part.weighted + shift * part.sum);
+    }
+    const double second = std::max({std::min(before.max, after.max), before.second, after.second});
+    return {top,
+            second,
+            sum,
+            weighted,
+            after.target,
+            after.max > before.max ? after.argmax : before.argmax,
+            before.rank + after.rank};
+}
+
 }  // namespace
 
 const void* Logits::row(std::int64_t index) const {
@@ -217,6 +249,31 @@ void compute_partials(const Logits& logits, const std::int64_t* targets, const R
         out.target[row] = static_cast<Real>(logit);
         out.argmax[row] = p.argmax;
         out.rank[row] = p.rank;
+    });
+}
+
+template <class Real>
+void accumulate(const Logits& tile, const std::int64_t* targets, const Real* target_logits,
+                std::int64_t first_column, const Options& options, const Partials<double>& total) {
+    const Rows rows(tile, options);
+    for_rows(tile, options.threads, [&](std::int64_t row) {
+        const double logit = targets ? static_cast<double>(target_logits[row]) : nan;
+        const bool has_target = !std::isnan(logit);
+        const std::int64_t target = has_target ? targets[row] - first_column : 0;
+        if (has_target && target >= 0 && target < tile.vocab) rows.put(row, target, logit);
+        RowPartial part = rows(row, has_target, target, logit);
+        part.argmax += first_column;
+        const RowPartial before{
+            total.max[row], total.second[row], total.sum[row], total.weighted[row],
+            logit,          total.argmax[row], total.rank[row]};
+        const RowPartial sum = merge(before, part, rows.z());
+        total.max[row] = sum.max;
+        total.second[row] = sum.second;
+        total.sum[row] = sum.sum;
+        total.weighted[row] = sum.weighted;
+        total.target[row] = sum.target;
+        total.argmax[row] = sum.argmax;
+        total.rank[row] = sum.rank;
     });
 }
 
@@ -293,6 +350,10 @@ template void compute_partials(const Logits&, const std::int64_t*, const float*,
                                const Partials<float>&);
 template void compute_partials(const Logits&, const std::int64_t*, const double*, const Options&,
                                const Partials<double>&);
+template void accumulate(const Logits&, const std::int64_t*, const float*, std::int64_t,
+                         const Options&, const Partials<double>&);
+template void accumulate(const Logits&, const std::int64_t*, const double*, std::int64_t,
+                         const Options&, const Partials<double>&);
 template void backward(const Logits&, const std::int64_t*, const Options&, const Gradients<float>&,
                        const Logits&);
 template void backward(const Logits&, const std::int64_t*, const Options&, const Gradients<double>&,

@@ -67,6 +67,14 @@ template <class Real>
 void compute_partials(const Logits& logits, const std::int64_t* targets, const Real* target_logits,
                       const Options& options, const Partials<Real>& out);
 
+// Adds columns to the running partials of rows whose earlier columns are in `total` (at first: max
+// and second -inf, everything else 0). `tile` holds columns from first_column on and is the
+// caller's to change: a target's entry is replaced by its target_logit (NaN: no target), so that
+// rank, argmax and logprob agree on one value however the entry was computed.
+template <class Real>
+void accumulate(const Logits& tile, const std::int64_t* targets, const Real* target_logits,
+                std::int64_t first_column, const Options& options, const Partials<double>& total);
+
 // Writes d(loss)/d(logits) to `out`, shaped and typed like `logits` and possibly the same memory.
 template <class Real>
 void backward(const Logits& logits, const std::int64_t* targets, const Options& options,

@@ -63,6 +63,18 @@ def token_stats_partials(
     threads: int,
     isa: str = "",
 ) -> tuple[NDArray[Any], ...]: ...
+def token_stats_accumulate(
+    tile: NDArray[Any],
+    targets: NDArray[np.int64] | None,
+    target_logits: NDArray[Any] | None,
+    first_column: int,
+    temperature: float,
+    softcap: float,
+    threads: int,
+    reals: NDArray[np.float64],  # [5, rows]: max, second, sum, weighted, target; updated
+    counts: NDArray[np.int64],  # [2, rows]: argmax, rank; updated
+    isa: str = "",
+) -> None: ...
 def token_stats_backward(
     logits: NDArray[Any],
     targets: NDArray[np.int64] | None,
