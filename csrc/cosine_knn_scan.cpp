@@ -51,6 +51,10 @@ struct Place {
         : first(q / tile * tile), lane(q - first), width(std::min(tile, count - first)) {}
 };
 
+const Kernels& suited(const Kernels& kernels, std::size_t queries) {
+    return queries <= kernels.few_queries ? *kernels.few : kernels;
+}
+
 float round_down(double x) {
     const auto near = static_cast<float>(x);
     return near > x ? std::nextafter(near, -kInfinity) : near;
@@ -70,15 +74,15 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
     : first_(first),
       count_(count),
       dim_(plan.index.dim()),
+      kernels_(suited(plan.index.kernels(), count)),
       wide_(count * dim_),
       inv_norm_(count),
       float_(count),
       floors_(count) {
-    const Kernels& kernels = plan.index.kernels();
     const bool int8 = plan.tier == Tier::int8;
     const bool floats = plan.tier == Tier::float32 || plan.adaptive;
-    std::vector<std::int8_t> codes((dim_ + kernels.int8_group - 1) / kernels.int8_group *
-                                   kernels.int8_group);
+    std::vector<std::int8_t> codes((dim_ + kernels_.int8_group - 1) / kernels_.int8_group *
+                                   kernels_.int8_group);
     if (int8) {
         int8_.resize(count);
         int8_codes_.resize(count * codes.size());
@@ -90,11 +94,11 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
         inv_norm_[q] = inverse_norm(wide, dim_);
         floors_[q].store(plan.options.threshold, std::memory_order_relaxed);
         if (int8) {
-            const Quantised x = quantise(wide, inv_norm_[q], dim_, kernels.query_max, codes.data());
+            const Quantised x = quantise(wide, inv_norm_[q], dim_, kernels_.query_max, codes.data());
             std::int32_t sum = 0;
             for (std::size_t i = 0; i < dim_; ++i) sum += codes[i];
-            const Place place(q, count, kernels.int8_tile);
-            const std::size_t group = kernels.int8_group;
+            const Place place(q, count, kernels_.int8_tile);
+            const std::size_t group = kernels_.int8_group;
             std::int8_t* out = int8_codes_.data() + place.first * codes.size() + place.lane * group;
             for (std::size_t i = 0; i < codes.size(); i += group, out += place.width * group) {
                 std::memcpy(out, codes.data() + i, group);
@@ -105,7 +109,7 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
             int8_[q] = {unit, x.norm, x.error + kSlack, slope, -128 * sum, care};
         }
         if (floats) {
-            const Place place(q, count, kernels.float_tile);
+            const Place place(q, count, kernels_.float_tile);
             float* out = float_codes_.data() + place.first * dim_ + place.lane;
             for (std::size_t i = 0; i < dim_; ++i) {
                 out[i * place.width] = static_cast<float>(wide[i] * inv_norm_[q]);
@@ -210,9 +214,9 @@ void Scan::compute_all(std::uint64_t mask) {
 }
 
 void Scan::filter(std::size_t block, std::uint64_t mask) {
-    const Kernels& kernels = index_.kernels();
+    const Kernels& kernels = batch_.kernels();
     const BlockStore& store = index_.blocks();
-    Block view{nullptr, kOnes, kZeros, positions_, mask};
+    Block view{nullptr, kOnes, kZeros, positions_, mask, nullptr, 0};
     bool full;
     if (tier_ == Tier::int8) {
         if (plan_.gather) {
@@ -235,6 +239,10 @@ void Scan::filter(std::size_t block, std::uint64_t mask) {
             view.codes = store.codes(block);
             view.scale = store.head(block).scale;
             view.error = store.head(block).error;
+            if (block + 1 < plan_.blocks) {
+                view.next = &store.head(block + 1);
+                view.next_bytes = store.block_bytes();
+            }
         }
         full = kernels.filter_int8(view, batch_.codes(tier_), store.steps(), sieves_.data(),
                                    batch_.count(), raw_limit_);

@@ -36,6 +36,7 @@ class Batch {
 
     std::size_t first() const { return first_; }
     std::size_t count() const { return count_; }
+    const Kernels& kernels() const { return kernels_; }
     const double* wide(std::size_t q) const { return wide_.data() + q * dim_; }
     double inv_norm(std::size_t q) const { return inv_norm_[q]; }
     bool zero(std::size_t q) const { return inv_norm_[q] == 0; }
@@ -63,6 +64,7 @@ class Batch {
 
   private:
     std::size_t first_, count_, dim_;
+    const Kernels& kernels_;  // best for so many queries
     std::vector<double> wide_;  // [count, dim]
     std::vector<double> inv_norm_;
     std::vector<std::int8_t> int8_codes_;  // in tiles, as Kernels wants them

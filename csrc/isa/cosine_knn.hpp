@@ -44,6 +44,8 @@ struct Block {
     const float* error;              // [64]
     const std::uint32_t* positions;  // [64]
     std::uint64_t mask;              // the rows that take part
+    const void* next;                // [next_bytes] what will be read next; may be null
+    std::size_t next_bytes;
 };
 
 // Filters one block for `count` queries. Their codes lie in tiles of queries (the last one
@@ -65,8 +67,10 @@ struct Kernels {
     bool fast_int8;          // whether the integer filter beats the fp32 one
     FilterFn filter_int8;
     FilterFn filter_float;
-    DotFn dot[4];    // by DType
-    PackFn pack[4];  // by DType
+    DotFn dot[4];                  // by DType
+    PackFn pack[4];                // by DType
+    const Kernels* few = nullptr;  // better filters for a batch of up to few_queries
+    std::size_t few_queries = 0;
 };
 
 extern const Kernels kPortable;

@@ -7,8 +7,9 @@
 namespace robustft::knn {
 namespace {
 
-constexpr std::size_t kSide = 16;                  // queries, rows, and groups of 4 columns
-constexpr std::size_t kGroup = 4 * kSide;          // columns an instruction takes
+constexpr std::size_t kSide = 16;          // queries, rows, and groups of 4 columns
+constexpr std::size_t kGroup = 4 * kSide;  // columns an instruction takes
+constexpr std::size_t kHalf = kBlockRows / 2;
 constexpr std::size_t kRowBytes = 4 * kBlockRows;  // from one step of a block to the next
 
 struct TileConfig {  // as LDTILECFG reads it
@@ -30,85 +31,166 @@ void configure(std::size_t queries) {
 }
 
 // A block's codes; the steps past the last whole group are copied and padded.
-struct Codes {
-    const std::uint8_t* whole;
-    std::size_t groups;
-    bool ragged;
-    alignas(64) std::uint8_t tail[kSide * kRowBytes];
-
+class Codes {
+  public:
     Codes(const void* codes, std::size_t steps)
-        : whole(static_cast<const std::uint8_t*>(codes)),
-          groups((steps + kSide - 1) / kSide),
-          ragged(steps % kSide != 0) {
-        if (!ragged) return;
+        : whole_(static_cast<const std::uint8_t*>(codes)),
+          groups_((steps + kSide - 1) / kSide),
+          ragged_(steps % kSide != 0) {
+        if (!ragged_) return;
         const std::size_t used = steps % kSide * kRowBytes;
-        __builtin_memcpy(tail, whole + (groups - 1) * kSide * kRowBytes, used);
-        __builtin_memset(tail + used, 0, sizeof(tail) - used);
+        __builtin_memcpy(tail_, whole_ + (groups_ - 1) * kSide * kRowBytes, used);
+        __builtin_memset(tail_ + used, 0, sizeof(tail_) - used);
     }
+    std::size_t groups() const { return groups_; }
     const std::uint8_t* group(std::size_t i) const {
-        return ragged && i + 1 == groups ? tail : whole + i * kSide * kRowBytes;
+        return ragged_ && i + 1 == groups_ ? tail_ : whole_ + i * kSide * kRowBytes;
     }
+
+  private:
+    const std::uint8_t* whole_;
+    std::size_t groups_;
+    bool ragged_;
+    alignas(64) std::uint8_t tail_[kSide * kRowBytes];
 };
 
-template <std::size_t panels>
-bool sift_sums(const Block& block, std::size_t first, const std::int32_t (*sums)[panels * kSide],
-               Sieve* sieves, std::size_t count, std::uint32_t limit) {
-    bool full = false;
-    for (std::size_t q = 0; q < count; ++q) {
-        const __m512i offset = _mm512_set1_epi32(sieves[q].offset);
-        __m512 dots[panels];
+// Fetches the next block while this one is multiplied, evenly over the steps: tiles are loaded in a
+// pattern that the hardware does not foresee, and would wait for memory most of the time.
+class Ahead {
+  public:
+    Ahead(const Block& block, std::size_t steps)
+        : at_(static_cast<const char*>(block.next)),
+          left_((block.next_bytes + 63) / 64),
+          share_((left_ + steps - 1) / steps) {}
+    void step() {
+        const std::size_t lines = left_ < share_ ? left_ : share_;
+        for (std::size_t i = 0; i < lines; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
+        left_ -= lines;
+    }
+
+  private:
+    const char* at_;
+    std::size_t left_;   // cache lines
+    std::size_t share_;  // lines a step
+};
+
+// Sums of 32 queries by 32 rows or 16 by 64. They are sifted between the instructions of the next
+// product but one: those of the last are still on their way, and to wait for them would leave the
+// tiles idle.
+class Sifting {
+  public:
+    Sifting(const Block& block, std::size_t groups, std::uint32_t limit)
+        : block_(block), limit_(limit), groups_(groups) {}
+
+    // Where the next sums go, [queries][rows].
+    std::int32_t* room() { return sums_[newest_]; }
+
+    // The sums are there, of `count` queries with `rows` rows from `first` on.
+    void take(Sieve* sieves, std::size_t count, std::size_t first, std::size_t rows) {
+        sift_to(oldest_.count);
+        oldest_ = newer_;
+        next_ = 0;
+        newer_ = {sums_[newest_], sieves, count, first, rows, (count + groups_ - 1) / groups_};
+        newest_ = newest_ == 2 ? 0 : newest_ + 1;
+    }
+    void step() {
+        const std::size_t left = oldest_.count - next_;
+        sift_to(left < oldest_.share ? oldest_.count : next_ + oldest_.share);
+    }
+    bool finish() {
+        sift_to(oldest_.count);
+        oldest_ = newer_;
+        next_ = 0;
+        sift_to(oldest_.count);
+        return full_;
+    }
+
+  private:
+    struct Sums {
+        const std::int32_t* sums = nullptr;
+        Sieve* sieves = nullptr;
+        std::size_t count = 0, first = 0, rows = 0;
+        std::size_t share = 0;  // queries a step
+    };
+
+    void sift_to(std::size_t stop) {
+        if (oldest_.rows == kBlockRows) {
+            sift_rows<kBlockRows>(stop);
+        } else {
+            sift_rows<kHalf>(stop);
+        }
+    }
+    template <std::size_t rows>
+    [[gnu::always_inline]] void sift_rows(std::size_t stop) {
+        constexpr std::size_t panels = rows / kSide;
+        const Stretch<Avx512Vnni, panels> stretch(block_, oldest_.first);
+        const std::int32_t* sums = oldest_.sums + next_ * rows;
+        const std::uint32_t limit = limit_;
+        Sieve* const end = oldest_.sieves + stop;
+        bool full = false;
+        for (Sieve* sieve = oldest_.sieves + next_; sieve < end; ++sieve, sums += rows) {
+            const __m512i offset = _mm512_set1_epi32(sieve->offset);
+            __m512 dots[panels];
 #pragma GCC unroll 4
-        for (std::size_t p = 0; p < panels; ++p) {
-            dots[p] = _mm512_cvtepi32_ps(
-                _mm512_add_epi32(_mm512_load_si512(sums[q] + p * kSide), offset));
+            for (std::size_t p = 0; p < panels; ++p) {
+                dots[p] = _mm512_cvtepi32_ps(
+                    _mm512_add_epi32(_mm512_load_si512(sums + p * kSide), offset));
+            }
+            full |= sift(stretch, dots, *sieve, limit);
         }
-        full |= sift<Avx512Vnni>(block, first, dots, sieves[q], limit);
+        next_ = stop;
+        full_ |= full;
     }
-    return full;
-}
 
-// 32 queries: two tiles of them by two of rows, so that each load serves two products.
-bool filter_pair(const Block& block, const Codes& codes, const char* queries, Sieve* sieves,
-                 std::uint32_t limit) {
-    constexpr std::size_t panels = 2;
-    const std::size_t tile = codes.groups * kSide * kGroup;
-    bool full = false;
-    for (std::size_t first = 0; first < kBlockRows; first += panels * kSide) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (std::size_t i = 0; i < codes.groups; ++i) {
-            const std::uint8_t* rows = codes.group(i) + first * 4;
-            const char* query = queries + i * kSide * kGroup;
-            _tile_loadd(4, query, kGroup);
-            _tile_loadd(6, rows, kRowBytes);
-            _tile_loadd(7, rows + kGroup, kRowBytes);
-            _tile_loadd(5, query + tile, kGroup);
-            _tile_dpbsud(0, 4, 6);
-            _tile_dpbsud(1, 4, 7);
-            _tile_dpbsud(2, 5, 6);
-            _tile_dpbsud(3, 5, 7);
-        }
-        alignas(64) std::int32_t sums[2 * kSide][panels * kSide];
-        _tile_stored(0, sums[0], sizeof(sums[0]));
-        _tile_stored(1, sums[0] + kSide, sizeof(sums[0]));
-        _tile_stored(2, sums[kSide], sizeof(sums[0]));
-        _tile_stored(3, sums[kSide] + kSide, sizeof(sums[0]));
-        full |= sift_sums<panels>(block, first, sums, sieves, 2 * kSide, limit);
-    }
-    return full;
-}
+    const Block& block_;
+    std::uint32_t limit_;
+    std::size_t groups_;
+    bool full_ = false;
+    Sums oldest_, newer_;
+    std::size_t next_ = 0;    // query of the oldest
+    std::size_t newest_ = 0;  // where the next sums go
+    alignas(64) std::int32_t sums_[3][4 * kSide * kSide];
+};
 
-// Up to 16 queries, as many as the tiles are configured for, by all rows of the block.
-bool filter_some(const Block& block, const Codes& codes, const char* queries, Sieve* sieves,
-                 std::size_t count, std::uint32_t limit) {
-    constexpr std::size_t panels = 4;
+// 32 queries by half a block: two tiles by two, so that each load serves two products.
+void multiply_pair(const Codes& codes, std::size_t first, const char* queries, Sieve* sieves,
+                   Sifting& sifting, Ahead& ahead) {
+    const std::size_t tile = codes.groups() * kSide * kGroup;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (std::size_t i = 0; i < codes.groups; ++i) {
+    for (std::size_t i = 0; i < codes.groups(); ++i) {
+        const std::uint8_t* rows = codes.group(i) + first * 4;
+        const char* query = queries + i * kSide * kGroup;
+        _tile_loadd(4, query, kGroup);
+        _tile_loadd(6, rows, kRowBytes);
+        _tile_loadd(7, rows + kGroup, kRowBytes);
+        _tile_loadd(5, query + tile, kGroup);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+        ahead.step();
+        sifting.step();
+    }
+    constexpr std::size_t stride = kHalf;
+    std::int32_t* sums = sifting.room();
+    _tile_stored(0, sums, 4 * stride);
+    _tile_stored(1, sums + kSide, 4 * stride);
+    _tile_stored(2, sums + kSide * stride, 4 * stride);
+    _tile_stored(3, sums + kSide * stride + kSide, 4 * stride);
+    sifting.take(sieves, 2 * kSide, first, kHalf);
+}
+
+// Up to 16 queries, as many as the tiles are configured for, by a whole block.
+void multiply_some(const Codes& codes, const char* queries, std::size_t count, Sieve* sieves,
+                   Sifting& sifting, Ahead& ahead) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (std::size_t i = 0; i < codes.groups(); ++i) {
         const std::uint8_t* rows = codes.group(i);
         _tile_loadd(4, queries + i * count * kGroup, kGroup);
         _tile_loadd(6, rows, kRowBytes);
@@ -119,43 +201,52 @@ bool filter_some(const Block& block, const Codes& codes, const char* queries, Si
         _tile_loadd(7, rows + 3 * kGroup, kRowBytes);
         _tile_dpbsud(2, 4, 6);
         _tile_dpbsud(3, 4, 7);
+        ahead.step();
+        sifting.step();
     }
-    alignas(64) std::int32_t sums[kSide][panels * kSide];
-    _tile_stored(0, sums[0], sizeof(sums[0]));
-    _tile_stored(1, sums[0] + kSide, sizeof(sums[0]));
-    _tile_stored(2, sums[0] + 2 * kSide, sizeof(sums[0]));
-    _tile_stored(3, sums[0] + 3 * kSide, sizeof(sums[0]));
-    return sift_sums<panels>(block, 0, sums, sieves, count, limit);
+    constexpr std::size_t stride = kBlockRows;
+    std::int32_t* sums = sifting.room();
+    _tile_stored(0, sums, 4 * stride);
+    _tile_stored(1, sums + kSide, 4 * stride);
+    _tile_stored(2, sums + 2 * kSide, 4 * stride);
+    _tile_stored(3, sums + 3 * kSide, 4 * stride);
+    sifting.take(sieves, count, 0, kBlockRows);
 }
 
 bool filter_amx(const Block& block, const void* queries, std::size_t steps, Sieve* sieves,
                 std::size_t count, std::uint32_t limit) {
     const Codes codes(block.codes, steps);
-    const std::size_t tile = codes.groups * kSide * kGroup;  // bytes
+    const std::size_t groups = codes.groups();
+    const std::size_t tile = groups * kSide * kGroup;  // bytes
     const char* query = static_cast<const char*>(queries);
-    bool full = false;
+    Ahead ahead(block, (count + kSide - 1) / kSide * groups);
+    Sifting sifting(block, groups, limit);
     if (count >= kSide) configure(kSide);
     for (; count >= 2 * kSide; count -= 2 * kSide) {
-        full |= filter_pair(block, codes, query, sieves, limit);
+        for (std::size_t first = 0; first < kBlockRows; first += kHalf) {
+            multiply_pair(codes, first, query, sieves, sifting, ahead);
+        }
         query += 2 * tile;
         sieves += 2 * kSide;
     }
     if (count >= kSide) {
-        full |= filter_some(block, codes, query, sieves, kSide, limit);
+        multiply_some(codes, query, kSide, sieves, sifting, ahead);
         query += tile;
         sieves += kSide;
         count -= kSide;
     }
     if (count != 0) {
         configure(count);
-        full |= filter_some(block, codes, query, sieves, count, limit);
+        multiply_some(codes, query, count, sieves, sifting, ahead);
     }
     _tile_release();
-    return full;
+    return sifting.finish();
 }
 
 constexpr Kernels with_amx(Kernels kernels) {
     kernels.name = "amx";
+    kernels.few = &kAvx512Vnni;
+    kernels.few_queries = kSide / 2;  // tiles would be mostly idle
     kernels.int8_tile = kSide;
     kernels.int8_group = kGroup;
     kernels.filter_int8 = filter_amx;

@@ -121,11 +121,27 @@ struct FloatCodes {
     static Sum finish(Sum sum) { return sum; }
 };
 
-// Keeps those rows first ... first + kWidth * panels of a block whose bound, from their dot
-// products with one query, reaches its floor. Returns whether the sieve now holds more than
-// `limit`.
+// What is the same for all queries of rows first ... first + kWidth * panels of a block.
 template <class Isa, std::size_t panels>
-[[gnu::always_inline]] inline bool sift(const Block& block, std::size_t first,
+struct Stretch {
+    typename Isa::Floats scale[panels], error[panels];
+    const std::uint32_t* positions;
+    std::uint64_t mask;
+
+    [[gnu::always_inline]] Stretch(const Block& block, std::size_t first)
+        : positions(block.positions + first), mask(block.mask >> first) {
+#pragma GCC unroll 8
+        for (std::size_t p = 0; p < panels; ++p) {
+            scale[p] = Isa::load(block.scale + first + p * Isa::kWidth);
+            error[p] = Isa::load(block.error + first + p * Isa::kWidth);
+        }
+    }
+};
+
+// Keeps the rows whose bound, from their dot products with one query, reaches its floor. Returns
+// whether the sieve now holds more than `limit`.
+template <class Isa, std::size_t panels>
+[[gnu::always_inline]] inline bool sift(const Stretch<Isa, panels>& rows,
                                         const typename Isa::Floats (&dots)[panels], Sieve& sieve,
                                         std::uint32_t limit) {
     const typename Isa::Floats slope = Isa::splat(sieve.slope);
@@ -134,12 +150,10 @@ template <class Isa, std::size_t panels>
     std::uint64_t passed = 0;
 #pragma GCC unroll 8
     for (std::size_t p = 0; p < panels; ++p) {
-        const std::size_t at = first + p * Isa::kWidth;
-        bounds[p] = Isa::fma(dots[p], Isa::load(block.scale + at),
-                             Isa::mul(slope, Isa::load(block.error + at)));
+        bounds[p] = Isa::fma(dots[p], rows.scale[p], Isa::mul(slope, rows.error[p]));
         passed |= static_cast<std::uint64_t>(Isa::at_least(bounds[p], floor)) << (p * Isa::kWidth);
     }
-    passed &= block.mask >> first;
+    passed &= rows.mask;
     if (passed == 0) return false;
     std::uint32_t count = sieve.count;
 #pragma GCC unroll 8
@@ -147,7 +161,7 @@ template <class Isa, std::size_t panels>
         const auto part =
             static_cast<std::uint32_t>(passed >> (p * Isa::kWidth)) & ((1U << Isa::kWidth) - 1);
         if (part == 0) continue;
-        Isa::push(part, block.positions + first + p * Isa::kWidth, bounds[p], sieve.rows + count,
+        Isa::push(part, rows.positions + p * Isa::kWidth, bounds[p], sieve.rows + count,
                   sieve.bounds + count);
         count += static_cast<std::uint32_t>(__builtin_popcount(part));
     }
@@ -194,7 +208,8 @@ bool filter_tile(const Block& block, const char* queries, std::size_t steps, Sie
             typename Isa::Floats dots[panels];
 #pragma GCC unroll 8
             for (std::size_t p = 0; p < panels; ++p) dots[p] = C::finish(sums[q][p]);
-            full |= sift<Isa>(block, first, dots, sieves[q], limit);
+            const Stretch<Isa, panels> stretch(block, first);
+            full |= sift(stretch, dots, sieves[q], limit);
         }
     }
     return full;
@@ -258,6 +273,8 @@ constexpr Kernels make_kernels(const char* name, std::int32_t query_max, bool fa
         .filter_float = filter<Isa, FloatCodes>,
         .dot = {dot<Isa, float>, dot<Isa, Half>, dot<Isa, Brain>, dot<Isa, double>},
         .pack = {pack<Isa, float>, pack<Isa, Half>, pack<Isa, Brain>, pack<Isa, double>},
+        .few = nullptr,
+        .few_queries = 0,
     };
 }
 
