@@ -94,7 +94,8 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
         inv_norm_[q] = inverse_norm(wide, dim_);
         floors_[q].store(plan.options.threshold, std::memory_order_relaxed);
         if (int8) {
-            const Quantised x = quantise(wide, inv_norm_[q], dim_, kernels_.query_max, codes.data());
+            const Quantised x =
+                quantise(wide, inv_norm_[q], dim_, kernels_.query_max, codes.data());
             std::int32_t sum = 0;
             for (std::size_t i = 0; i < dim_; ++i) sum += codes[i];
             const Place place(q, count, kernels_.int8_tile);

@@ -64,7 +64,7 @@ class Batch {
 
   private:
     std::size_t first_, count_, dim_;
-    const Kernels& kernels_;  // best for so many queries
+    const Kernels& kernels_;    // best for so many queries
     std::vector<double> wide_;  // [count, dim]
     std::vector<double> inv_norm_;
     std::vector<std::int8_t> int8_codes_;  // in tiles, as Kernels wants them
