@@ -300,7 +300,9 @@ def _add_eval(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", "Speed of the kernels on this machine, beside their peers")
-    parser.add_argument("what", choices=("consistency",), metavar="WHAT", help="consistency")
+    parser.add_argument(
+        "what", choices=("consistency", "knn"), metavar="WHAT", help="consistency or knn"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes, under a minute (default: off)"
     )

@@ -27,7 +27,8 @@ void configure(std::size_t queries) {
         config.row_bytes[tile] = kGroup;
         config.rows[tile] = tile < 6 ? static_cast<std::uint8_t>(queries) : kSide;
     }
-    _tile_loadconfig(&config);
+    // Not the intrinsic: GCC 12 takes it to read eight bytes and may leave the others unset.
+    asm volatile("ldtilecfg %0" : : "m"(config));
 }
 
 // A block's codes; the steps past the last whole group are copied and padded.

@@ -1,0 +1,404 @@
+"""Exact cosine kNN beside its peers, in queries a second; `robustft bench knn`.
+
+Every contender gets the same rows and queries, fp32, of unit length where it cannot normalise them
+itself, and the same number of threads. `same` is the share of queries whose ids equal those of an
+fp64 brute force in order as well (over a sample); for robustft anything but 1 fails the run.
+`recall` counts ids in any order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustft.benchmarks.knn_reference import exact_neighbours
+from robustft.benchmarks.measure import (
+    Row,
+    Timing,
+    append_rows,
+    commit,
+    cpu_name,
+    table,
+    timed,
+    versions,
+)
+from robustft.retrieval import CosineKNN
+
+_PEERS = ("faiss", "usearch", "sklearn", "torch", "threadpoolctl")
+_PACKAGES = ("robustft", "numpy", "torch", "faiss-cpu", "usearch", "scikit-learn")
+_CHUNK = 1 << 28  # bytes of scores a peer that keeps them all may hold at a time
+_CHECKED = 16  # queries compared with the brute force
+
+Floats = NDArray[np.float32]
+Found = tuple[Any, Any]  # ids [Q, k], cosines [Q, k]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One corpus, one way to ask it."""
+
+    kind: str
+    rows: int
+    dim: int
+    queries: int
+    k: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} N={self.rows} d={self.dim} Q={self.queries} k={self.k}"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """`call(queries)` answers [q, d] queries; slow ones are given only the first `most`."""
+
+    name: str
+    call: Callable[[Floats], Found]
+    most: int = 1 << 30
+
+
+# --- corpora -------------------------------------------------------------------------------
+
+
+def make_rows(kind: str, count: int, dim: int, seed: int) -> Floats:
+    """[count, dim] rows: random, clustered (one in ten a duplicate), or near-tied."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((count, dim), dtype=np.float32)
+    if kind == "clustered":
+        centres = np.random.default_rng(0).standard_normal((200, dim), dtype=np.float32)
+        rows *= 0.3
+        rows += centres[rng.integers(len(centres), size=count)]
+        twins = rng.random(count) < 0.1
+        rows[twins] = rows[rng.integers(count, size=int(twins.sum()))]
+    elif kind == "near-tied":  # every cosine within 0.01
+        rows *= 0.05
+        rows += np.random.default_rng(0).standard_normal(dim, dtype=np.float32)
+    return rows
+
+
+def _corpus(case: Case, real: Floats | None) -> tuple[Floats, Floats]:
+    if case.kind == "real":
+        assert real is not None
+        picked = np.random.default_rng(1).permutation(len(real))
+        return real, real[picked[np.arange(case.queries) % len(real)]]
+    return (
+        make_rows(case.kind, case.rows, case.dim, 1),
+        make_rows(case.kind, case.queries, case.dim, 2),
+    )
+
+
+def _unit(rows: Floats) -> Floats:
+    out = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    return np.ascontiguousarray(out, np.float32)
+
+
+# --- contenders ----------------------------------------------------------------------------
+
+
+def _ours(rows: Floats, case: Case, tier: str) -> Contender:
+    index = CosineKNN(rows, threads=case.threads)
+    index._tier = tier
+    name = "robustft" if tier == "auto" else f"robustft, {tier} filter only"
+    return Contender(name, lambda queries: index.search(queries, case.k))
+
+
+def _faiss(rows: Floats, case: Case) -> Iterator[Contender]:
+    import faiss
+
+    faiss.omp_set_num_threads(case.threads)
+    index = faiss.IndexFlatIP(case.dim)
+    index.add(rows)
+    default = int(faiss.cvar.distance_compute_blas_threshold)
+
+    def search(queries: Floats, threshold: int) -> Found:
+        faiss.cvar.distance_compute_blas_threshold = threshold
+        cosines, ids = index.search(queries, case.k)
+        return ids, cosines
+
+    yield Contender("faiss IndexFlatIP", lambda queries: search(queries, default))
+    if case.queries < 4096:  # above that the default is BLAS
+        yield Contender("faiss IndexFlatIP, BLAS forced", lambda queries: search(queries, 0))
+
+
+def _usearch(rows: Floats, case: Case) -> Iterator[Contender]:
+    from usearch.index import search
+
+    def run(queries: Floats) -> Found:
+        found = search(rows, queries, case.k, "cos", exact=True, threads=case.threads)
+        keys, distances = np.asarray(found.keys), np.asarray(found.distances)
+        return keys.reshape(len(queries), -1), 1 - distances.reshape(len(queries), -1)
+
+    yield Contender("usearch exact", run, most=max(1, min(256, _CHUNK // (4 * case.rows))))
+
+
+def _sklearn(rows: Floats, case: Case) -> Iterator[Contender]:
+    import sklearn
+    from sklearn.neighbors import NearestNeighbors
+
+    index = NearestNeighbors(n_neighbors=case.k, algorithm="brute", metric="cosine")
+    index.fit(rows)
+
+    def run(queries: Floats) -> Found:
+        with sklearn.config_context(working_memory=_CHUNK >> 20):
+            distances, ids = index.kneighbors(queries)
+        return ids, 1 - distances
+
+    yield Contender("scikit-learn brute", run, most=512)
+
+
+def _numpy(rows: Floats, case: Case) -> Iterator[Contender]:
+    def some(queries: Floats) -> Found:
+        scores = queries @ rows.T
+        best = np.argpartition(scores, -case.k, axis=1)[:, -case.k :]
+        cosines = np.take_along_axis(scores, best, 1)
+        order = np.argsort(-cosines, axis=1, kind="stable")
+        return np.take_along_axis(best, order, 1), np.take_along_axis(cosines, order, 1)
+
+    yield Contender("numpy matmul, argpartition", _in_chunks(some, case), most=512)
+
+
+def _torch(rows: Floats, case: Case) -> Iterator[Contender]:
+    import torch
+
+    torch.set_num_threads(case.threads)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        matrix = torch.from_numpy(rows).to(dtype).T
+
+        def some(
+            queries: Floats, matrix: torch.Tensor = matrix, dtype: torch.dtype = dtype
+        ) -> Found:
+            with torch.inference_mode():
+                found = (torch.from_numpy(queries).to(dtype) @ matrix).topk(case.k)
+            return found.indices.numpy(), found.values.float().numpy()
+
+        yield Contender(f"torch matmul, topk {name}", _in_chunks(some, case), most=1024)
+
+
+def _in_chunks(some: Callable[[Floats], Found], case: Case) -> Callable[[Floats], Found]:
+    step = max(1, _CHUNK // (4 * case.rows))
+
+    def run(queries: Floats) -> Found:
+        parts = [some(queries[i : i + step]) for i in range(0, len(queries), step)]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    return run
+
+
+def _contenders(rows: Floats, case: Case, peers: bool) -> Iterator[Contender]:
+    """Made one at a time: each may hold a copy of the rows."""
+    yield _ours(rows, case, "auto")
+    yield _ours(rows, case, "float32")
+    if not peers:
+        return
+    unit = _unit(rows)
+    for module, make in (
+        ("faiss", _faiss),
+        ("usearch", _usearch),
+        ("sklearn", _sklearn),
+        ("numpy", _numpy),
+        ("torch", _torch),
+    ):
+        if importlib.util.find_spec(module):
+            yield from make(unit, case)
+
+
+# --- one case ------------------------------------------------------------------------------
+
+
+def _blas_threads(count: int) -> AbstractContextManager[object]:
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return ExitStack()
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[object] = threadpool_limits(count)
+    return limits
+
+
+def _judged(found: Found, expected: Found) -> tuple[float, float]:
+    """(same order, recall) over the queries of `expected`."""
+    ids = np.asarray(found[0])[: len(expected[0])]
+    same = float((ids == expected[0]).all(axis=1).mean())
+    hits = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(ids, expected[0], strict=True)]
+    return same, float(np.mean(hits))
+
+
+def run_case(case: Case, real: Floats | None, budget: float, peers: bool) -> list[Row]:
+    """Rows of every contender on one case, and what the search itself counts."""
+    rows, queries = _corpus(case, real)
+    checked = min(_CHECKED, len(queries))
+    expected = exact_neighbours(rows, queries[:checked], min(case.k, len(rows)))
+    common: dict[str, Any] = {
+        "benchmark": "knn",
+        "case": str(case),
+        "threads": case.threads,
+        "device": cpu_name(),
+        "versions": _versions(),
+        "commit": commit(),
+    }
+    out = []
+    with _blas_threads(case.threads):
+        unit = _unit(queries)
+        for contender in _contenders(rows, case, peers):
+            ours = contender.name.startswith("robustft")
+            asked = (queries if ours else unit)[: contender.most]
+            time.sleep(0.05)  # threads of the last one stop spinning
+            same, recall = _judged(contender.call(asked[:checked]), expected)
+            timing = timed(lambda c=contender, a=asked: c.call(a), repeats=30, budget=budget)  # type: ignore[misc]
+            note = f"same {same:.3f} recall {recall:.4f}"
+            correct = ("yes" if same == 1 else "NO") if ours else note
+            rate = len(asked) / timing.p50 * 1e3
+            out.append(_row(common, contender.name, timing, rate, "queries/s", correct))
+    out += _counted(rows, queries, case, common)
+    return out
+
+
+def _counted(rows: Floats, queries: Floats, case: Case, common: dict[str, Any]) -> list[Row]:
+    index = CosineKNN(rows, threads=case.threads)
+    found = index._search(queries, "float32", case.k, None, None, None, None)
+    rescored = found[2]["rescored"] / len(queries)
+    none = Timing(np.nan, np.nan, np.nan)
+    return [
+        _row(common, "robustft: rows computed in fp64", none, rescored, "a query", "-"),
+        _row(
+            common,
+            "robustft: memory on top of the rows",
+            none,
+            index.extra_bytes / rows.nbytes,
+            "of theirs",
+            "-",
+        ),
+    ]
+
+
+def _row(
+    common: dict[str, Any], name: str, timing: Timing, rate: float, unit: str, correct: str
+) -> Row:
+    return Row(
+        contender=name,
+        ms_p20=timing.p20,
+        ms_p50=timing.p50,
+        ms_p80=timing.p80,
+        rate=rate,
+        unit=unit,
+        correct=correct,
+        **common,
+    )
+
+
+def _versions() -> str:
+    """Packages and the BLAS kernels they picked."""
+    found = versions(_PACKAGES)
+    if importlib.util.find_spec("threadpoolctl"):
+        from threadpoolctl import threadpool_info
+
+        blas = {
+            f"{i['internal_api']} {i['version']} {i.get('architecture') or ''}".strip()
+            for i in threadpool_info()
+            if i["user_api"] == "blas"
+        }
+        found += "; " + "; ".join(sorted(blas))
+    return f"{found}; isa {CosineKNN(np.ones((1, 1), np.float32))._core.isa}"
+
+
+# --- the machine ---------------------------------------------------------------------------
+
+
+def machine_rows(threads: Sequence[int]) -> list[Row]:
+    """What the machine itself reaches; empty without a C++ compiler."""
+    source = Path(__file__).with_name("machine_peaks.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peaks"
+        command = ["g++", "-std=c++20", "-O3", "-march=native", str(source), "-o", str(program)]
+        try:
+            subprocess.run([*command, "-pthread"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return []
+        out = []
+        for count in threads:
+            text = subprocess.run(
+                [str(program), str(count)], check=True, capture_output=True, text=True
+            ).stdout
+            for line in text.splitlines():
+                name, rate, unit = line.split("\t")
+                common = {
+                    "benchmark": "knn",
+                    "case": "machine",
+                    "threads": count,
+                    "device": cpu_name(),
+                    "versions": "-",
+                    "commit": commit(),
+                }
+                none = Timing(np.nan, np.nan, np.nan)
+                out.append(_row(common, name, none, float(rate), unit, "-"))
+    return out
+
+
+# --- command -------------------------------------------------------------------------------
+
+
+def ratios(rows: Sequence[Row]) -> str:
+    """How many times as fast as each peer robustft is, case by case."""
+    lines = []
+    for (case, threads), group in itertools.groupby(rows, lambda r: (r.case, r.threads)):
+        timed_rows = [r for r in group if r.unit == "queries/s"]
+        ours = [r.rate for r in timed_rows if r.contender == "robustft"]
+        peers = [r for r in timed_rows if not r.contender.startswith("robustft")]
+        if ours and peers:
+            text = ", ".join(f"{r.contender} {ours[0] / r.rate:.1f}" for r in peers)
+            lines.append(f"{case} threads={threads}: x {text}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table and the ratios, append rows to --out; status 1 when a gate failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one small corpus, under a minute")
+    parser.add_argument("--out", type=Path, help="append CSV rows to this file")
+    parser.add_argument("--kinds", nargs="+", default=["random", "clustered"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000])
+    parser.add_argument("--dims", type=int, nargs="+", default=[384])
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 4096])
+    parser.add_argument("--ks", type=int, nargs="+", default=[10])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
+    parser.add_argument("--embeddings", type=Path, help="[N, d] float32 .npy, for the kind `real`")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds a contender and case")
+    parser.add_argument("--no-peers", action="store_true", help="robustft alone")
+    parser.add_argument("--no-machine", action="store_true", help="do not measure the machine")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rows, options.queries, options.kinds = [20_000], [1, 64, 1024], ["random"]
+        options.threads, options.budget = options.threads[-1:], 0.5
+    real = None
+    if options.embeddings:
+        real = np.load(options.embeddings, mmap_mode="r", allow_pickle=False)
+    rows = [] if options.no_machine else machine_rows(options.threads)
+    shapes = itertools.product(options.kinds, options.rows, options.dims)
+    for kind, count, dim in shapes:
+        if kind == "real" and real is not None:
+            count, dim = real.shape
+        for queries, k, threads in itertools.product(options.queries, options.ks, options.threads):
+            case = Case(kind, count, dim, queries, k, threads)
+            print(case, f"threads={threads}", file=sys.stderr)
+            rows += run_case(case, real, options.budget, not options.no_peers)
+    print(table(rows))
+    print(ratios(rows))
+    missing = [peer for peer in _PEERS if importlib.util.find_spec(peer) is None]
+    if missing:
+        print(f"not run (not installed): {', '.join(missing)}")
+    if options.out:
+        append_rows(options.out, rows)
+    return int(any(row.correct == "NO" for row in rows))
