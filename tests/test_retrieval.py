@@ -11,58 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from robustft import _core
+from robustft.benchmarks.knn_reference import exact_neighbours as brute_force
 from robustft.errors import UserError
 from robustft.retrieval import CosineKNN
 
-LANES = 16
-
-
-def fixed_order_dot(rows: NDArray[np.float64], query: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[N, d] x [d] -> [N]: the documented summation order, in plain numpy."""
-    padded = np.zeros((len(rows), -(-rows.shape[1] // LANES) * LANES))
-    padded[:, : rows.shape[1]] = rows * query
-    lanes = np.zeros((len(rows), LANES))
-    for start in range(0, padded.shape[1], LANES):
-        lanes += padded[:, start : start + LANES]
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
-    return lanes[:, 0]
-
-
-def inverse_norms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    squares = np.array([fixed_order_dot(row[None], row)[0] for row in rows]).reshape(len(rows))
-    with np.errstate(divide="ignore"):
-        return np.where(squares > 0, 1 / np.sqrt(squares), 0.0)
-
-
-def brute_force(rows, queries, k, *, ids=None, exclude=None, threshold=-np.inf, allowed=None):
-    """The definition of the answer. A plain fp64 product only narrows the candidates."""
-    rows, queries = np.asarray(rows, np.float64), np.asarray(queries, np.float64)
-    ids = np.arange(len(rows)) if ids is None else np.asarray(ids)
-    row_scale, query_scale = inverse_norms(rows), inverse_norms(queries)
-    rough = (queries * query_scale[:, None]) @ (rows * row_scale[:, None]).T
-    out_ids = np.full((len(queries), k), -1, np.int64)
-    out_cosines = np.full((len(queries), k), np.nan, np.float32)
-    usable = np.ones(len(rows), bool) if allowed is None else np.asarray(allowed)
-    for q, query in enumerate(queries):
-        mask = usable.copy()
-        if exclude is not None:
-            mask &= ids != exclude[q]
-        picked = np.flatnonzero(mask)
-        if len(picked) > k:
-            kth = np.partition(rough[q, picked], len(picked) - k)[len(picked) - k]
-            picked = picked[rough[q, picked] >= kth - 1e-9]
-        scores = fixed_order_dot(rows[picked], query) * (query_scale[q] * row_scale[picked])
-        picked, scores = picked[scores > threshold], scores[scores > threshold]
-        order = np.lexsort((picked, ids[picked], -scores))[:k]
-        out_ids[q, : len(order)] = ids[picked[order]]
-        out_cosines[q, : len(order)] = scores[order]
-    return out_ids, out_cosines
+ISAS = _core.knn_isas()
 
 
 def assert_same(found, expected) -> None:
@@ -98,11 +56,18 @@ KINDS = ["gaussian", "clustered", "duplicated", "near-tied", "integers", "scaled
 
 
 @st.composite
-def cases(draw: st.DrawFn, largest: int):
-    n = draw(st.one_of(st.integers(0, 80), st.integers(0, largest)))
-    d = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 384, 768, 1536])))
-    q = draw(st.integers(0, 20))
+def cases(draw: st.DrawFn, most_rows: int, most_queries: int, work: float):
+    """Rows, queries, k and options; `work` bounds N * d * Q so that a case stays short."""
+    n = draw(st.one_of(st.integers(0, 80), st.integers(0, 2000), st.integers(0, most_rows)))
+    d = draw(
+        st.one_of(
+            st.integers(1, 40), st.integers(1, 1536), st.sampled_from([64, 127, 384, 768, 1536])
+        )
+    )
+    q = draw(st.one_of(st.integers(0, 20), st.integers(0, most_queries)))
+    q = min(q, int(work / max(1, n * d)) + 1)
     k = draw(st.one_of(st.integers(1, 12), st.integers(1, n + 3)))
+    k = k if n * q <= 1_000_000 else min(k, 500)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     kind = draw(st.sampled_from(KINDS))
     rows = corpus(kind, n, d, rng)
@@ -123,18 +88,48 @@ def cases(draw: st.DrawFn, largest: int):
     return rows, queries, k, options
 
 
-def check(rows, queries, k, options, threads=(1, 3)) -> None:
-    expected = brute_force(rows, queries, k, **options)
+def check(isa: str, rows, queries, k, options, expected) -> None:
+    """Same answer from one instruction set, bit by bit, for 1, 2 and 7 threads."""
     arguments = {name: value for name, value in options.items() if name != "ids"}
-    for count in threads:
-        index = CosineKNN(rows, ids=options.get("ids"), threads=count)
-        assert_same(index.search(queries, k, **arguments), expected)
+    for threads in (1, 2, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ROBUSTFT_ISA", isa)
+            index = CosineKNN(rows, ids=options.get("ids"), threads=threads)
+        assert index._core.isa == isa
+        found = index.search(queries, k, **arguments)
+        assert_same(found, expected)
+        assert [part.tobytes() for part in found] == [part.tobytes() for part in expected]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(cases(largest=2000))
+@given(cases(most_rows=2000, most_queries=40, work=2e6))
 def test_equals_brute_force(case) -> None:
-    check(*case)
+    rows, queries, k, options = case
+    expected = brute_force(rows, queries, k, **options)
+    for isa in ISAS:
+        check(isa, rows, queries, k, options, expected)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cases(most_rows=50_000, most_queries=300, work=1e9))
+def test_equals_brute_force_at_length(case) -> None:
+    rows, queries, k, options = case
+    expected = brute_force(rows, queries, k, **options)
+    for isa in ISAS:
+        check(isa, rows, queries, k, options, expected)
+
+
+@pytest.mark.parametrize("tier", ["int8", "float32", "exact"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_tier(isa: str, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUSTFT_ISA", isa)
+    monkeypatch.setenv("ROBUSTFT_KNN_TIER", tier)
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        rows, queries = corpus(kind, 1500, 65, rng), corpus(kind, 40, 65, rng)
+        index = CosineKNN(rows, threads=2)
+        assert_same(index.search(queries, 6), brute_force(rows, queries, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
