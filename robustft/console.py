@@ -51,6 +51,8 @@ def print_clean_summary(result: CleanResult, config: CleanConfig) -> None:
     if result.weights and not result.powerless:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result.weights.items())
         print(f"votes         {shares}")
+    if result.estimate and not result.powerless:
+        print(f"noise         {result.estimate}")
     print(f"training set  {result.cleaned}")
     print(f"report        {out / 'report.html'}  (open it in a browser)")
     print(f"verdicts      {out / 'verdicts.jsonl'}")

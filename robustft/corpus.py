@@ -143,6 +143,10 @@ class Corpus:
         chosen = None if options is None else tuple(options)
         return Record(position, 0, id_, question, chosen, answer, turns, {})
 
+    def questions(self, positions: NDArray[np.int64]) -> Iterator[str]:
+        """The text of the question at each position."""
+        return (self.record(position).question for position in positions.tolist())
+
     def __getitem__(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings [len(positions), dimensions] of the records at these positions."""
         owner = np.searchsorted(self._starts, positions, "right") - 1

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustft import answers, crowd
+from robustft.crowd import Estimate, Judgement
 from robustft.experts import record_kind
 from robustft.prompts import LETTERS
 from robustft.records import Record
-from robustft.retrieval import CosineKNN
 from robustft.store import Opinion
 
 NO_BETTER_THAN_CHANCE = (
@@ -48,6 +48,7 @@ class Detection:
     reason: str
 
 
+_PANEL = ("base", "reasoned")  # experts that do not see the given answer
 Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
 
 
@@ -58,8 +59,11 @@ class Conclusion:
     noisy: NDArray[np.bool_]  # [N]
     unjudged: NDArray[np.bool_]  # [N] an expert could not be reached
     pooled: NDArray[np.float64]  # [N, options] the crowd's probabilities; no column: no crowd
+    wrong: NDArray[np.float64]  # [N] that the given answer is wrong; NaN where no crowd judged
     weights: Mapping[str, float] = field(default_factory=dict)  # expert -> share of the vote
     powerless: bool = False  # no expert was better than chance
+    noise_rate: Estimate | None = None  # share of wrong answers
+    expected_precision: float = math.nan  # share of the noisy verdicts that are right
     warnings: tuple[str, ...] = ()
 
     @property
@@ -72,23 +76,26 @@ class Conclusion:
         if not asked:
             return []
         first = asked[0].record.index
-        rows = self.pooled[first : first + len(asked)].tolist()
         return [
-            unjudged(one) or (self._by_crowd(one, row) if row else None) or paper_rule(one)
-            for one, row in zip(asked, rows, strict=True)
+            unjudged(one) or self._by_crowd(one, first + row) or paper_rule(one)
+            for row, one in enumerate(asked)
         ]
 
-    def _by_crowd(self, asked: Asked, row: list[float]) -> Detection | None:
-        """Noisy where the crowd's answer is another one; None without options."""
-        if asked.record.options is None:
+    def _by_crowd(self, asked: Asked, position: int) -> Detection | None:
+        """The crowd's verdict; None where it judged nothing."""
+        wrong = float(self.wrong[position])
+        if math.isnan(wrong):
             return None
+        noisy = bool(self.noisy[position])
         if self.powerless:
             return Detection(False, 0.5, "no expert is better than chance on this corpus")
-        given = LETTERS.index(asked.record.answer)
-        best = row.index(max(row))
         voters = ", ".join(f"{name} {w:.2f}" for name, w in self.weights.items() if w)
-        said = f"crowd: {LETTERS[best]} ({row[best]:.2f}), given {row[given]:.2f}; votes {voters}"
-        return Detection(row[given] < row[best], min(max(1.0 - row[given], 0.0), 1.0), said)
+        said = f"given answer wrong with {wrong:.2f}"
+        if asked.record.options is not None and self.pooled.shape[1]:
+            row = self.pooled[position]
+            best = int(row.argmax())
+            said = f"{LETTERS[best]} ({row[best]:.2f}), {said}"
+        return Detection(noisy, wrong, f"crowd: {said}; votes {voters}")
 
     def own_label(self, record: Record) -> tuple[str, float] | None:
         """The crowd's label and its negative log-probability where it outranks the panel's.
@@ -97,7 +104,7 @@ class Conclusion:
         these labels than the corpus itself does, and so would its context-enhanced answer and its
         review.
         """
-        learnt = sum(self.weights.get(name, 0.0) for name in ("regression", "neighbours"))
+        learnt = sum(w for name, w in self.weights.items() if name not in _PANEL)
         if not self.pooled.shape[1] or record.options is None or learnt <= 0.5:
             return None
         row = self.pooled[record.index]
@@ -112,7 +119,7 @@ class Detector(Protocol):
         """What `conclude` needs to know of the records of one unit."""
         ...
 
-    def conclude(self, evidence: Evidence, embeddings: crowd.Rows) -> Conclusion:
+    def conclude(self, evidence: Evidence, corpus: crowd.Corpus) -> Conclusion:
         """Decide on all records: the evidence of every unit, `stacked`, in input order."""
         ...
 
@@ -142,72 +149,107 @@ class PaperDetector:
         noisy, skipped = _by_paper(asked, np.ones(len(asked), np.bool_))
         return {"noisy": noisy, "unjudged": skipped}
 
-    def conclude(self, evidence: Evidence, embeddings: crowd.Rows) -> Conclusion:
+    def conclude(self, evidence: Evidence, corpus: crowd.Corpus) -> Conclusion:
         """The rule looks at one record at a time: nothing is left to decide."""
         total = len(evidence["noisy"])
-        return Conclusion(evidence["noisy"], evidence["unjudged"], np.zeros((total, 0)))
+        silent = np.full(total, np.nan)
+        return Conclusion(evidence["noisy"], evidence["unjudged"], np.zeros((total, 0)), silent)
 
 
 class CrowdDetector:
-    """Pooled experts, each weighted by what it knows of the given answers (`robustft.crowd`).
+    """Experts as a crowd, each trusted as far as the corpus shows (`robustft.crowd`).
 
-    Where every multiple-choice record offers the same options, a regression and a neighbour vote
-    on embeddings join the panel; elsewhere letters mean something else in every question and
-    nothing learns from them. The checker has no vote: it sees the given answer, so agreeing with
-    it proves nothing. Records without options follow `paper_rule`.
+    Where every multiple-choice record offers the same options, learners on the corpus join the
+    panel; elsewhere letters mean something else in every question and nothing learns from them.
+    Open answers are compared as answers. The checker has no vote: it sees the given answer, so
+    agreeing with it proves nothing.
     """
 
     def evidence(self, asked: Sequence[Asked]) -> Evidence:
-        """Beside the paper's: given [n] int8, options [n] int64, base and reasoned [n, options]."""
+        """What the crowd needs of each record.
+
+        unjudged [n] bool; given [n] int8, -1 without options; options [n] int64, which set of
+        options; base and reasoned [n, options] probabilities; clusters [n, 2] int8, which of the
+        given and the model's answer are the same (without options).
+        """
         width = max((len(a.record.options or ()) for a in asked), default=0)
-        given = np.full(len(asked), -1, np.int8)  # -1: no options
+        given = np.full(len(asked), -1, np.int8)
         kinds = np.zeros(len(asked), np.int64)
+        clusters = np.zeros((len(asked), 2), np.int8)
         panel = {
             name: np.zeros((len(asked), width), np.float32)
-            for name in ("base", "reasoned")
+            for name in _PANEL
             if asked and getattr(asked[0], name) is not None
         }
         for position, one in enumerate(asked):
             options = one.record.options
             if options is None:
+                # One model, one witness: what it says twice is not confirmed twice.
+                said = (one.reasoned or one.base).answer or one.base.answer
+                kind = record_kind(one.record)
+                clusters[position] = crowd.partition([one.record.answer, said], kind)
                 continue
             given[position] = LETTERS.index(one.record.answer)
             kinds[position] = _kind_of(options)
             for name, values in panel.items():
-                said: Opinion = getattr(one, name)
-                values[position, : len(options)] = option_probabilities(said, len(options))
-        noisy, skipped = _by_paper(asked, given < 0)
+                opinion: Opinion = getattr(one, name)
+                values[position, : len(options)] = option_probabilities(opinion, len(options))
+        skipped = np.array([unjudged(one) is not None for one in asked], np.bool_)
         return {
-            "noisy": noisy, "unjudged": skipped, "given": given, "options": kinds, **panel
+            "unjudged": skipped, "given": given, "options": kinds, "clusters": clusters, **panel
         }  # fmt: skip
 
-    def conclude(self, evidence: Evidence, embeddings: crowd.Rows) -> Conclusion:
-        """Pool the experts over all records with options."""
-        noisy, skipped = evidence["noisy"].copy(), evidence["unjudged"]
-        total = len(noisy)
-        chosen = np.flatnonzero(evidence["given"] >= 0)
-        if len(chosen) == 0:
-            return Conclusion(noisy, skipped, np.zeros((total, 0)))
-        given = evidence["given"][chosen].astype(np.int64)
-        experts: dict[str, crowd.Probabilities] = {
-            name: evidence[name][chosen].astype(np.float64)
-            for name in ("base", "reasoned")
-            if name in evidence
-        }
-        width = experts["base"].shape[1]
-        if len(np.unique(evidence["options"][chosen])) == 1 and len(chosen) > 1:
-            rows = embeddings if len(chosen) == total else embeddings[chosen]
-            index = CosineKNN(rows) if isinstance(rows, np.ndarray) else rows.index()
-            experts["regression"] = crowd.regression_expert(rows, given, width)
-            experts["neighbours"] = crowd.neighbour_expert(index, given, width)
-        found = crowd.pool(experts, given, width)
-        powerless = not any(found.weights.values())
-        pooled = np.zeros((total, width))
-        pooled[chosen] = found.probabilities
-        doubted = found.probabilities[np.arange(len(given)), given] < found.probabilities.max(1)
-        noisy[chosen] = doubted & ~skipped[chosen] & (not powerless)
-        warnings = (NO_BETTER_THAN_CHANCE,) if powerless else ()
-        return Conclusion(noisy, skipped, pooled, dict(found.weights), powerless, warnings)
+    def conclude(self, evidence: Evidence, corpus: crowd.Corpus) -> Conclusion:
+        """Judge the records with options, then those without."""
+        skipped, given = evidence["unjudged"], evidence["given"]
+        total = len(given)
+        wrong = np.full(total, np.nan)
+        pooled = np.zeros((total, evidence["base"].shape[1] if "base" in evidence else 0))
+        found: list[Judgement] = []
+        chosen = np.flatnonzero((given >= 0) & ~skipped)
+        if len(chosen):
+            found.append(_judge_choices(evidence, corpus, chosen))
+            wrong[chosen] = found[-1].wrong
+            pooled[chosen] = 0.0 if found[-1].labels is None else found[-1].labels
+        opened = np.flatnonzero((given < 0) & ~skipped)
+        if len(opened):
+            clusters = evidence["clusters"][opened].astype(np.int64)
+            found.append(crowd.judge_partitions(clusters, ["model"]))
+            wrong[opened] = found[-1].wrong
+        noisy = np.nan_to_num(wrong) > 0.5
+        powerless = bool(found) and all(one.powerless for one in found)
+        weights: dict[str, float] = {}
+        for one in found:
+            weights |= one.weights
+        return Conclusion(
+            noisy, skipped, pooled, wrong, weights, powerless,
+            _whole_rate([one for one in found if one.noise_rate is not None]),
+            float(wrong[noisy].mean()) if noisy.any() else math.nan,
+            (NO_BETTER_THAN_CHANCE,) if powerless else (),
+        )  # fmt: skip
+
+
+def _judge_choices(
+    evidence: Evidence, corpus: crowd.Corpus, chosen: NDArray[np.int64]
+) -> Judgement:
+    given = evidence["given"][chosen].astype(np.int64)
+    panel = {name: evidence[name][chosen].astype(np.float64) for name in _PANEL if name in evidence}
+    classes = panel["base"].shape[1]
+    learners = None
+    if len(np.unique(evidence["options"][chosen])) == 1 and len(chosen) > 1:
+        total = len(evidence["given"])
+        learners = crowd.Learners.of(corpus, chosen, total, given, classes)
+    return crowd.judge_labels(panel, given, classes, learners)
+
+
+def _whole_rate(found: Sequence[Judgement]) -> Estimate | None:
+    """The noise rate over all judged records."""
+    sizes = [len(one.wrong) for one in found]
+    rates = [one.noise_rate for one in found if one.noise_rate is not None]
+    if not rates:
+        return None
+    parts = [(rate.value, rate.low, rate.high) for rate in rates]
+    return Estimate(*np.average(parts, axis=0, weights=sizes).tolist())
 
 
 def _by_paper(

@@ -136,6 +136,8 @@ def _manifest(
         "warnings": result.warnings,
         "crowd_weights": result.weights,
         "powerless": result.powerless,
+        "noise_rate": result.noise_rate,
+        "expected_precision": result.expected_precision,
         "threshold_nll": result.threshold,
         "agreed_with_given": {
             name: count for (name, what), count in result.tallies.items() if what == "agreed"

@@ -13,6 +13,7 @@ memory; a killed run finds what is finished in its store, and what a phase has p
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from robustft.config import CleanConfig
 from robustft.corpus import Corpus, CorpusWriter
+from robustft.crowd import Estimate
 from robustft.detection import (
     Asked,
     Conclusion,
@@ -311,10 +313,17 @@ def conclude(
         found = make_detector(config).conclude(evidence, corpus)
         publish(
             target,
-            {"noisy": found.noisy, "unjudged": found.unjudged, "pooled": found.pooled},
+            {
+                "noisy": found.noisy,
+                "unjudged": found.unjudged,
+                "pooled": found.pooled,
+                "wrong": found.wrong,
+            },
             {
                 "weights": dict(found.weights),
                 "powerless": found.powerless,
+                "noise_rate": found.noise_rate,
+                "expected_precision": found.expected_precision,
                 "warnings": [*found.warnings, *_on_the_clean_set(config, found)],
                 "seconds": watch.seconds(),
             },
@@ -324,8 +333,11 @@ def conclude(
         read["noisy"],
         read["unjudged"],
         read["pooled"],
+        read["wrong"],
         read.facts["weights"],
         read.facts["powerless"],
+        Estimate(**rate) if (rate := read.facts["noise_rate"]) else None,
+        math.nan if (share := read.facts["expected_precision"]) is None else share,
         tuple(read.facts["warnings"]),
     )
 

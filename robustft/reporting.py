@@ -78,6 +78,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         warnings=tuple(result.warnings),
         weights={} if result.powerless else result.weights,
         powerless=result.powerless,
+        estimate="" if result.powerless else result.estimate,
         suspects=tuple(_suspect(judged) for judged in result.suspicious),
     )
     write_report(config.out / "report.html", data)

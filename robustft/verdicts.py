@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from robustft.config import CleanConfig
 from robustft.corpus import Corpus
+from robustft.crowd import Estimate
 from robustft.detection import Asked, Conclusion, Detection, agrees
 from robustft.files import atomic_file
 from robustft.pipeline import Selection, opinion_of, units
@@ -94,8 +96,20 @@ class CleanResult:
     # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
     tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
     weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
+    noise_rate: Estimate | None = None  # share of wrong given answers, where it can be told
+    expected_precision: float = float("nan")  # share of the noisy verdicts that are right
     unanswered: int = 0  # records for which the engine failed; asked again on resume
     powerless: bool = False  # no expert was better than chance: nothing was changed
+
+    @property
+    def estimate(self) -> str:
+        """The noise rate and the worth of the verdicts in words; empty where unknown."""
+        if self.noise_rate is None:
+            return ""
+        words = f"{self.noise_rate} of the given answers are wrong"
+        if math.isnan(self.expected_precision):
+            return f"{words}, by estimate"
+        return f"{words}, and {self.expected_precision:.0%} of those found noisy, by estimate"
 
     def warn(self, text: str) -> None:
         """Tell the user now, and the report later."""
@@ -116,6 +130,7 @@ def write_outputs(
     result = CleanResult(
         out, out / output_name(source), weights=dict(conclusion.weights),
         powerless=conclusion.powerless, threshold=selection.threshold,
+        noise_rate=conclusion.noise_rate, expected_precision=conclusion.expected_precision,
         kept_nll=selection.kept, dropped_nll=selection.dropped,
     )  # fmt: skip
     noisy = int(conclusion.noisy.sum())

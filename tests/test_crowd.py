@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustft import crowd
+from robustft.crowd import learners, open_answers
+from robustft.crowd.labels import skill, transition
 from robustft.retrieval import CosineKNN
+
+
+def auroc(wrong: np.ndarray, score: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(wrong, score))
 
 
 def corpus(
@@ -18,64 +29,228 @@ def corpus(
     centres = rng.normal(size=(classes, 16))
     rows = centres[truth] + 0.6 * rng.normal(size=(count, 16))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    wrong = rng.random(count) < rate
-    labels = np.where(wrong, (truth + rng.integers(1, classes, size=count)) % classes, truth)
-    return rows.astype(np.float32), truth, labels
+    return rows.astype(np.float32), truth, flipped(truth, rate, classes, rng)
+
+
+def flipped(truth: np.ndarray, rate: float, classes: int, rng: np.random.Generator) -> np.ndarray:
+    wrong = rng.random(len(truth)) < rate
+    others = (truth + rng.integers(1, classes, size=len(truth))) % classes
+    return np.where(wrong, others, truth)
+
+
+def opinions(
+    truth: np.ndarray, accuracy: float, classes: int, rng: np.random.Generator
+) -> np.ndarray:
+    """[N, C] an expert sure of an answer that is right at `accuracy`."""
+    said = flipped(truth, 1.0 - accuracy, classes, rng)
+    return np.eye(classes)[said] * 0.8 + 0.2 / classes
+
+
+# --- labels --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
-def test_the_crowd_finds_wrong_labels_without_truth(rate: float) -> None:
-    from sklearn.metrics import roc_auc_score
-
-    rows, truth, labels = corpus(1, rate=rate)
-    experts = {
-        "regression": crowd.regression_expert(rows, labels, 3),
-        "neighbours": crowd.neighbour_expert(CosineKNN(rows), labels, 3),
-    }
-    found = crowd.pool(experts, labels, 3)
-    assert roc_auc_score(labels != truth, found.doubt(labels)) > 0.9
-    assert (found.probabilities.argmax(1) == truth).mean() > 0.9
+def test_learners_find_wrong_labels_and_their_rate_without_truth(rate: float) -> None:
+    rows, truth, labels = corpus(1, 600, rate)
+    found = crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3))
+    wrong = labels != truth
+    assert auroc(wrong, found.wrong) > 0.93
+    assert found.labels is not None
+    assert (found.labels.argmax(1) == truth).mean() > 0.9
+    assert found.noise_rate is not None
+    assert found.noise_rate.low <= wrong.mean() <= found.noise_rate.high
+    assert abs(found.noise_rate.value - wrong.mean()) < 0.05
+    assert abs(found.expected_precision() - wrong[found.wrong > 0.5].mean()) < 0.1
 
 
 def test_an_expert_at_chance_is_muted() -> None:
     rng = np.random.default_rng(0)
-    labels = rng.integers(3, size=500)
-    found = crowd.pool({"noise": rng.dirichlet(np.ones(3), size=500)}, labels, 3)
-    assert found.weights == {"noise": 0.0}
-    good = np.eye(3)[labels] * 0.8 + 0.2 / 3
-    both = crowd.pool({"noise": rng.dirichlet(np.ones(3), size=500), "good": good}, labels, 3)
+    truth = rng.integers(3, size=500)
+    labels = flipped(truth, 0.2, 3, rng)
+    noise = rng.dirichlet(np.ones(3), size=500)
+    alone = crowd.judge_labels({"noise": noise}, labels, 3)
+    assert alone.powerless
+    assert alone.noise_rate is None
+    assert (alone.wrong == 0.5).all()
+    good = opinions(truth, 0.9, 3, rng)
+    both = crowd.judge_labels({"noise": noise, "good": good}, labels, 3)
     assert both.weights == {"noise": 0.0, "good": 1.0}
 
 
-@settings(max_examples=30, deadline=None)
+def test_a_liking_for_one_option_is_no_skill() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.choice(3, p=[0.7, 0.2, 0.1], size=1000)
+    biased = np.tile([0.9, 0.05, 0.05], (1000, 1))
+    assert crowd.judge_labels({"biased": biased}, labels, 3).powerless
+
+
+def test_beyond_the_plurality_the_panel_is_the_anchor() -> None:
+    rng = np.random.default_rng(0)
+    rows, truth, _ = corpus(2, 1500, 0.0)
+    labels = flipped(truth, 0.8, 3, rng)
+    taught = crowd.Learners(rows, labels, 3)
+    panel = {"base": opinions(truth, 0.85, 3, rng)}
+    found = crowd.judge_labels(panel, labels, 3, taught)
+    assert auroc(labels != truth, found.wrong) > 0.87
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - 0.8) < 0.07
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_labels_teach_nothing(seed: int) -> None:
+    rng = np.random.default_rng(100 + seed)
+    rows, _, _ = corpus(seed, 300)
+    labels = rng.integers(3, size=300)
+    assert crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3)).powerless
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 5), st.integers(0, 9))
 def test_probabilities_are_probabilities(count: int, classes: int, seed: int) -> None:
-    rows, _, labels = corpus(seed, count, 0.4, classes)
-    experts = {
-        "regression": crowd.regression_expert(rows, labels, classes),
-        "neighbours": crowd.neighbour_expert(CosineKNN(rows), labels, classes),
-    }
-    for values in (*experts.values(), crowd.pool(experts, labels, classes).probabilities):
+    rows, truth, labels = corpus(seed, count, 0.4, classes)
+    panel = {"base": opinions(truth, 0.9, classes, np.random.default_rng(seed))}
+    taught = crowd.Learners(rows, labels, classes)
+    found = crowd.judge_labels(panel, labels, classes, taught)
+    assert ((found.wrong >= 0) & (found.wrong <= 1)).all()
+    predicted = taught.predict(transition(0.2, np.full((classes, classes), 1 / classes)))
+    for values in (*predicted.values(), *([] if found.labels is None else [found.labels])):
         assert values.shape == (count, classes)
-        assert np.isfinite(values).all()
         assert (values >= 0).all()
         np.testing.assert_allclose(values.sum(1), 1.0, atol=1e-6)
+
+
+def test_one_label_only() -> None:
+    rows, _, _ = corpus(0, 30)
+    labels = np.zeros(30, dtype=np.int64)
+    assert crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3)).powerless
+
+
+def test_skill_is_standard_normal_under_chance() -> None:
+    rng = np.random.default_rng(0)
+    scores = []
+    for _ in range(300):
+        labels = rng.choice(4, p=[0.4, 0.3, 0.2, 0.1], size=200)
+        expert = np.log(rng.dirichlet(np.full(4, 0.3), size=200) + 1e-4)
+        scores.append(skill(expert, labels, learners.label_frequencies(labels, 4)))
+    assert abs(np.mean(scores)) < 0.2
+    assert abs(np.std(scores) - 1) < 0.15
+
+
+# --- learners -------------------------------------------------------------------------------
 
 
 def test_no_record_judges_itself() -> None:
     rows, _, labels = corpus(3, 200)
     changed = labels.copy()
     changed[0] = (labels[0] + 1) % 3
+    clean = np.eye(3)
     for expert in (
-        lambda given: crowd.neighbour_expert(CosineKNN(rows), given, 3),
-        lambda given: crowd.regression_expert(rows, given, 3),
+        lambda given: learners.neighbour_vote(CosineKNN(rows), given, 3),
+        lambda given: learners.out_of_fold(rows, given, clean),
     ):
         before, after = expert(labels)[0], expert(changed)[0]
         assert abs(before - after).max() < 0.02  # only through the label frequencies
 
 
-def test_one_label_only() -> None:
-    rows, _, _ = corpus(0, 30)
-    labels = np.zeros(30, dtype=np.int64)
-    found = crowd.pool({"regression": crowd.regression_expert(rows, labels, 3)}, labels, 3)
-    assert (found.doubt(labels) < 1e-9).all()
+def test_the_regression_without_noise_is_scikit_learns() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    rows, _, labels = corpus(4, 300)
+    weights = learners.fit_regression(rows, labels, np.eye(3))
+    peer = LogisticRegression(C=1.0, max_iter=1000).fit(rows, labels)
+    ours = learners.softmax(rows @ weights[:, :-1].T + weights[:, -1])
+    np.testing.assert_allclose(ours, peer.predict_proba(rows), atol=2e-3)
+
+
+def test_word_features_leave_out_words_of_one_text() -> None:
+    assert learners.word_features(["one two", "three four"]) is None
+    found = learners.word_features(["sales rose", "sales fell", "profit 😀 rose"])
+    assert found is not None
+    assert found.shape == (3, 2)
+    np.testing.assert_allclose(np.sqrt(found.multiply(found).sum(1)), 1.0)
+
+
+# --- open answers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "expected"),
+    [
+        (["18", "18.0", "17", "$18"], "number", [0, 0, 1, 0]),
+        (["The cat", "cat", None, None], "span", [0, 0, 1, 2]),
+        (["so 9 #### 18", "we get\n#### 18", "#### 17"], "text", [0, 0, 1]),
+        (["b c d e f g h i", "b c d e p q r s", "p q r s t u v w"], "text", [0, 0, 0]),
+        (["b c d e f g h i", "p q r s t u v w"], "text", [0, 1]),
+    ],
+)
+def test_partition(said: list[str | None], kind: str, expected: list[int]) -> None:
+    assert crowd.partition(said, kind) == expected  # type: ignore[arg-type]
+
+
+def witnesses(
+    seed: int, accuracies: list[float], count: int = 2000, wrong_answers: int = 6
+) -> tuple[np.ndarray, np.ndarray]:
+    """Partitions of K answers a question, and whether the first is wrong."""
+    rng = np.random.default_rng(seed)
+    right = rng.random((count, len(accuracies))) < accuracies
+    answers = np.where(right, 0, 1 + rng.integers(wrong_answers, size=right.shape))
+    partitions = [
+        [row.tolist().index(value) for value in row] for row in answers
+    ]  # each answer is named by its first speaker
+    renumbered = [[sorted(set(row)).index(value) for value in row] for row in partitions]
+    return np.array(renumbered), ~right[:, 0]
+
+
+def test_open_answers_are_judged_without_truth() -> None:
+    partitions, wrong = witnesses(0, [0.6, 0.4, 0.8, 0.7])
+    found = crowd.judge_partitions(partitions, ["weak", "strong", "middling"])
+    weights = found.weights
+    assert weights["weak"] < weights["middling"] < weights["strong"]
+    agreement = (partitions[:, 1:] == partitions[:, :1]).mean(1)
+    assert auroc(wrong, found.wrong) > auroc(wrong, -agreement) + 0.005
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - wrong.mean()) < 0.05
+    bins = np.digitize(found.wrong, np.linspace(0, 1, 11))
+    error = sum(abs(found.wrong[bins == b].sum() - wrong[bins == b].sum()) for b in np.unique(bins))
+    assert error / len(wrong) < 0.06
+
+
+def test_beside_one_weak_witness_given_answers_are_believed() -> None:
+    partitions, _ = witnesses(1, [0.9, 0.1])
+    found = crowd.judge_partitions(partitions, ["model"])
+    assert (found.wrong < 0.5).all()
+    assert found.noise_rate is not None
+    assert found.noise_rate.high - found.noise_rate.low > 0.1
+
+
+def test_no_agreement_is_powerless() -> None:
+    found = crowd.judge_partitions(np.tile([0, 1, 2], (50, 1)), ["a", "b"])
+    assert found.powerless
+    assert found.noise_rate is None
+
+
+def test_the_gradient_of_the_open_model() -> None:
+    partitions, _ = witnesses(2, [0.5, 0.6, 0.3, 0.8], 200, 3)
+    patterns = open_answers._Patterns(partitions, np.ones(len(partitions)))
+    at = np.array([0.3, -0.4, 0.8, 0.1, 0.2, 1.0])
+    _, gradient, _, _ = open_answers._evaluate(at, patterns)
+    for k in range(len(at)):
+        step = np.zeros(len(at))
+        step[k] = 1e-5
+        ahead = open_answers._evaluate(at + step, patterns)[0]
+        behind = open_answers._evaluate(at - step, patterns)[0]
+        assert math.isclose(gradient[k], (ahead - behind) / 2e-5, rel_tol=1e-4, abs_tol=1e-4)
+
+
+def test_partition_probabilities_sum_to_one() -> None:
+    every = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]])
+    patterns = open_answers._Patterns(every, np.ones(5))
+    at = np.array([0.3, -0.4, 0.8, 0.2, 1.0])
+    total = 0.0
+    for row in range(5):
+        one = open_answers._Patterns(every[row : row + 1], np.ones(1))
+        total += math.exp(open_answers._evaluate(at, one)[0])
+    assert math.isclose(total, 1.0, rel_tol=1e-9)
+    right = open_answers._evaluate(at, patterns)[2]
+    assert all(0 < value < 1 for value in right)
+    assert all(a != b for a, b in pairwise(right))

@@ -252,7 +252,7 @@ def _experts(summary: ReportData) -> str:
             "that calls it right.</p></figcaption>"
             + figures.bars(agreement, "Agreement with the given answer.", full=1.0)
             + "</figure>"
-            + _votes(summary.weights)
+            + _votes(summary.weights, summary.estimate)
             + "<div class='card scroll'><h3>Work</h3><table><thead><tr><th>Expert</th>"
             "<th class='num'>asked</th><th class='num'>unread</th><th class='num'>tokens in</th>"
             f"<th class='num'>tokens out</th></tr></thead><tbody>{rows}</tbody></table></div></div>"
@@ -260,14 +260,15 @@ def _experts(summary: ReportData) -> str:
     return f"<section><h2>Experts</h2>{body}</section>"
 
 
-def _votes(weights: Mapping[str, float]) -> str:
+def _votes(weights: Mapping[str, float], estimate: str) -> str:
     """Whom the verdicts rest on."""
     if not weights:
         return ""
     shares = [Bar(name, w, markup.percent(w, 1.0), "keep") for name, w in weights.items()]
     return _card(
         "Share of the vote",
-        "How far the corpus itself shows that each expert can be trusted; 0 is muted.",
+        "How far the corpus itself shows that each expert can be trusted; 0 is muted."
+        + (f" {markup.plain(estimate)}." if estimate else ""),
         figures.bars(shares, "Share of the vote.", full=1.0),
         "",
     )

@@ -151,5 +151,6 @@ class ReportData:
     next_steps: tuple[str, ...] = ()  # commands to run next
     warnings: tuple[str, ...] = ()  # what a reader must know before anything else
     weights: Mapping[str, float] = field(default_factory=dict)  # expert -> share of the vote
+    estimate: str = ""  # noise rate and worth of the verdicts, in words
     powerless: bool = False  # no expert was better than chance: nothing was changed
     suspects: tuple[Suspect, ...] = ()  # most suspicious first; the first twenty are shown

@@ -1,0 +1,215 @@
+"""The crowd over a set of options: which of C labels is right, and was it the one given?
+
+Model of one record (x: what the experts see, z: the true label, y: the given one):
+
+    p(z | x)  =  softmax_z( b[z] + sum_m w_m log p_m(z | x) )        pooled experts, w_m >= 0
+    p(y | z)  =  1 - e  where y = z,  e R[z, y]  elsewhere           how labels go wrong
+    p(z | x, y)  ~  p(z | x) p(y | z)                                the judgement
+
+Weights, bias and noise rate e are those that make the given labels likely: maximise
+sum_i log sum_z p(z | x_i) p(y_i | z). No truth is needed because every expert is ignorant of the
+y it judges. That is the confusion model of Dawid and Skene (1979) with the given label as a
+witness of unknown reliability; a logarithmic opinion pool (Genest and Zidek 1986) joins the others,
+and the likelihood is that of a noise adaptation layer (Sukhbaatar et al. 2014, arXiv 1406.2080).
+The noise rate is not fixed at one value: hypotheses e on a grid are weighted by their evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize
+
+from robustft.crowd.judgement import Floats, Judgement, rate_estimate
+from robustft.crowd.learners import Labels, Learners, label_frequencies, softmax
+
+_SIGNIFICANT = 2.6  # standard deviations above chance; 0.5 % of the experts at chance pass
+_FLOOR = 1e-4  # least probability an expert is taken to mean
+_FIRST_RATE = 0.2  # where nothing better is known when the learners first learn
+_ROUNDS = 6  # learners and noise model, in turn, at most
+_SETTLED = 0.01  # until the noise rate moves no more than this
+_RATE_STEP = 0.02
+_FIT_ROWS = 20_000  # the pool is fitted on at most this many rows
+_CHUNK = 65_536
+# Summed weight expected a priori. Learners are fitted under a penalty, on labels that are wrong in
+# part: their probabilities are too flat. A language model's are taken at their word.
+_EXPECTED = {"learners": 3.0, "panel": 1.0}
+_SUM_SPREAD = 0.7  # standard deviation of that sum, a priori
+_SPREAD = 1.0  # standard deviation of a single weight around its share of the sum
+_BIAS_SPREAD = 0.5
+_PSEUDO_COUNTS = 50.0  # wrong labels of every true label, spread evenly, added to those found
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """One hypothesis about the noise rate, with the weights and bias that suit it best."""
+
+    rate: float
+    weights: Floats  # [M]
+    bias: Floats  # [C]
+    log_evidence: float
+
+    def labels(self, opinions: Floats) -> Floats:
+        """[N, C] p(z | x) from log-probabilities [M, N, C]."""
+        return softmax(np.tensordot(self.weights, opinions, 1) + self.bias)
+
+
+def judge_labels(
+    panel: Mapping[str, Floats], given: Labels, classes: int, learners: Learners | None = None
+) -> Judgement:
+    """Judge every given label by experts that did not see it.
+
+    Parameters
+    ----------
+    panel: expert -> [N, C] probabilities of the options, from models not trained on `given`.
+    given: [N] labels in [0, C).
+    learners: experts trained on the given labels, out of fold.
+
+    An expert that predicts the given labels no better than their frequencies do is muted. A panel
+    expert may also predict them *worse* than chance: then most answers are wrong, and the panel
+    is what tells; learners alone cannot see noise beyond the plurality and are muted there.
+    """
+    frequencies = label_frequencies(given, classes)
+    logs = {name: _logs(values) for name, values in panel.items()}
+    anchors = {n: v for n, v in logs.items() if abs(skill(v, given, frequencies)) > _SIGNIFICANT}
+    ceiling = 0.95 if anchors else (classes - 1) / classes
+    spread = (np.ones((classes, classes)) - np.eye(classes)) / max(classes - 1, 1)
+    experts, pools, evidence = dict(anchors), list[_Pool](), np.zeros(0)
+    rate = _FIRST_RATE
+    for number in range(_ROUNDS if learners else 1):
+        if learners and (number or not anchors):
+            taught = learners.predict(transition(rate, spread))
+            logs |= {name: _logs(values) for name, values in taught.items()}
+            able = (n for n in taught if skill(logs[n], given, frequencies) > _SIGNIFICANT)
+            experts = anchors | {name: logs[name] for name in able}
+        if not experts:
+            break
+        opinions = np.stack(list(experts.values()))
+        prior = _weight_prior([name in anchors for name in experts])
+        pools = _fit_pools(opinions, given, spread, prior, ceiling)
+        evidence = softmax(np.array([pool.log_evidence for pool in pools]))
+        before, rate = rate, float(evidence @ [pool.rate for pool in pools])
+        spread = _wrong_labels(opinions, given, spread, pools, evidence)
+        if number and abs(rate - before) < _SETTLED:
+            break
+    weights = dict.fromkeys(logs, 0.0)
+    if not pools:
+        return Judgement(np.full(len(given), 0.5), None, weights)
+    mean = evidence @ np.stack([pool.weights for pool in pools])
+    weights |= dict(zip(experts, (mean / max(mean.sum(), 1e-12)).tolist(), strict=True))
+    labels, rates = _posterior(opinions, given, spread, pools, evidence)
+    wrong = np.clip(1.0 - labels[np.arange(len(given)), given], 0.0, 1.0)
+    return Judgement(wrong, rate_estimate(rates, evidence, len(given)), weights, labels)
+
+
+def skill(opinions: Floats, given: Labels, frequencies: Floats) -> float:
+    """How far an expert predicts the given labels beyond their frequencies, in standard deviations.
+
+    The score test of w = 0 in p(y | x) ~ frequency(y) p_m(y | x)^w: under chance it is standard
+    normal, whatever the expert's calibration or its liking for one option.
+    """
+    means = opinions @ frequencies
+    gained = opinions[np.arange(len(given)), given] - means
+    variance = float(((opinions - means[:, None]) ** 2 @ frequencies).sum())
+    return float(gained.sum()) / variance**0.5 if variance > 1e-12 else 0.0
+
+
+def transition(rate: float, spread: Floats) -> Floats:
+    """[C, C] T[z, y] = p(y | z): wrong at `rate`, then distributed as the rows of `spread`."""
+    return (1.0 - rate) * np.eye(len(spread)) + rate * spread
+
+
+def _logs(values: Floats) -> Floats:
+    return np.log(np.clip(values, _FLOOR, 1.0)).astype(np.float32)
+
+
+def _weight_prior(in_panel: Sequence[bool]) -> tuple[Floats, Floats]:
+    """([M] means, [M, M] precision) of the weights: the sum of each kind of expert is expected."""
+    panel = np.array(in_panel)
+    mean = np.zeros(len(panel))
+    precision = np.eye(len(panel)) / _SPREAD**2
+    for kind, member in (("panel", panel), ("learners", ~panel)):
+        mean[member] = _EXPECTED[kind] / max(int(member.sum()), 1)
+        precision += np.outer(member, member) / _SUM_SPREAD**2
+    return mean, precision
+
+
+def _fit_pools(
+    opinions: Floats, given: Labels, spread: Floats, prior: tuple[Floats, Floats], ceiling: float
+) -> list[_Pool]:
+    """The best pool under every noise rate of the grid, neighbours starting from each other."""
+    if len(given) > _FIT_ROWS:
+        rows = np.sort(np.random.default_rng(0).choice(len(given), _FIT_ROWS, replace=False))
+        opinions, given = opinions[:, rows], given[rows]
+    opinions = opinions.astype(np.float64)
+    pools: list[_Pool] = []
+    start = np.concatenate([prior[0], np.zeros(len(spread))])
+    for rate in np.arange(0.01, ceiling - 0.005, _RATE_STEP):
+        pool = _fit_pool(float(rate), opinions, given, spread, prior, start)
+        start = np.concatenate([pool.weights, pool.bias])
+        pools.append(pool)
+    return pools
+
+
+def _fit_pool(
+    rate: float,
+    opinions: Floats,
+    given: Labels,
+    spread: Floats,
+    prior: tuple[Floats, Floats],
+    start: Floats,
+) -> _Pool:
+    expected, precision = prior
+    count, classes = len(opinions), len(spread)
+    likelihood = transition(rate, spread)[:, given].T  # [N, C] p(y_i | z)
+
+    def loss(flat: Floats) -> tuple[float, Floats]:
+        weights, bias = flat[:count], flat[count:]
+        predicted = softmax(np.tensordot(weights, opinions, 1) + bias)
+        joint = predicted * likelihood
+        evidence = joint.sum(1)
+        off = predicted - joint / evidence[:, None]  # gradient with respect to the scores
+        strayed = weights - expected
+        pull = precision @ strayed
+        penalty = 0.5 * float(strayed @ pull) + 0.5 * float(bias @ bias) / _BIAS_SPREAD**2
+        by_weight = np.einsum("nc,mnc->m", off, opinions) + pull
+        by_bias = off.sum(0) + bias / _BIAS_SPREAD**2
+        return penalty - float(np.log(evidence).sum()), np.concatenate([by_weight, by_bias])
+
+    bounds = [(0.0, None)] * count + [(None, None)] * classes
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return _Pool(rate, found.x[:count], found.x[count:], -float(found.fun))
+
+
+def _posterior(
+    opinions: Floats, given: Labels, spread: Floats, pools: list[_Pool], evidence: Floats
+) -> tuple[Floats, Floats]:
+    """([N, C] p(z | x, y), averaged over the hypotheses; [H] noise rate under each)."""
+    labels = np.zeros(opinions.shape[1:])
+    rates = np.array([pool.rate for pool in pools])
+    for index in np.flatnonzero(evidence > 1e-4):
+        pool = pools[index]
+        likelihood = transition(pool.rate, spread)
+        kept = 0.0
+        for low in range(0, len(given), _CHUNK):
+            rows = slice(low, low + _CHUNK)
+            joint = pool.labels(opinions[:, rows]) * likelihood[:, given[rows]].T
+            joint /= joint.sum(1, keepdims=True)
+            labels[rows] += evidence[index] * joint
+            kept += float(joint[np.arange(len(joint)), given[rows]].sum())
+        rates[index] = 1.0 - kept / len(given)
+    return labels / labels.sum(1, keepdims=True), rates
+
+
+def _wrong_labels(
+    opinions: Floats, given: Labels, spread: Floats, pools: list[_Pool], evidence: Floats
+) -> Floats:
+    """[C, C] R[z, y]: which wrong label a true one turns into, from the expected counts."""
+    classes = len(spread)
+    labels, _ = _posterior(opinions, given, spread, pools, evidence)
+    counts = np.stack([labels[given == y].sum(0) for y in range(classes)], axis=1)
+    counts += _PSEUDO_COUNTS / max(classes - 1, 1)
+    np.fill_diagonal(counts, 0.0)
+    return np.asarray(counts / np.maximum(counts.sum(1, keepdims=True), 1e-12))

@@ -1,0 +1,194 @@
+"""Experts that learn from the corpus itself, out of fold: no record judges itself.
+
+For corpora whose records share one set of options. The regression is fitted on the given labels
+through a model of their noise: it predicts the true label z, and a transition matrix T[z, y] turns
+that into the label y that was given ("forward correction", Patrini et al. 2017, arXiv 1609.03683).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import minimize
+
+from robustft.crowd.judgement import Floats
+from robustft.retrieval import CosineKNN
+
+_FOLDS = 5
+_PENALTY = 1.0  # half the squared norm of the coefficients is added to the summed log-loss
+_FIT_ROWS = 40_000  # a fold is fitted on at most this many rows
+_CHUNK = 65_536  # rows predicted at once
+_VOTERS = 20
+_WORDS = 1 << 16
+_WORD_ROWS = 100_000  # of a larger corpus words are not counted: memory stays bounded
+_TOKEN = r"\w+|[^\w\s]"
+
+Labels = NDArray[np.int64]
+Features = Any  # [N, d] dense float64 or scipy CSR
+
+
+class Corpus(Protocol):
+    """The records of a corpus by position, possibly in several files."""
+
+    def __getitem__(self, positions: NDArray[np.int64], /) -> NDArray[np.float32]:
+        """Gather embeddings [len(positions), d]."""
+        ...
+
+    def index(self) -> CosineKNN:
+        """Return an index of all embeddings, each found under its position."""
+        ...
+
+    def questions(self, positions: NDArray[np.int64]) -> Iterator[str]:
+        """Yield the text of each question."""
+        ...
+
+
+def word_features(texts: Iterable[str]) -> Features | None:
+    """[N, d] CSR of unit-length TF-IDF rows of hashed words and pairs; None without words.
+
+    Words of a single text teach nothing about another and are left out.
+    """
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    hasher: Any = HashingVectorizer(
+        n_features=_WORDS, ngram_range=(1, 2), token_pattern=_TOKEN, alternate_sign=False,
+        norm=None, dtype=np.float32,
+    )  # fmt: skip
+    counts = hasher.transform(texts)
+    seen = np.bincount(counts.indices, minlength=_WORDS)
+    kept = np.flatnonzero(seen > 1)
+    if len(kept) == 0:
+        return None
+    counts = counts[:, kept].astype(np.float64)
+    counts.data = 1.0 + np.log(counts.data)
+    weighted = counts.multiply(1.0 + np.log((1 + counts.shape[0]) / (1 + seen[kept]))).tocsr()
+    norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).ravel())
+    return sparse.diags_array(1.0 / np.maximum(norms, 1e-12)).dot(weighted).tocsr()
+
+
+class Learners:
+    """Regressions and a neighbour vote on the given labels of one corpus.
+
+    Parameters
+    ----------
+    embeddings: [N, d] unit-length rows.
+    given: [N] labels in [0, classes).
+    words: [N, v] from `word_features`, or None.
+    index: of the embeddings, where there is one already.
+    """
+
+    def __init__(
+        self, embeddings: NDArray[np.float32], given: Labels, classes: int,
+        words: Features | None = None, *, index: CosineKNN | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self._given, self._seed = given, seed
+        self._features: dict[str, Features] = {"regression": embeddings}
+        if words is not None:
+            both = [sparse.csr_matrix(embeddings, dtype=np.float64), words]
+            self._features["regression with words"] = sparse.hstack(both, format="csr")
+        self._votes = neighbour_vote(index or CosineKNN(embeddings), given, classes)
+
+    @classmethod
+    def of(
+        cls, corpus: Corpus, positions: NDArray[np.int64], total: int, given: Labels, classes: int
+    ) -> Learners:
+        """Learners on the records at `positions` of a corpus of `total`."""
+        rows = corpus[positions]
+        index = corpus.index() if len(positions) == total else None
+        words = word_features(corpus.questions(positions)) if len(rows) <= _WORD_ROWS else None
+        return cls(rows, given, classes, words, index=index)
+
+    def predict(self, transition: Floats) -> dict[str, Floats]:
+        """Expert -> [N, C] probabilities of the true label, given how labels go wrong.
+
+        The neighbours vote with the labels as given and would mislead where a wrong label is
+        likelier than the right one; there they are silent.
+        """
+        found = {
+            name: out_of_fold(rows, self._given, transition, self._seed)
+            for name, rows in self._features.items()
+        }
+        honest = bool((transition.argmax(1) == np.arange(len(transition))).all())
+        return found | ({"neighbours": self._votes} if honest else {})
+
+
+def out_of_fold(features: Features, given: Labels, transition: Floats, seed: int = 0) -> Floats:
+    """[N, C] probabilities of the true label from regressions that did not see the record."""
+    rng = np.random.default_rng(seed)
+    fold = rng.permutation(len(given)) % min(_FOLDS, max(len(given), 1))
+    classes = len(transition)
+    found = np.full((len(given), classes), 1.0 / classes)
+    for number in range(int(fold.max(initial=-1)) + 1):
+        train = np.flatnonzero(fold != number)
+        if len(train) > _FIT_ROWS:
+            train = np.sort(rng.choice(train, _FIT_ROWS, replace=False))
+        if len(train) == 0:
+            continue
+        weights = fit_regression(features[train], given[train], transition)
+        test = np.flatnonzero(fold == number)
+        for low in range(0, len(test), _CHUNK):
+            rows = test[low : low + _CHUNK]
+            found[rows] = softmax(_scores(features[rows], weights))
+    return found
+
+
+def fit_regression(features: Features, given: Labels, transition: Floats) -> Floats:
+    """[C, d + 1] coefficients and intercepts, fitted through the noise model: they minimise.
+
+        -sum_i log(sum_z softmax(W x_i + b)[z] T[z, y_i]) + penalty |W|^2 / 2.
+
+    With T the identity this is multinomial logistic regression (scikit-learn's C = 1 / penalty).
+    """
+    from threadpoolctl import threadpool_limits
+
+    features = features.astype(np.float64)
+    classes, (_, width) = len(transition), features.shape
+    likelihood = transition[:, given].T  # [N, C] p(y_i | z)
+
+    def loss(flat: Floats) -> tuple[float, Floats]:
+        weights = flat.reshape(classes, width + 1)
+        predicted = softmax(_scores(features, weights))
+        joint = predicted * likelihood
+        evidence = joint.sum(1)
+        off = predicted - joint / evidence[:, None]  # gradient with respect to the scores
+        gradient = np.empty_like(weights)
+        gradient[:, :-1] = (features.T @ off).T + _PENALTY * weights[:, :-1]
+        gradient[:, -1] = off.sum(0)
+        penalty = 0.5 * _PENALTY * float((weights[:, :-1] ** 2).sum())
+        return penalty - float(np.log(evidence).sum()), gradient.ravel()
+
+    with threadpool_limits(1):  # two BLAS threads fight over matrices this small
+        start = np.zeros(classes * (width + 1))
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60})
+    return np.asarray(found.x).reshape(classes, width + 1)
+
+
+def neighbour_vote(index: CosineKNN, given: Labels, classes: int) -> Floats:
+    """[N, C] cosine-weighted votes of each row's nearest other rows, smoothed by one vote."""
+    ids, cosines = index.self_search(min(_VOTERS, max(len(given) - 1, 1)))
+    votes = np.tile(label_frequencies(given, classes), (len(given), 1))
+    rows = np.arange(len(given))
+    for near, cosine in zip(ids.T, cosines.T, strict=True):
+        real = near >= 0
+        trust = np.clip(cosine[real].astype(np.float64), 0, 1)
+        np.add.at(votes, (rows[real], given[near[real]]), trust)
+    return np.asarray(votes / votes.sum(1, keepdims=True))
+
+
+def label_frequencies(given: Labels, classes: int) -> Floats:
+    """[C] share of each label."""
+    return np.bincount(given, minlength=classes) / max(len(given), 1)
+
+
+def softmax(scores: Floats) -> Floats:
+    """Along the last axis."""
+    shifted = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True))
+
+
+def _scores(features: Features, weights: Floats) -> Floats:
+    return np.asarray(features @ weights[:, :-1].T + weights[:, -1])

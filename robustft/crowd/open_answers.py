@@ -1,0 +1,185 @@
+"""The crowd over open answers: K witnesses of one question, one of them the given answer.
+
+Answers have no options, only sameness: `partition` says which witnesses of a question agree. Model
+of one question, with x ~ N(0, 1) its difficulty and c the witnesses that are right (or none):
+
+    p(witness k is right | x) = sigmoid(a_k - s x)      Rasch 1960; GLAD, Whitehill et al. 2009
+    right answers are the same; wrong ones coincide as guests of a Chinese restaurant (Ewens 1972)
+    with concentration t, whose logarithm varies from question to question by N(0, 1): some
+    questions have a favourite wrong answer
+
+Abilities a, spread s and concentration t are those that make the partitions seen most likely, under
+weak priors; the corpus' noise rate is how often witness 0, the given answer, is wrong. No truth is
+used: three witnesses that agree more often than wrong answers coincide reveal how good each is
+(Dawid and Skene 1979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import digamma, expit, gammaln, logsumexp
+
+from robustft import answers
+from robustft.answers import Kind
+from robustft.crowd.judgement import Floats, Judgement, rate_estimate
+
+_ABILITY = (0.0, 1.5)  # a_k ~ N(0, 1.5), in logits
+# Beside a single other witness nothing but the prior tells whose fault a difference is: given
+# answers are then expected to be right 8 times in 10.
+_GIVEN_BESIDE_ONE = (1.4, 1.0)
+_LOG_SPREAD = (float(np.log(1.5)), 0.5)  # log s ~ N(log 1.5, 0.5)
+_LOG_CONCENTRATION = (1.5, 0.35)  # log t ~ N(1.5, 0.35): two wrong answers coincide at 18 %
+_FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
+
+Partitions = NDArray[np.int64]  # [N, K] cluster of every witness, numbered by first appearance
+
+
+def _normal_grid(points: int) -> tuple[Floats, Floats]:
+    """Gauss-Hermite nodes of N(0, 1) and the logarithms of their weights."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    return nodes, np.log(weights / weights.sum())
+
+
+_DIFFICULTY, _DIFFICULTY_LOG = _normal_grid(15)
+_FAVOURITE, _FAVOURITE_LOG = _normal_grid(7)
+
+
+def partition(said: Sequence[str | None], kind: Kind) -> list[int]:
+    """Which of a question's answers are the same: connected components of `answers.matches`.
+
+    Clusters are numbered by first appearance; no answer (None) is the same as nothing.
+    """
+    cluster = list(range(len(said)))
+    for b, second in enumerate(said):
+        for a, first in enumerate(said[:b]):
+            if cluster[a] != cluster[b] and answers.matches(first, second, kind=kind):
+                old, new = max(cluster[a], cluster[b]), min(cluster[a], cluster[b])
+                cluster = [new if number == old else number for number in cluster]
+    order: dict[int, int] = {}
+    return [order.setdefault(number, len(order)) for number in cluster]
+
+
+class _Patterns:
+    """Distinct partitions, and under every hypothesis who is right what is wrong about the rest."""
+
+    def __init__(self, partitions: Partitions, counts: Floats) -> None:
+        self.counts = counts  # [P]
+        count, witnesses = partitions.shape
+        clusters = np.arange(witnesses)[None, :, None]
+        right = (partitions[:, None, :] == clusters).astype(np.float64)  # cluster c is right
+        self.right = np.concatenate([right, np.zeros((count, 1, witnesses))], axis=1)  # or none
+        size = self.right.sum(2)  # [P, K + 1]
+        self.possible = size > 0
+        self.possible[:, -1] = True
+        orders = np.where(size > 0, gammaln(np.maximum(size, 1.0)), 0.0)
+        self.orders = orders.sum(1, keepdims=True) - orders  # sum of log (n_c - 1)! of the wrong
+        self.wrong_clusters = self.possible[:, :-1].sum(1, keepdims=True) - (size > 0)
+        self.wrong = witnesses - size
+
+    def coincidence(self, log_concentration: float) -> tuple[Floats, Floats]:
+        """([P, K + 1] log-probability that the wrong answers coincide as they do, its slope)."""
+        logs = log_concentration + _FAVOURITE
+        concentration = np.exp(logs)
+        wrong, clusters = self.wrong[..., None], self.wrong_clusters[..., None]
+        terms = _FAVOURITE_LOG + clusters * logs + gammaln(concentration)
+        terms = terms - gammaln(concentration + wrong)
+        total = logsumexp(terms, axis=2)
+        slopes = clusters - concentration * (
+            digamma(concentration + wrong) - digamma(concentration)
+        )
+        slope = (np.exp(terms - total[..., None]) * slopes).sum(2)
+        return np.where(self.possible, total + self.orders, -np.inf), slope
+
+
+def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
+    """Judge witness 0, the given answer, of every question.
+
+    Parameters
+    ----------
+    partitions: [N, K] rows of `partition`; column 0 is the given answer.
+    names: of the other K - 1 witnesses.
+
+    A weight is the witness' share of the probability of being right. All are 0 where the given
+    answers agree with the others no more than wrong answers do by accident.
+    """
+    patterns, inverse, counts = np.unique(
+        partitions, axis=0, return_inverse=True, return_counts=True
+    )
+    inverse = inverse.reshape(-1)
+    agreeing = (partitions[:, 1:] == partitions[:, :1]).mean(0)
+    if len(names) == 0 or not _speaks(agreeing, len(partitions)):
+        silent = np.full(len(partitions), 0.5)
+        return Judgement(silent, None, dict.fromkeys(names, 0.0))
+    kept = np.argsort(-counts, kind="stable")[:_FIT_PATTERNS]
+    fitted = _Patterns(patterns[kept], counts[kept].astype(np.float64))
+    flat, spread = _fit(fitted)
+    whole = fitted if len(kept) == len(patterns) else _Patterns(patterns, counts.astype(np.float64))
+    if whole is fitted:
+        place = np.empty(len(kept), np.int64)
+        place[kept] = np.arange(len(kept))
+        inverse = place[inverse]
+    _, _, given_right, right = _evaluate(flat, whole)
+    rate = 1.0 - float(given_right @ whole.counts) / len(partitions)
+    # The rate follows the given answers' ability a_0; its error is that of a_0 on the logit scale.
+    rates = expit(np.log(rate / (1.0 - rate)) + spread * np.array([-1.0, 0.0, 1.0]) * 3**0.5)
+    estimate = rate_estimate(rates, np.array([1, 4, 1]) / 6, len(partitions))
+    shares = right[1:] / max(float(right[1:].sum()), 1e-12)
+    weights = dict(zip(names, shares.tolist(), strict=True))
+    return Judgement(np.clip(1.0 - given_right[inverse], 0.0, 1.0), estimate, weights)
+
+
+def _speaks(agreeing: Floats, count: int) -> bool:
+    """Whether any witness agrees with the given answers often enough to mean anything."""
+    return bool((agreeing * count >= 3).any() and agreeing.max() > 0.01)
+
+
+def _fit(patterns: _Patterns) -> tuple[Floats, float]:
+    """Abilities, log s and log t with the highest posterior; standard error of ability 0."""
+    witnesses = patterns.right.shape[2]
+    prior = [_ABILITY] * witnesses + [_LOG_SPREAD, _LOG_CONCENTRATION]
+    if witnesses == 2:
+        prior[0] = _GIVEN_BESIDE_ONE
+    centre, width = np.array(prior).T
+
+    def loss(flat: Floats) -> tuple[float, Floats]:
+        evidence, gradient, _, _ = _evaluate(flat, patterns)
+        strayed = (flat - centre) / width
+        return 0.5 * float(strayed @ strayed) - evidence, strayed / width - gradient
+
+    flat = np.asarray(minimize(loss, centre, jac=True, method="L-BFGS-B").x)
+    step = 1e-3
+    curvature = np.empty((len(flat), len(flat)))
+    for row in range(len(flat)):
+        ahead, behind = flat.copy(), flat.copy()
+        ahead[row] += step
+        behind[row] -= step
+        curvature[row] = (loss(ahead)[1] - loss(behind)[1]) / (2 * step)
+    variance = np.linalg.pinv((curvature + curvature.T) / 2)[0, 0]
+    return flat, float(max(variance, 0.0)) ** 0.5
+
+
+def _evaluate(flat: Floats, patterns: _Patterns) -> tuple[float, Floats, Floats, Floats]:
+    """(log-evidence, its gradient, [P] probability that the given answer is right, [K] mean)."""
+    abilities, spread, log_concentration = flat[:-2], np.exp(flat[-2]), float(flat[-1])
+    scores = abilities - spread * _DIFFICULTY[:, None]  # [Q, K]
+    nobody = -np.logaddexp(0.0, scores).sum(1) + _DIFFICULTY_LOG  # [Q] all wrong, and x
+    coincidence, slope = patterns.coincidence(log_concentration)
+    gains = np.einsum("pck,qk->pcq", patterns.right, scores)
+    joint = nobody + gains + coincidence[..., None]  # [P, K + 1, Q]
+    total = logsumexp(joint, axis=(1, 2))
+    posterior = np.exp(joint - total[:, None, None])
+    counts = patterns.counts
+    who = posterior.sum(2)  # [P, K + 1] which cluster is right
+    at = np.einsum("p,pcq->q", counts, posterior)
+    surplus = np.einsum("p,pcq,pck->qk", counts, posterior, patterns.right)
+    surplus = surplus - at[:, None] * expit(scores)  # [Q, K] right beyond expectation
+    by_spread = -float(spread * (surplus.sum(1) @ _DIFFICULTY))
+    by_concentration = float(counts @ (who * slope).sum(1))
+    gradient = np.concatenate([surplus.sum(0), [by_spread, by_concentration]])
+    right = np.einsum("pc,pck->pk", who, patterns.right)
+    mean = counts @ right / counts.sum()
+    return float(counts @ total), gradient, right[:, 0], mean
