@@ -121,6 +121,7 @@ def _run_train(options: argparse.Namespace) -> int:
         limit=options.limit,
         engine=_engine_config(options),
         epochs=options.epochs,
+        steps=options.steps,
         learning_rate=options.learning_rate,
         rank=options.rank,
         batch_size=options.batch_size,

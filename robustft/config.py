@@ -120,6 +120,7 @@ class TrainConfig:
     limit: int | None = None
     seed: int = 0
     epochs: int = 2
+    steps: int | None = None  # optimizer steps, in place of epochs; None: as the epochs have it
     learning_rate: float = 1e-4  # at its peak; cosine after the warm-up
     warmup: float = 0.1  # share of the steps
     rank: int = 8
@@ -135,7 +136,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "rank", "batch_size"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("limit", "top_layers"):
+        for name in ("limit", "top_layers", "steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         for name in self.report_to:
@@ -175,3 +176,41 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
         _require(self.answer_tokens >= 1, "answer_tokens", "at least 1", self.answer_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ReproduceConfig:
+    """A table or figure of the paper, on any model and data. None: as the preset has it."""
+
+    what: str
+    out: Path = Path("runs/reproduce")
+    data: str | None = None  # a folder with one folder a task; None: the hub
+    tasks: tuple[str, ...] = ()
+    noise: tuple[int, ...] = ()  # percent
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()  # of table 2
+    seeds: tuple[int, ...] = (0,)
+    limit: int | None = None  # training records
+    test_limit: int | None = None
+    hermes: str | None = None
+    tulu: str | None = None
+    rephrasings: Path | None = None  # five instructions, one a line; None: those of the package
+    epochs: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    top_layers: int | None = None
+    rounds: int | None = None
+    reasoning_tokens: int | None = None
+    dry_run: bool = False
+    share: tuple[int, int] = (0, 1)  # this process's part of the cells, of how many
+    embedder: str | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "test_limit", "epochs", "batch_size", "top_layers", "rounds",
+                     "reasoning_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        _require(bool(self.seeds), "seeds", "at least one", self.seeds)
+        for rate in self.noise:
+            _require(0 <= rate <= 100, "noise", "percents in [0, 100]", rate)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -86,12 +87,46 @@ class EvalResult:
         return "\n".join(lines)
 
 
-def evaluate(config: EvalConfig, *, engine: Engine | None = None) -> EvalResult:
+Ask = Callable[[Sequence[Record]], Sequence[Prompt]]
+Judge = Callable[[Record, str], tuple[str | None, bool, float]]
+
+
+def ask_plainly(records: Sequence[Record]) -> list[Prompt]:
+    """The base expert's prompt for each record (eq. 1)."""
+    return [answer_prompt(r, answer_kind(r.answer, r.options)) for r in records]
+
+
+def judge(record: Record, reply: str) -> tuple[str | None, bool, float]:
+    """The answer in a reply to an open question, whether it is an accepted one, and its score."""
+    kind = answer_kind(record.answer)
+    answer = parse(reply, kind=kind).answer
+    right = matches(answer, accepted_answers(record), kind=kind)
+    return answer, right, float(right)
+
+
+def accepted_answers(record: Record) -> list[str]:
+    """The file's answer, and what its field `answers` (a list, or one in JSON) accepts besides."""
+    more = record.row.get("answers")
+    if isinstance(more, str):
+        with contextlib.suppress(ValueError):
+            more = orjson.loads(more)
+    listed = more if isinstance(more, list) else []
+    return [record.answer, *(str(one) for one in listed if isinstance(one, str | int | float))]
+
+
+def evaluate(
+    config: EvalConfig,
+    *,
+    engine: Engine | None = None,
+    ask: Ask = ask_plainly,
+    judge: Judge = judge,
+) -> EvalResult:
     """Ask the model every question of `config.input` and compare with the file's answers.
 
     Multiple choice is read from the options' likelihoods after "Answer:", other answers from
     generated text. With `config.out`, predictions are written there, one JSON line a record.
-    `engine` is used instead of loading `config.engine` and `config.adapter`.
+    `engine` is used instead of loading `config.engine` and `config.adapter`; `ask` words the
+    prompts of some records, `judge` reads and scores a reply to an open question.
 
     Raises:
         UserError: the input, the model or the adapter cannot be read, or `out` not written.
@@ -110,7 +145,9 @@ def evaluate(config: EvalConfig, *, engine: Engine | None = None) -> EvalResult:
             out = stack.enter_context(atomic_file(config.out))
         progress = stack.enter_context(Progress("eval", total, unit="records"))
         for chunk in _chunks(source, result):
-            for prediction in _predict(chunk, engine, config, progress):
+            for prediction in predict(
+                chunk, ask(chunk), engine, config.answer_tokens, judge, progress.update
+            ):
                 scores.add(prediction)
                 if out is not None:
                     out.write(_line(prediction))
@@ -133,35 +170,41 @@ def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _predict(
-    records: Sequence[Record], engine: Engine, config: EvalConfig, progress: Progress
+def predict(
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    answer_tokens: int,
+    judge: Judge = judge,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[Prediction]:
-    """Predictions in the order of `records`."""
+    """The model's answers to `prompts`, one a record and in their order."""
     found: dict[int, Prediction] = {}
     choices = [i for i, record in enumerate(records) if record.options]
     others = [i for i, record in enumerate(records) if not record.options]
-    for group, ask, room in ((choices, _choose, 0), (others, _generate, config.answer_tokens)):
-        prompts = [answer_prompt(records[i], answer_kind(records[i].answer, records[i].options))
-                   for i in group]  # fmt: skip
-        for batch in engine.plan(prompts, room):
-            asked = [records[group[i]] for i in batch]
-            answered = ask(asked, [prompts[i] for i in batch], engine, config)
-            found.update(zip((group[i] for i in batch), answered, strict=True))
-            progress.update(len(batch))
+    for group in (choices, others):
+        room = answer_tokens if group is others else 0
+        for batch in engine.plan([prompts[i] for i in group], room):
+            rows = [group[i] for i in batch]
+            asked = [records[row] for row in rows]
+            put = [prompts[row] for row in rows]
+            if group is choices:
+                answered = _choose(asked, put, engine)
+            else:
+                answered = _generate(asked, put, engine, answer_tokens, judge)
+            found.update(zip(rows, answered, strict=True))
+            progress(len(rows))
     return [found[i] for i in range(len(records))]
 
 
 def _choose(
-    records: Sequence[Record], prompts: Sequence[Prompt], engine: Engine, config: EvalConfig
+    records: Sequence[Record], prompts: Sequence[Prompt], engine: Engine
 ) -> list[Prediction]:
     """The likeliest option; of equally likely ones the first."""
     options = [record.options or () for record in records]
     chosen = engine.choose(prompts, [letters(texts) for texts in options])
     predictions = []
     for record, choice in zip(records, chosen, strict=True):
-        if isinstance(choice, Failure):
-            predictions.append(Prediction(record, None, False, failure=choice.reason))
-            continue
         best = int(np.argmax(choice.logprobs))
         answer = LETTERS[best]
         predictions.append(
@@ -177,25 +220,20 @@ def _choose(
 
 
 def _generate(
-    records: Sequence[Record], prompts: Sequence[Prompt], engine: Engine, config: EvalConfig
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    answer_tokens: int,
+    judge: Judge,
 ) -> list[Prediction]:
     """The answer in a generated reply."""
-    replies = engine.generate(prompts, config.answer_tokens)
+    replies = engine.generate(prompts, answer_tokens)
     predictions = []
     for record, reply in zip(records, replies, strict=True):
-        if isinstance(reply, Failure):
-            predictions.append(Prediction(record, None, False, failure=reply.reason))
-            continue
-        kind = answer_kind(record.answer)
-        answer = parse(reply.text, kind=kind).answer
+        answer, right, score = judge(record, reply.text)
+        category = _category(record.row)
         predictions.append(
-            Prediction(
-                record,
-                answer,
-                matches(answer, record.answer, kind=kind),
-                reply=reply.text,
-                category=_category(record.row),
-            )
+            Prediction(record, answer, right, reply.text, category=category, score=score)
         )
     return predictions
 
@@ -216,6 +254,8 @@ class _Scores:
             return
         result.overall.add(prediction.correct)
         result.unanswered += prediction.answer is None
+        scored = prediction.score
+        result.credit += float(prediction.correct) if scored is None else scored
         if prediction.category is not None:
             result.categories.setdefault(prediction.category, Tally()).add(prediction.correct)
         if self._options is None:

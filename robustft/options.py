@@ -267,6 +267,11 @@ def _add_train(commands: Any) -> None:
         "--learning-rate", type=_at_least_zero, default=1e-4, metavar="LR",
         help="peak learning rate",
     )  # fmt: skip
+    group.add_argument(
+        "--steps", type=_positive, metavar="N",
+        help="optimizer steps in place of --epochs, so that sets of different size are trained "
+        "alike (default: as many as the epochs have)",
+    )  # fmt: skip
     group.add_argument("--rank", type=_positive, default=8, metavar="N", help="LoRA rank")
     group.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="records a step"

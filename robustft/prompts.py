@@ -15,6 +15,7 @@ from robustft.records import Record
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHECKER_WORDS = (" Yes", " No")
 REVIEW_WORDS = (" 1", " 2")
+SELECT_WORDS = (" Y", " N")
 _ANSWER = "Answer:"
 _NOTHING = "N/A"
 
@@ -57,17 +58,18 @@ def _prompt(record: Record, *turns: str, prefix: str = "") -> Prompt:
     return Prompt(tuple(messages), prefix)
 
 
-def _ask(record: Record, kind: Kind) -> str:
-    return "\n\n".join(filter(None, (question_text(record.question, record.options), _HOW[kind])))
+def _ask(record: Record, kind: Kind, how: str | None = None) -> str:
+    how = _HOW[kind] if how is None else how
+    return "\n\n".join(filter(None, (question_text(record.question, record.options), how)))
 
 
 def _prefix(kind: Kind) -> str:
     return "" if kind == "text" else _ANSWER
 
 
-def answer_prompt(record: Record, kind: Kind) -> Prompt:
-    """The base expert: the question as it is (eq. 1)."""
-    return _prompt(record, _ask(record, kind), prefix=_prefix(kind))
+def answer_prompt(record: Record, kind: Kind, how: str | None = None) -> Prompt:
+    """The base expert: the question as it is (eq. 1); `how` words the instruction otherwise."""
+    return _prompt(record, _ask(record, kind, how), prefix=_prefix(kind))
 
 
 def neutral_prompt(record: Record) -> Prompt:
@@ -130,6 +132,24 @@ def neutral_checker_prompt(experts: int) -> Prompt:
         f"{_NOTHING}\n\nProposed answer: {_NOTHING}\n{said}\n\n"
         "Is the proposed answer correct and consistent with the experts? Reply Yes or No."
     )
+    return Prompt((Message("user", text),), _ANSWER)
+
+
+_IS_IT_CORRECT = "Is the proposed answer correct? Reply Y or N."
+
+
+def select_prompt(record: Record) -> Prompt:
+    """The baseline self-select: does the model trust this answer, Y or N?"""
+    text = (
+        f"{question_text(record.question, record.options)}\n\n"
+        f"Proposed answer: {shown(record.answer, record.options)}\n\n{_IS_IT_CORRECT}"
+    )
+    return _prompt(record, text, prefix=_ANSWER)
+
+
+def neutral_select_prompt() -> Prompt:
+    """The question of `select_prompt` without content."""
+    text = f"{_NOTHING}\n\nProposed answer: {_NOTHING}\n\n{_IS_IT_CORRECT}"
     return Prompt((Message("user", text),), _ANSWER)
 
 

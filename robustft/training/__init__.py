@@ -176,7 +176,7 @@ Trained by [robustft](https://arxiv.org/abs/2412.14922) {robustft.__version__} o
 | --- | --- |
 | rank, alpha, dropout | {config.rank}, {config.scale:g}, {config.dropout:g} |
 | target | all linear layers of {layers} |
-| epochs, steps, records a step | {config.epochs}, {result.history.step:,}, {config.batch_size} |
+| steps, records a step | {result.history.step:,}, {config.batch_size} |
 | learning rate | {config.learning_rate:g}, cosine, warm-up {config.warmup:g} |
 | cutoff | {config.cutoff} tokens ({result.shortened:,} records were cut) |
 | seed | {config.seed} |

@@ -86,7 +86,8 @@ class TrainingLoop:
         )
         self._signals: StepSignals | None = None  # of the step at work, where somebody listens
         self._per_epoch = math.ceil(len(self._examples) / config.batch_size)
-        self.steps = self._per_epoch * config.epochs
+        self.steps = config.steps or self._per_epoch * config.epochs
+        self._epochs = math.ceil(self.steps / self._per_epoch)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one. Raises UserError if it does not fit."""
@@ -122,10 +123,10 @@ class TrainingLoop:
                 history.step += 1
                 if report:
                     report.log(self._numbers(loss), history.step)
-                if history.step % self._per_epoch == 0:
+                if history.step % self._per_epoch == 0 or history.step == self.steps:
                     history.epoch_losses.append(history.loss_sum / history.loss_tokens)
                     history.loss_sum, history.loss_tokens = 0.0, 0
-                progress.update(1, f"epoch {epoch + 1} of {self.config.epochs}, loss {loss:.3f}")
+                progress.update(1, f"epoch {epoch + 1} of {self._epochs}, loss {loss:.3f}")
                 now = time.monotonic()
                 history.seconds = before + now - started
                 due = now - saved >= self.config.checkpoint_seconds

@@ -1,0 +1,29 @@
+"""SelfLabel: the model answers every training question itself, then SFT on its own answers.
+
+The given answers are not looked at, so noise changes nothing but which questions there are. A
+question that gets no readable answer is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robustft.evaluation import ask_plainly, predict
+from robustft.methods.base import Method, Setting
+from robustft.methods.decisions import Decision, write_decisions
+from robustft.pipeline import CleanResult
+from robustft.records import Record
+
+
+def prepare(setting: Setting) -> CleanResult:
+    """Write the training set with the model's own answers."""
+    limit = setting.config.experts.answer_tokens
+
+    def decide(records: Sequence[Record]) -> list[Decision]:
+        said = predict(records, ask_plainly(records), setting.engine, limit)
+        return [Decision(one.answer, "the model's own answer") for one in said]
+
+    return write_decisions(setting.config, decide)
+
+
+METHOD = Method("self-label", "SelfLabel", "SFT on the model's own answers", prepare)

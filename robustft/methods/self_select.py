@@ -1,0 +1,38 @@
+"""SelfSelect: one Y/N question to the model about each example; SFT on those it trusts.
+
+The answer is read from the probabilities of "Y" and "N", each divided by its probability after an
+empty question, as RobustFT's checker is: small models say one of the two to everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robustft.methods.base import Method, Setting
+from robustft.methods.decisions import Decision, write_decisions
+from robustft.pipeline import CleanResult
+from robustft.prompts import SELECT_WORDS, neutral_select_prompt, select_prompt
+from robustft.records import Record
+
+
+def prepare(setting: Setting) -> CleanResult:
+    """Write the examples the model trusts, as given."""
+    engine = setting.engine
+    prior = engine.choose([neutral_select_prompt()], [SELECT_WORDS])[0].logprobs
+
+    def decide(records: Sequence[Record]) -> list[Decision]:
+        prompts = [select_prompt(record) for record in records]
+        decisions: dict[int, Decision] = {}
+        for rows in engine.plan(prompts):
+            said = engine.choose([prompts[row] for row in rows], [SELECT_WORDS] * len(rows))
+            for row, choice in zip(rows, said, strict=True):
+                yes, no = choice.logprobs - prior
+                trusted = bool(yes >= no)
+                answer = records[row].answer if trusted else None
+                decisions[row] = Decision(answer, "trusted" if trusted else "not trusted")
+        return [decisions[row] for row in range(len(records))]
+
+    return write_decisions(setting.config, decide)
+
+
+METHOD = Method("self-select", "SelfSelect", "SFT on the examples the model trusts", prepare)

@@ -1,0 +1,212 @@
+"""The paper's five tasks: where their data comes from, and how an answer is scored.
+
+A local folder (`--data DIR`) is tried first: `DIR/<task>/labeled.*`, `test.*` and, where the noisy
+copies exist, `noisy30.*` or `noisy/noisy30.*`, as in the authors' repository. Otherwise the hub is
+asked, and rows are brought to this package's own fields. Noisy copies that do not exist are made
+by `robustft.corruption`: exact, nested, uniform over the wrong options, or the answer to another
+question of the same kind where there are no options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from robustft.answers import answer_kind, parse
+from robustft.corruption import corrupt
+from robustft.errors import UserError
+from robustft.evaluation import Judge, judge
+from robustft.files import atomic_file
+from robustft.framing import MAX_LINE_BYTES, Reject
+from robustft.records import Record, open_records
+from robustft.reproduction.drop import best_score, gold_spans
+from robustft.sources import open_reader
+
+Row = dict[str, Any]
+_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet", ".csv.gz", ".jsonl.gz", ".jsonl.zst")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One benchmark: on the hub `hub` (owner/name:config) with its splits, read by `convert`."""
+
+    name: str
+    title: str
+    hub: str
+    splits: tuple[str, str]  # of training and test
+    convert: Callable[[Mapping[str, Any]], Row | None]
+    judge: Judge = judge
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFiles:
+    """Clean training set, noisy copy (the clean one at rate 0) and test set."""
+
+    labeled: Path
+    noisy: Path
+    test: Path
+
+
+def task_files(task: Task, noise: int, seed: int, data: str | None, work: Path) -> TaskFiles:
+    """The files of a task at a noise rate in percent; what has to be made is made in `work`.
+
+    Raises UserError where neither the folder nor the hub has the data.
+    """
+    folder = None if data is None else Path(data) / task.name
+    if data is not None and not Path(data).is_dir():
+        raise UserError(f"{data}: expected a folder with one folder a task, found none")
+    labeled = folder and _find(folder, "labeled")
+    test = folder and _find(folder, "test")
+    if not labeled or not test:
+        if data is not None:
+            lacking = "labeled" if not labeled else "test"
+            raise UserError(f"no data: {folder} has no {lacking}.csv (.jsonl, .parquet)")
+        labeled, test = (
+            _from_hub(task, split, work / task.name / name)
+            for split, name in zip(task.splits, ("labeled.jsonl", "test.jsonl"), strict=True)
+        )
+    if noise == 0:
+        return TaskFiles(labeled, labeled, test)
+    official = folder and (_find(folder, f"noisy{noise}") or _find(folder / "noisy", f"noisy{noise}"))
+    return TaskFiles(labeled, official or _made_noisy(task, labeled, noise, seed, work), test)
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    found = (folder / f"{stem}{suffix}" for suffix in _SUFFIXES)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _made_noisy(task: Task, labeled: Path, noise: int, seed: int, work: Path) -> Path:
+    suffix = "".join(labeled.suffixes)
+    out = work / task.name / f"noisy{noise}-seed{seed}{suffix}"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        corrupt(open_records(str(labeled)), noise / 100, seed, out)
+    return out
+
+
+def _from_hub(task: Task, split: str, path: Path) -> Path:
+    """One split of the hub's dataset as JSONL."""
+    if not path.exists():
+        try:
+            reader = open_reader(f"hf://datasets/{task.hub}", split, MAX_LINE_BYTES)
+        except UserError as error:
+            raise UserError(f"no data: {error}") from error
+        with atomic_file(path) as handle:
+            for row in _converted(task, reader.rows()):
+                handle.write(orjson.dumps(row) + b"\n")
+    return path
+
+
+def _converted(task: Task, rows: Any) -> Iterator[Row]:
+    for item in rows:
+        if not isinstance(item, Reject):
+            row = task.convert(item[1])
+            if row is not None:
+                yield row
+
+
+# --- the tasks -----------------------------------------------------------------------------------
+
+
+def _mmlu(row: Mapping[str, Any]) -> Row:
+    return {
+        "question": row["question"],
+        "options": list(row["choices"]),
+        "answer": "ABCD"[int(row["answer"])],
+        "Subject": row["subject"],
+    }
+
+
+def _arc(row: Mapping[str, Any]) -> Row | None:
+    labels, texts = list(row["choices"]["label"]), list(row["choices"]["text"])
+    if row["answerKey"] not in labels:
+        return None
+    letter = "ABCDEFGH"[labels.index(row["answerKey"])]
+    return {"id": row["id"], "question": row["question"], "options": texts, "answer": letter}
+
+
+def _pubmedqa(row: Mapping[str, Any]) -> Row:
+    options = ["yes", "no", "maybe"]
+    context = "\n".join(row["context"]["contexts"])
+    return {
+        "id": str(row["pubid"]),
+        "question": f"{context}\n\n{row['question']}",
+        "options": options,
+        "answer": "ABC"[options.index(row["final_decision"])],
+    }
+
+
+def _drop(row: Mapping[str, Any]) -> Row | None:
+    golds = _drop_golds(row)
+    if not golds:
+        return None
+    return {
+        "id": row["query_id"],
+        "question": f"{row['passage']}\n\n{row['question']}",
+        "answer": ", ".join(golds[0]),
+        "golds": golds,
+    }
+
+
+def _drop_golds(row: Mapping[str, Any]) -> list[list[str]]:
+    """The spans of every accepted answer, whichever of the published layouts the row has."""
+    if isinstance(row.get("answer"), Mapping):
+        validated = row.get("validated_answers") or []
+        listed = validated if isinstance(validated, list) else []
+        return [gold_spans(answer) for answer in (row["answer"], *listed)]
+    spans = row.get("answers_spans") or {}
+    return [[str(span) for span in spans.get("spans", ())]] if spans.get("spans") else []
+
+
+def _fpb(row: Mapping[str, Any]) -> Row:
+    label = row["label"]
+    options = ["negative", "neutral", "positive"]
+    index = options.index(label) if isinstance(label, str) else int(label)
+    return {
+        "question": f"What is the sentiment of the following sentence?\n{row['sentence']}",
+        "options": options,
+        "answer": "ABC"[index],
+    }
+
+
+def judge_drop(record: Record, reply: str) -> tuple[str | None, bool, float]:
+    """DROP's official metric: (answer read, exact match, F1).
+
+    A reply that the gold answers, being of several spans, ask to be a list is split at commas,
+    semicolons, line ends and "and".
+    """
+    golds = record.row.get("golds")
+    if isinstance(golds, str):
+        golds = orjson.loads(golds)
+    golds = [[record.answer]] if not golds else [g if isinstance(g, list) else [g] for g in golds]
+    kind = "span" if answer_kind(record.answer) == "text" else answer_kind(record.answer)
+    answer = parse(reply, kind=kind).answer
+    if answer is None:
+        return None, False, 0.0
+    whole = best_score([answer], golds)
+    if max(len(gold) for gold in golds) == 1:
+        return answer, *whole
+    return answer, *max(whole, best_score(_listed(parse(reply, kind="span").answer or ""), golds))
+
+
+def _listed(text: str) -> list[str]:
+    for mark in (";", "\n", ", and ", " and ", ", "):
+        text = text.replace(mark, "\0")
+    return [part.strip() for part in text.split("\0") if part.strip()]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("mmlu", "MMLU", "cais/mmlu:all", ("validation", "test"), _mmlu),
+        Task("arc", "ARC", "allenai/ai2_arc:ARC-Challenge", ("train", "test"), _arc),
+        Task("pubmedqa", "PubMedQA", "qiaojin/PubMedQA:pqa_labeled", ("train", "train"), _pubmedqa),
+        Task("drop", "DROP", "ucinlp/drop", ("train", "validation"), _drop, judge_drop),
+        Task("fpb", "FPB", "atrost/financial_phrasebank", ("train", "test"), _fpb),
+    )
+}
