@@ -15,7 +15,9 @@ from robustft.errors import UserError
 
 def content_key(*parts: object) -> bytes:
     """16 bytes that tell `parts` (anything orjson can write) from any others."""
-    return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+    return hashlib.blake2b(
+        orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=16
+    ).digest()
 
 
 class Cache:
@@ -60,6 +62,10 @@ class Cache:
     def put(self, key: bytes, value: Any) -> None:
         """Keep one JSON value."""
         self.add({key: orjson.dumps(value)})
+
+    def replace(self, key: bytes, value: Any) -> None:
+        """Keep one JSON value that may change: a measurement, not a result."""
+        self._db.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, orjson.dumps(value)))
 
     def close(self) -> None:
         """Close the file."""

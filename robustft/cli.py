@@ -1,4 +1,4 @@
-"""The command line: `robustft clean | train | eval | score | corrupt | demo | bench`."""
+"""The command line: `robustft clean | train | eval | score | corrupt | reproduce | …`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from robustft.errors import UserError
 
 _DONE, _OTHER, _USER, _POWERLESS, _INTERRUPTED = 0, 1, 2, 3, 130
-_RESUMABLE = {"clean", "demo", "train"}
+_RESUMABLE = {"clean", "demo", "reproduce", "train"}
 
 # --- commands ------------------------------------------------------------------------------
 
@@ -151,6 +151,39 @@ def _run_eval(options: argparse.Namespace) -> int:
     return _DONE
 
 
+def _run_reproduce(options: argparse.Namespace) -> int:
+    from robustft.config import ReproduceConfig
+    from robustft.reproduction.grid import reproduce
+
+    config = ReproduceConfig(
+        what=options.what,
+        out=Path(options.out),
+        data=options.data,
+        tasks=options.tasks,
+        noise=options.noise,
+        methods=options.methods,
+        models=options.models,
+        seeds=options.seeds,
+        limit=options.limit,
+        test_limit=options.test_limit,
+        hermes=options.hermes,
+        tulu=options.tulu,
+        rephrasings=None if options.rephrasings is None else Path(options.rephrasings),
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        top_layers=options.top_layers,
+        rounds=options.rounds,
+        reasoning_tokens=options.reasoning_tokens,
+        dry_run=options.dry_run,
+        share=options.share,
+        embedder=options.embedder,
+        engine=_engine_config(options),
+    )
+    print(reproduce(config))
+    return _DONE
+
+
 def _run_bench(options: argparse.Namespace) -> int:
     import importlib
 
@@ -169,6 +202,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _run_eval,
     "score": _run_score,
     "corrupt": _run_corrupt,
+    "reproduce": _run_reproduce,
     "bench": _run_bench,
 }
 

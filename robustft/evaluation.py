@@ -39,6 +39,7 @@ class Prediction:
     probability: float | None = None  # of the chosen option among the options
     category: str | None = None
     failure: str = ""  # why the engine gave no reply; such a record is not counted
+    score: float | None = None  # of a metric with partial credit (DROP's F1); None: 0 or 1
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class EvalResult:
     categories: dict[str, Tally] = field(default_factory=dict)
     macro_f1: float | None = None
     majority: float | None = None  # accuracy of always giving the commonest answer
+    credit: float = 0.0  # sum of the scores: above the right answers where a metric gives parts
     unanswered: int = 0
     failed: int = 0  # the engine gave no reply: left out
     rejected: int = 0
@@ -205,6 +207,9 @@ def _choose(
     chosen = engine.choose(prompts, [letters(texts) for texts in options])
     predictions = []
     for record, choice in zip(records, chosen, strict=True):
+        if isinstance(choice, Failure):
+            predictions.append(Prediction(record, None, False, failure=choice.reason))
+            continue
         best = int(np.argmax(choice.logprobs))
         answer = LETTERS[best]
         predictions.append(
@@ -230,6 +235,9 @@ def _generate(
     replies = engine.generate(prompts, answer_tokens)
     predictions = []
     for record, reply in zip(records, replies, strict=True):
+        if isinstance(reply, Failure):
+            predictions.append(Prediction(record, None, False, failure=reply.reason))
+            continue
         answer, right, score = judge(record, reply.text)
         category = _category(record.row)
         predictions.append(

@@ -88,7 +88,16 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, title="commands", parser_class=Parser
     )
-    for add in (_add_demo, _add_clean, _add_train, _add_eval, _add_score, _add_corrupt, _add_bench):
+    for add in (
+        _add_demo,
+        _add_clean,
+        _add_train,
+        _add_eval,
+        _add_score,
+        _add_corrupt,
+        _add_reproduce,
+        _add_bench,
+    ):
         add(commands)
     parser.commands = dict(commands.choices)
     return parser
@@ -301,6 +310,89 @@ def _add_eval(commands: Any) -> None:
         "--adapter", metavar="DIR", help="LoRA adapter made by `robustft train` (default: none)"
     )
     parser.add_argument("--out", metavar="FILE", help="predictions as JSONL (default: not kept)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected names between commas, found {text!r}")
+    return found
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(_integer(part, 0) for part in _names(text))
+
+
+def _share_of(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    found = (_integer(number, 0), _integer(of, 1))
+    if found[0] >= found[1]:
+        raise argparse.ArgumentTypeError(f"expected I/N with I below N, found {text!r}")
+    return found
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = _command(
+        commands, "reproduce", "A table or figure of the paper, on any model and data",
+        "Writes NAME.csv, NAME.md, NAME.png and NAME.svg to --out; answers, embeddings, training "
+        "sets, adapters and evaluations are kept in its folder cache and shared by all tables "
+        "and figures. Killed at any moment, the same command resumes.",
+    )  # fmt: skip
+    studies = ("table1", "table2", "table3", "fig1", "fig3", "fig4", "fig5", "fig6")
+    parser.add_argument("what", choices=studies, metavar="WHAT", help=", ".join(studies))
+    parser.add_argument("--out", default="runs/reproduce", metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--data", metavar="DIR",
+        help="folder with one folder a task (labeled, noisy30, …, test as CSV, JSONL or Parquet) "
+        "(default: the Hugging Face hub)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only print the plan, in tokens and time "
+        "(default: off)",
+    )  # fmt: skip
+    group = parser.add_argument_group("what to leave out")
+    group.add_argument("--tasks", type=_names, metavar="A,B", default=(),
+                       help="mmlu, arc, pubmedqa, drop, fpb (default: the paper's)")  # fmt: skip
+    group.add_argument("--noise", type=_integers, metavar="N,M", default=(),
+                       help="noise rates in percent (default: the paper's)")  # fmt: skip
+    group.add_argument(
+        "--methods", type=_names, metavar="A,B", default=(),
+        help="vanilla, hermes-3, tulu-3, self-label, sft, noiseal, self-rag, self-select, "
+        "robustft-paper, robustft (default: the paper's)",
+    )  # fmt: skip
+    group.add_argument("--models", type=_names, metavar="A,B", default=(),
+                       help="models of table 2 (default: the paper's)")  # fmt: skip
+    group.add_argument("--seeds", type=_integers, metavar="N,M", default=(0,),
+                       help="one run each (default: 0)")  # fmt: skip
+    group.add_argument("--limit", type=_positive, metavar="N",
+                       help="only the first N training records (default: all)")  # fmt: skip
+    group.add_argument("--test-limit", type=_positive, metavar="N",
+                       help="only the first N test records (default: all)")  # fmt: skip
+    _add_model(parser)
+    more = parser.add_argument_group(
+        "settings", "by default the paper's, or smaller ones for the embedded small model"
+    )
+    for name, about in (
+        ("--rounds", "alternations of reasoning and reflection"),
+        ("--reasoning-tokens", "longest reasoning and longest reflection"),
+        ("--epochs", "passes over the noisy set; every row takes as many steps"),
+        ("--batch-size", "records a step"),
+        ("--top-layers", "adapt only the last N layers"),
+    ):
+        more.add_argument(name, type=_positive, metavar="N", help=f"{about} (default: the preset)")
+    more.add_argument("--learning-rate", type=_at_least_zero, metavar="LR",
+                      help="peak learning rate (default: the preset)")  # fmt: skip
+    more.add_argument("--hermes", metavar="MODEL", help="the model of the row hermes-3 (default: "
+                      "NousResearch/Hermes-3-Llama-3.1-8B)")  # fmt: skip
+    more.add_argument("--tulu", metavar="MODEL", help="the model of the row tulu-3 (default: "
+                      "allenai/Llama-3.1-Tulu-3-8B-SFT)")  # fmt: skip
+    more.add_argument("--rephrasings", metavar="FILE", help="instructions of figure 6, one a line "
+                      "(default: five in English)")  # fmt: skip
+    more.add_argument("--embedder", metavar="MODEL", help="sentence-embedding model (default: the "
+                      "embedded MiniLM)")  # fmt: skip
+    more.add_argument("--share", type=_share_of, metavar="I/N", default=(0, 1),
+                      help="only every Nth cell from the Ith, and no table: set by itself where "
+                      "there are several GPUs (default: all)")  # fmt: skip
 
 
 def _add_bench(commands: Any) -> None:

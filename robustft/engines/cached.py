@@ -10,7 +10,8 @@ import numpy as np
 import orjson
 
 from robustft.cache import Cache, content_key
-from robustft.engines import Choice, Engine, Generation, Prompt, ResponseScore
+from robustft.engines import Abilities, Choice, Engine, Failure, Generation, Prompt, ResponseScore
+from robustft.store import Stopwatch
 
 _T = TypeVar("_T")
 _BATCH = 128
@@ -38,6 +39,7 @@ class CachedEngine:
         self.model_id = model_id
         self.revision = "local"
         self.embedded = embedded
+        self.abilities = Abilities()
         self._cache = cache
         self._make = make
         self._identity = (model_id, *identity)
@@ -54,6 +56,28 @@ class CachedEngine:
         """Let the model's memory go; it is loaded again when it is needed again."""
         self._engine = None
 
+    def speeds(self) -> dict[str, float]:
+        """Tokens a second read (prompts) and written (replies), as far as they were measured."""
+        found: dict[str, float] = {}
+        for name in ("read", "written"):
+            tokens, seconds = self._cache.get(self._speed_key(name)) or (0, 0.0)
+            if seconds > 0:
+                found[name] = tokens / seconds
+        return found
+
+    def _speed_key(self, name: str) -> bytes:
+        return content_key("speed", name, *self._identity)
+
+    def _measure(self, answers: Sequence[Any], seconds: float) -> None:
+        """Add a batch's tokens and seconds up, for estimates."""
+        written = sum(len(one.nll) for one in answers if isinstance(one, Generation))
+        read = sum(getattr(one, "prompt_tokens", 0) for one in answers)
+        name, tokens = ("written", written) if written else ("read", read)
+        if tokens:
+            before = self._cache.get(self._speed_key(name)) or (0, 0.0)
+            total = (before[0] + tokens, before[1] + seconds)
+            self._cache.replace(self._speed_key(name), total)
+
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """Large batches in order; what of them is new is planned by the engine behind."""
         rows = list(range(len(prompts)))
@@ -61,10 +85,11 @@ class CachedEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, seeds: Sequence[int] | None = None
-    ) -> list[Generation]:
+    ) -> list[Generation | Failure]:
         """Continue every prompt."""
         asked = [("generate", _spelt(p), max_new_tokens) for p in prompts]
-        def ask(rows: list[int]) -> list[Generation]:
+
+        def ask(rows: list[int]) -> Sequence[Generation | Failure]:
             given = None if seeds is None else [seeds[row] for row in rows]
             return self.engine.generate([prompts[row] for row in rows], max_new_tokens, given)
 
@@ -72,24 +97,24 @@ class CachedEngine:
 
     def choose(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
-    ) -> list[Choice]:
+    ) -> list[Choice | Failure]:
         """Log-probability of each candidate continuation of each prompt."""
-        asked = [
-            ("choose", _spelt(p), list(c)) for p, c in zip(prompts, candidates, strict=True)
-        ]
+        asked = [("choose", _spelt(p), list(c)) for p, c in zip(prompts, candidates, strict=True)]
 
-        def ask(rows: list[int]) -> list[Choice]:
+        def ask(rows: list[int]) -> Sequence[Choice | Failure]:
             return self.engine.choose(
                 [prompts[row] for row in rows], [candidates[row] for row in rows]
             )
 
         return self._answers(asked, prompts, 0, ask, _choice)
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> list[ResponseScore | Failure]:
         """Teacher-forced statistics of the given responses."""
         asked = [("score", _spelt(p), r) for p, r in zip(prompts, responses, strict=True)]
 
-        def ask(rows: list[int]) -> list[ResponseScore]:
+        def ask(rows: list[int]) -> Sequence[ResponseScore | Failure]:
             return self.engine.score([prompts[r] for r in rows], [responses[r] for r in rows])
 
         return self._answers(asked, prompts, 16, ask, lambda fields: ResponseScore(**fields))
@@ -99,22 +124,28 @@ class CachedEngine:
         asked: Sequence[Sequence[object]],
         prompts: Sequence[Prompt],
         room: int,
-        ask: Callable[[list[int]], list[_T]],
+        ask: Callable[[list[int]], Sequence[_T | Failure]],
         read: Callable[[dict[str, Any]], _T],
-    ) -> list[_T]:
+    ) -> list[_T | Failure]:
         keys = [content_key(*self._identity, *one) for one in asked]
         stored = self._cache.find(list(dict.fromkeys(keys)))
+        failed: dict[bytes, Failure] = {}
         missing = list({key: row for row, key in enumerate(keys) if key not in stored}.values())
         if missing:
             for batch in self.engine.plan([prompts[row] for row in missing], room):
                 rows = [missing[index] for index in batch]
-                fresh = {
-                    keys[row]: _written(answer)
-                    for row, answer in zip(rows, ask(rows), strict=True)
-                }
+                fresh = {}
+                watch = Stopwatch()
+                answers = ask(rows)
+                self._measure(answers, watch.seconds())
+                for row, answer in zip(rows, answers, strict=True):
+                    if isinstance(answer, Failure):
+                        failed[keys[row]] = answer
+                    else:
+                        fresh[keys[row]] = _written(answer)
                 self._cache.add(fresh)
                 stored.update(fresh)
-        return [read(_read(stored[key])) for key in keys]
+        return [failed[key] if key in failed else read(_read(stored[key])) for key in keys]
 
 
 def _spelt(prompt: Prompt) -> list[object]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from robustft.config import CleanConfig
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
-from robustft.pipeline import CleanResult
+from robustft.verdicts import CleanResult
 
 
 @dataclass(frozen=True, slots=True)

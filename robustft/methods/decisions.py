@@ -13,9 +13,9 @@ from robustft.answers import answer_kind, matches
 from robustft.config import CleanConfig
 from robustft.errors import UserError
 from robustft.files import atomic_file, write_atomically
-from robustft.pipeline import CleanResult
 from robustft.records import Record, RecordWriter, Reject, open_records, output_name
 from robustft.store import Stopwatch, folder_lock
+from robustft.verdicts import CleanResult
 
 _CHUNK = 512
 

@@ -31,10 +31,10 @@ from robustft.experts import record_kind
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
 from robustft.methods.scorers import Scorer, ngram_features, sharpened
-from robustft.pipeline import CleanResult
 from robustft.prompts import LETTERS, context_prompt
 from robustft.records import Record, open_records
 from robustft.retrieval import CosineKNN
+from robustft.verdicts import CleanResult
 
 _WARM_UP, _ROUNDS, _EPOCHS = 5, 3, 2
 _MOMENTUM = 0.9
@@ -126,7 +126,7 @@ class _NoiseAL:
             k = min(self._setting.config.k, len(self._records))
             ids, _ = index.search(queries, k, allowed=split.reliable)
             shown = [[i for i in near if i >= 0] for near in ids.tolist()]
-        records = [self._records[row] for row in rows]
+        records = [self._records[int(row)] for row in rows]
         prompts = [
             context_prompt(record, record_kind(record), [self._example(i) for i in near])
             for record, near in zip(records, shown, strict=True)

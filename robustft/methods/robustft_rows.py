@@ -6,7 +6,7 @@ import dataclasses
 
 from robustft.cleaning import run_clean
 from robustft.methods.base import Method, Setting
-from robustft.pipeline import CleanResult
+from robustft.verdicts import CleanResult
 
 
 def prepare(setting: Setting) -> CleanResult:

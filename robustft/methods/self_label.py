@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from robustft.evaluation import ask_plainly, predict
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
-from robustft.pipeline import CleanResult
 from robustft.records import Record
+from robustft.verdicts import CleanResult
 
 
 def prepare(setting: Setting) -> CleanResult:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from robustft.engines import Failure
+from robustft.errors import UserError
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
-from robustft.pipeline import CleanResult
 from robustft.prompts import SELECT_WORDS, neutral_select_prompt, select_prompt
 from robustft.records import Record
+from robustft.verdicts import CleanResult
 
 
 def prepare(setting: Setting) -> CleanResult:
     """Write the examples the model trusts, as given."""
     engine = setting.engine
-    prior = engine.choose([neutral_select_prompt()], [SELECT_WORDS])[0].logprobs
+    neutral = engine.choose([neutral_select_prompt()], [SELECT_WORDS])[0]
+    if isinstance(neutral, Failure):
+        raise UserError(f"the engine gave no reply: {neutral.reason}")
 
     def decide(records: Sequence[Record]) -> list[Decision]:
         prompts = [select_prompt(record) for record in records]
@@ -26,7 +30,10 @@ def prepare(setting: Setting) -> CleanResult:
         for rows in engine.plan(prompts):
             said = engine.choose([prompts[row] for row in rows], [SELECT_WORDS] * len(rows))
             for row, choice in zip(rows, said, strict=True):
-                yes, no = choice.logprobs - prior
+                if isinstance(choice, Failure):
+                    decisions[row] = Decision(None, f"no reply: {choice.reason}")
+                    continue
+                yes, no = choice.logprobs - neutral.logprobs
                 trusted = bool(yes >= no)
                 answer = records[row].answer if trusted else None
                 decisions[row] = Decision(answer, "trusted" if trusted else "not trusted")

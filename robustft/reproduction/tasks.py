@@ -71,7 +71,9 @@ def task_files(task: Task, noise: int, seed: int, data: str | None, work: Path) 
         )
     if noise == 0:
         return TaskFiles(labeled, labeled, test)
-    official = folder and (_find(folder, f"noisy{noise}") or _find(folder / "noisy", f"noisy{noise}"))
+    official = folder and (
+        _find(folder, f"noisy{noise}") or _find(folder / "noisy", f"noisy{noise}")
+    )
     return TaskFiles(labeled, official or _made_noisy(task, labeled, noise, seed, work), test)
 
 

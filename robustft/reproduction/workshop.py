@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from robustft.cache import Cache, content_key
 from robustft.config import CleanConfig, EngineConfig, EvalConfig, ExpertConfig, TrainConfig
 from robustft.embedding import Embedder, TextEmbedder
-from robustft.engines import Engine
+from robustft.engines import Engine, Failure
 from robustft.engines.cached import CachedEngine
-from robustft.errors import UserError
 from robustft.engines.factory import load_engine
+from robustft.errors import UserError
 from robustft.evaluation import Ask, EvalResult, Judge, ask_plainly, evaluate
 from robustft.methods import Method, Setting
 from robustft.metrics import Tally
@@ -71,6 +71,7 @@ class TrainingData:
 
     path: Path
     limit: int | None
+    powerless: bool = False
 
 
 class Workshop:
@@ -81,7 +82,7 @@ class Workshop:
     ) -> None:
         self.folder = folder
         self.preset = preset
-        self.config = dataclasses.replace(engine, dtype=preset.dtype)
+        self.config = dataclasses.replace(engine, dtype=preset.dtype, attention=preset.attention)
         self.source = find_model(engine.model)
         self.cache = Cache(folder / "answers.sqlite")
         self.embedder = CachedEmbedder(self.cache, embedder)
@@ -122,10 +123,12 @@ class Workshop:
             method.prepare(
                 Setting(dataclasses.replace(config, out=out), self.engine, self.embedder)
             )
-        counts = json.loads(manifest.read_text(encoding="utf-8"))["counts"]
+        known = json.loads(manifest.read_text(encoding="utf-8"))
+        counts = known["counts"]
         if not counts.get("keep", 0) + counts.get("relabel", 0):
             raise UserError("the method left no record to train on")
-        return TrainingData(next(path for path in out.glob("cleaned.*")), None)
+        cleaned = next(path for path in out.glob("cleaned.*"))
+        return TrainingData(cleaned, None, bool(known.get("powerless")))
 
     # --- adapters ------------------------------------------------------------------------------
 
@@ -140,8 +143,19 @@ class Workshop:
         identity = config.fingerprint() | {"input": _content(str(data.path))}
         out = self.folder / "adapters" / content_key("adapter", identity).hex()
         self.engine.release()
-        train(dataclasses.replace(config, out=out))
+        history = train(dataclasses.replace(config, out=out)).history
+        if history.seconds > 0:
+            self.cache.replace(self._speed_key, {"trained": history.tokens / history.seconds})
         return out
+
+    @property
+    def _speed_key(self) -> bytes:
+        return content_key("speed", self.source.path)
+
+    def speeds(self) -> dict[str, float]:
+        """Tokens a second read, written and trained on, as far as they were measured here."""
+        found = dict(self.cache.get(self._speed_key) or {})
+        return found | self.engine.speeds()
 
     # --- evaluations ---------------------------------------------------------------------------
 
@@ -178,7 +192,7 @@ class Workshop:
         found: list[float] = []
         for rows in engine.plan([prompt for prompt, _ in requests]):
             scores = engine.score([requests[r][0] for r in rows], [requests[r][1] for r in rows])
-            found += [float(np.exp(score.nll)) for score in scores]
+            found += [float(np.exp(s.nll)) for s in scores if not isinstance(s, Failure)]
         return found
 
 
@@ -194,4 +208,3 @@ def _content(path: str) -> str:
 def _evaluated(stored: dict[str, Any]) -> EvalResult:
     tallies = {name: Tally(**tally) for name, tally in stored["categories"].items()}
     return EvalResult(**stored | {"overall": Tally(**stored["overall"]), "categories": tallies})
-

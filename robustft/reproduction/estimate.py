@@ -1,0 +1,87 @@
+"""`--dry-run`: what a study would do, in tokens, and in time where the speed is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+
+from robustft.config import ReproduceConfig
+from robustft.engines.encoding import PromptEncoder
+from robustft.errors import UserError
+from robustft.evaluation import ask_plainly
+from robustft.methods import METHODS
+from robustft.models import load_tokenizer
+from robustft.records import Record
+from robustft.reproduction.cells import Bench, Cell
+from robustft.reproduction.studies import Study
+from robustft.reproduction.workshop import Workshop, read
+
+_PARTS = ("read", "written", "trained")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Work:
+    """What a cell costs: tokens of prompts, generated tokens, tokens trained on."""
+
+    read: int
+    written: int
+    trained: int
+
+
+def estimate(study: Study, config: ReproduceConfig) -> str:
+    """The plan of a study, an upper bound: what cells share is counted once a cell."""
+    bench = Bench(config)
+    cells = list(dict.fromkeys(cell for row in study.rows for cell in row.cells))
+    lines = [f"{study.title}: {len(cells)} cells"]
+    total: Counter[str] = Counter()
+    speeds: dict[str, float] = {}
+    for cell in cells:
+        name = f"{METHODS[cell.method].title} on {cell.task} at {cell.noise} %, seed {cell.seed}"
+        try:
+            work = _work(bench, cell)
+            speeds = speeds or bench.shop(cell.model).speeds()
+        except UserError as error:
+            lines.append(f"  {name}: not run: {error}")
+            continue
+        total.update(dataclasses.asdict(work))
+        lines.append(
+            f"  {name}: {work.read:,} tokens read, {work.written:,} written, "
+            f"{work.trained:,} trained on"
+        )
+    lines.append("at most: " + ", ".join(f"{total[part]:,} tokens {part}" for part in _PARTS))
+    if all(speeds.get(part) for part in _PARTS):
+        seconds = sum(total[part] / speeds[part] for part in _PARTS)
+        lines.append(f"at the speed of earlier work in {config.out}: {seconds / 60:.0f} minutes")
+    else:
+        lines.append("time: unknown until this machine has run something; try --limit 50 first")
+    return "\n".join(lines)
+
+
+def _work(bench: Bench, cell: Cell) -> _Work:
+    config = bench.config
+    method = METHODS[cell.method]
+    model = bench.other_model(cell) if method.model else cell.model
+    files, shop = bench.files(cell), bench.shop(model)
+    train, test = read(files.noisy, config.limit), read(files.test, config.test_limit)
+    train_tokens, test_tokens = _tokens(shop, train), _tokens(shop, test)
+    seen, written, trained = test_tokens * (1 + method.demonstrations), 0, 0
+    if cell.method.startswith("robustft"):
+        steps = 2 * shop.preset.rounds
+        written = len(train) * steps * shop.preset.reasoning_tokens
+        seen += train_tokens * (3 + steps) + written * steps + 2 * train_tokens
+    elif method.prepare is not None:
+        seen += train_tokens * 2
+    if method.trains:
+        batch, epochs = shop.preset.batch_size, shop.preset.epochs
+        per_record = train_tokens / max(len(train), 1)
+        trained = round(math.ceil(len(train) / batch) * batch * epochs * per_record)
+    return _Work(seen, written, trained)
+
+
+def _tokens(shop: Workshop, records: list[Record]) -> int:
+    """Tokens of the records' prompts, from a sample of 64."""
+    sample = records[:64]
+    encoder = PromptEncoder(load_tokenizer(shop.source))
+    lengths = [len(ids) for ids in encoder.encode(ask_plainly(sample))]
+    return round(sum(lengths) / max(len(sample), 1) * len(records))

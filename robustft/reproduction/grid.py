@@ -1,0 +1,223 @@
+"""Run a study: its cells, on one device or several, then its table and figure."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import robustft
+from robustft.config import ReproduceConfig
+from robustft.errors import UserError
+from robustft.files import write_atomically
+from robustft.methods import METHODS
+from robustft.models import DEFAULT_MODEL
+from robustft.progress import Progress
+from robustft.reproduction import plots
+from robustft.reproduction.cells import Bench, Cell, Outcome
+from robustft.reproduction.estimate import estimate
+from robustft.reproduction.presets import preset_for
+from robustft.reproduction.rows import Row, to_csv, to_markdown
+from robustft.reproduction.studies import STUDIES, Study
+
+
+def reproduce(config: ReproduceConfig) -> str:
+    """Compute a table or figure and write NAME.csv, NAME.md, NAME.png and NAME.svg to its folder.
+
+    Called again it reads what is there; killed, it goes on where it was. Returns what to print.
+
+    Raises:
+        UserError: a name is unknown, or the folder cannot be written.
+    """
+    study = STUDIES[config.what](config)
+    if config.dry_run:
+        return estimate(study, config)
+    workers = _workers(config)
+    if workers:
+        _side_by_side(workers)
+    outcomes = _run(study, config, alone=not workers)
+    if config.share[1] > 1:
+        return ""
+    rows = _rows(study, outcomes)
+    return _write(study, config, rows)
+
+
+def _run(study: Study, config: ReproduceConfig, *, alone: bool) -> dict[Cell, Outcome]:
+    """The outcome of every cell; with a share, those of this process."""
+    bench = Bench(config)
+    cells = list(dict.fromkeys(cell for row in study.rows for cell in row.cells))
+    cells.sort(key=lambda cell: str(cell.model))  # a model is loaded once
+    number, of = config.share
+    done: dict[Cell, Outcome] = {}
+    with Progress(study.name, len(cells), unit="cells") as progress:
+        for index, cell in enumerate(cells):
+            if index % of == number:
+                title = METHODS[cell.method].title
+                print(f"robustft: {study.name}, cell {index + 1} of {len(cells)}: {title} on "
+                      f"{cell.task} at {cell.noise} %", file=sys.stderr, flush=True)  # fmt: skip
+                with _claimed(config.out, cell):
+                    done[cell] = bench.run(cell, perplexity=study.perplexity)
+                if done[cell].reason and alone:
+                    print(f"robustft: {done[cell].reason}", file=sys.stderr, flush=True)
+            progress.update(1)
+    return done
+
+
+class _claimed:
+    """Holds what a cell trains on for this process; another that needs the same waits for it."""
+
+    def __init__(self, out: Path, cell: Cell) -> None:
+        folder = out / "cache" / "locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out}: cannot write the output folder: {error.strerror}") from error
+        self._path = folder / f"{cell.task}-{cell.noise}-{cell.method}-{cell.seed}"
+
+    def __enter__(self) -> None:
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._handle)
+
+
+# --- several GPUs --------------------------------------------------------------------------------
+
+
+def _workers(config: ReproduceConfig) -> list[tuple[list[str], dict[str, str]]]:
+    """Commands and environments of one process a GPU; none where there is at most one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if config.share[1] > 1 or count < 2 or config.engine.device not in ("auto", "cuda"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(count)]
+    command = [sys.executable, "-m", "robustft", *sys.argv[1:]]
+    return [
+        ([*command, "--share", f"{index}/{count}"], os.environ | {"CUDA_VISIBLE_DEVICES": name})
+        for index, name in enumerate(names[:count])
+    ]
+
+
+def _side_by_side(workers: Sequence[tuple[list[str], dict[str, str]]]) -> None:
+    """Run all workers to their end; what one left undone is computed here afterwards."""
+    running = [subprocess.Popen(command, env=environment) for command, environment in workers]
+    try:
+        for process in running:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def _rows(study: Study, outcomes: dict[Cell, Outcome]) -> list[Row]:
+    rows = [
+        Row.of(plan.name, plan.task, plan.noise, [outcomes[c] for c in plan.cells], plan.paper)
+        for plan in study.rows
+    ]
+    return [*rows, *(_relative(rows) if study.relative else [])]
+
+
+def _relative(rows: Sequence[Row]) -> list[Row]:
+    """The paper's last two rows: relative improvement of RobustFT over vanilla and over SFT."""
+    at = {(row.name, row.task, row.noise): row for row in rows}
+    found = []
+    for ours in ("robustft-paper", "robustft"):
+        for base in ("vanilla", "sft"):
+            for row in rows:
+                other = at.get((METHODS[base].title, row.task, row.noise))
+                if row.name != METHODS[ours].title or other is None or not row.values:
+                    continue
+                if other.values and other.mean > 0:
+                    change = 100 * (row.mean / other.mean - 1)
+                    name = f"↑ {METHODS[ours].title} vs. {METHODS[base].title}"
+                    found.append(Row(name, row.task, row.noise, values=[change]))
+    return found
+
+
+def _write(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> str:
+    notes = _notes(study, config, rows)
+    listed = [part for row in rows for part in _parts(row)] if study.name == "fig5" else rows
+    markdown = to_markdown(listed, study.title, notes, deviation=study.name == "fig6")
+    base = config.out / study.name
+    write_atomically(base.with_suffix(".csv"), to_csv(listed))
+    write_atomically(base.with_suffix(".md"), markdown)
+    drawn = plots.draw(study, rows, base)
+    files = [f"{base}.csv", f"{base}.md", *map(str, drawn)]
+    return markdown + "\nwritten:\n" + "\n".join(f"  {name}" for name in files)
+
+
+def _parts(row: Row) -> list[Row]:
+    """A row by category: the method's column, one line a category."""
+    if not row.values:
+        return [row]
+    name = f"{row.name}, {row.task.upper()}"
+    return [
+        Row(category, name, row.noise, row.outcomes, values=[100 * tally.accuracy], tally=tally)
+        for category, tally in plots.category_tallies(row).items()
+    ]
+
+
+def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[str]:
+    """What a reader must know to take the numbers for what they are."""
+    cells = [cell for plan in study.rows for cell in plan.cells]
+    models = list(dict.fromkeys(cell.model or DEFAULT_MODEL for cell in cells))
+    preset = preset_for(config, cells[0].model)
+    layers = "all layers" if preset.top_layers is None else f"the top {preset.top_layers} layers"
+    several = len(config.seeds) > 1
+    how = (
+        f"Student's 95 % interval over seeds {', '.join(map(str, config.seeds))}"
+        if several
+        else f"Wilson's 95 % interval over the test records (one seed, {config.seeds[0]})"
+    )
+    notes = [
+        f"Accuracy in percent with {how}. "
+        "In brackets: the paper's number, Llama-3.1-8B-Instruct unless the row names a model.",
+        f"Model: {', '.join(models)}. Data: {config.data or 'Hugging Face hub'}, "
+        f"{config.limit or 'all'} training and {config.test_limit or 'all'} test records. "
+        f"LoRA on {layers}: learning rate {preset.learning_rate:g}, {preset.batch_size} records a "
+        f"step, as many steps for every row as {preset.epochs} epochs of the noisy set have. "
+        f"Experts: {preset.rounds} round(s) of reasoning of {preset.reasoning_tokens} tokens.",
+    ]
+    if study.note:
+        notes.append(study.note)
+    if any(o.powerless for row in rows for o in row.outcomes):
+        notes.append(
+            "Rows marked * : no expert was better than chance, RobustFT changed nothing and was "
+            "trained on the noisy set as it stands."
+        )
+    notes.append(f"robustft {robustft.__version__}, {_commit()}, torch {_version('torch')}, "
+                 f"transformers {_version('transformers')}.")  # fmt: skip
+    return [f"{note}\n" for note in notes]
+
+
+def _commit() -> str:
+    """The commit of the source tree this package runs from, where it runs from one."""
+    folder = Path(robustft.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return "installed package"
+    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "commit unknown"
+    return f"commit {found.stdout.strip()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,216 @@
+"""What each table and figure of the paper consists of: its cells, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustft.config import ABLATIONS, ReproduceConfig
+from robustft.errors import UserError
+from robustft.methods import METHODS, find_method
+from robustft.reproduction import paper
+from robustft.reproduction.cells import Cell
+from robustft.reproduction.presets import TABLE2_MODELS
+from robustft.reproduction.tasks import TASKS
+
+_ABLATION_NAMES = {
+    "": "RobustFT",
+    "selection": "w/o Selection",
+    "checker": "w/o Checker",
+    "reviewer": "w/o Reviewer",
+    "cer": "w/o CER",
+    "rel": "w/o REL",
+}
+BETAS = (0.3, 0.4, 0.5, 0.6, 0.7)
+KS = (1, 2, 3, 4, 5)
+REPHRASINGS = Path(__file__).parent / "rephrasings.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One row of a study: what it is called, and its cells, one a seed (or instruction)."""
+
+    name: str
+    task: str
+    noise: int | None
+    cells: tuple[Cell, ...]
+    paper: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A table or figure: its rows, and what is said below it."""
+
+    name: str
+    title: str
+    rows: tuple[RowPlan, ...]
+    relative: bool = False  # add the improvement over vanilla and SFT
+    perplexity: bool = False
+    note: str = ""
+
+
+def _grid(
+    config: ReproduceConfig, tasks: Sequence[str], noise: Sequence[int]
+) -> Iterator[tuple[str, int]]:
+    for task in config.tasks or tasks:
+        if task not in TASKS:
+            raise UserError(f"tasks must be among {', '.join(TASKS)}, got {task!r}")
+        for rate in config.noise or noise:
+            yield task, rate
+
+
+def _seeds(config: ReproduceConfig, **fields: Any) -> tuple[Cell, ...]:
+    fields.setdefault("model", config.engine.model)
+    return tuple(Cell(seed=seed, **fields) for seed in config.seeds)
+
+
+def _methods(config: ReproduceConfig, usual: Sequence[str]) -> list[str]:
+    return [find_method(name).name for name in config.methods or usual]
+
+
+def table1(config: ReproduceConfig) -> Study:
+    """Methods x tasks x noise."""
+    rows = [
+        RowPlan(
+            METHODS[method].title, task, noise,
+            _seeds(config, task=task, noise=noise, method=method),
+            paper.number(paper.TABLE1.get(method), task, noise),
+        )
+        for method in _methods(config, tuple(METHODS))
+        for task, noise in _grid(config, paper.TASK_ORDER, paper.NOISE)
+    ]  # fmt: skip
+    return Study("table1", "Table 1: methods under noise", tuple(rows), relative=True)
+
+
+def table2(config: ReproduceConfig) -> Study:
+    """Models x (vanilla, SFT, RobustFT) x tasks x noise."""
+    rows = []
+    models = config.models or ((config.engine.model,) if config.engine.model else TABLE2_MODELS)
+    for model in models:
+        for method in _methods(config, ("vanilla", "sft", "robustft-paper", "robustft")):
+            for task, noise in _grid(config, paper.TASK_ORDER, paper.NOISE):
+                cells = _seeds(config, task=task, noise=noise, method=method, model=model)
+                printed = paper.TABLE2.get(model, {}).get(method)
+                name = f"{model.rsplit('/', 1)[-1]}: {METHODS[method].title}"
+                number = paper.number(printed, task, noise)
+                rows.append(RowPlan(name, task, noise, cells, number))
+    return Study("table2", "Table 2: models under noise", tuple(rows))
+
+
+def table3(config: ReproduceConfig) -> Study:
+    """RobustFT with one part left out."""
+    methods = _methods(config, ("robustft-paper",))
+    rows = []
+    for method in methods:
+        for part in ("", *ABLATIONS):
+            changes = (("without", frozenset({part})),) if part else ()
+            for task, noise in _grid(config, ("mmlu", "arc"), paper.NOISE):
+                cells = _seeds(config, task=task, noise=noise, method=method, changes=changes)
+                name = _ABLATION_NAMES[part]
+                name = f"{METHODS[method].title}: {name}" if len(methods) > 1 else name
+                number = paper.number(paper.TABLE3[part], task, noise)
+                rows.append(RowPlan(name, task, noise, cells, number))
+    which = ", ".join(METHODS[method].title for method in methods)
+    return Study("table3", "Table 3: ablations", tuple(rows), note=f"Method: {which}.")
+
+
+def fig1(config: ReproduceConfig) -> Study:
+    """Accuracy against noise."""
+    rows = [
+        RowPlan(
+            METHODS[method].title, task, noise,
+            _seeds(config, task=task, noise=noise, method=method),
+            paper.number(paper.TABLE1.get(method), task, noise),
+        )
+        for method in _methods(config, ("vanilla", "sft", "robustft"))
+        for task, noise in _grid(config, ("mmlu",), (0, *paper.NOISE))
+    ]  # fmt: skip
+    return Study("fig1", "Figure 1: accuracy against noise", tuple(rows))
+
+
+def fig3(config: ReproduceConfig) -> Study:
+    """Sensitivity to beta and k."""
+    rows = []
+    for method in _methods(config, ("robustft-paper", "robustft")):
+        for task, noise in _grid(config, ("mmlu",), paper.NOISE):
+            for name, values, usual in (("beta", BETAS, 0.5), ("k", KS, 3)):
+                for value in values:
+                    changes = () if value == usual else ((name, value),)
+                    cells = _seeds(config, task=task, noise=noise, method=method, changes=changes)
+                    shown = f"{value:.0%}" if name == "beta" else str(value)
+                    label = f"{METHODS[method].title}: {name} = {shown}"
+                    rows.append(RowPlan(label, task, noise, cells))
+    note = (
+        "Where the default detector settles labels itself (all records share their options), k "
+        "changes nothing: no neighbours are shown to the model."
+    )
+    return Study("fig3", "Figure 3: sensitivity to beta and k", tuple(rows), note=note)
+
+
+def fig4(config: ReproduceConfig) -> Study:
+    """Perplexity of the right test answers."""
+    rows = [
+        RowPlan(
+            METHODS[method].title, task, noise,
+            _seeds(config, task=task, noise=noise, method=method),
+        )
+        for task, noise in _grid(config, ("mmlu", "arc"), paper.NOISE)
+        for method in _methods(config, ("vanilla", "sft", "robustft"))
+    ]  # fmt: skip
+    note = "Perplexity of a test record: exp of the mean nll (nats) of its right answer's tokens."
+    title = "Figure 4: perplexity on the test set"
+    return Study("fig4", title, tuple(rows), perplexity=True, note=note)
+
+
+def fig5(config: ReproduceConfig) -> Study:
+    """Accuracy by category of MMLU."""
+    rows = [
+        RowPlan(
+            METHODS[method].title, task, noise,
+            _seeds(config, task=task, noise=noise, method=method),
+        )
+        for task, noise in _grid(config, ("mmlu",), paper.NOISE)
+        for method in _methods(config, ("vanilla", "sft", "robustft"))
+    ]  # fmt: skip
+    note = (
+        "Categories: the subcategories that Hendrycks et al. publish with MMLU "
+        "(github.com/hendrycks/test, categories.py)."
+    )
+    return Study("fig5", "Figure 5: accuracy by category", tuple(rows), note=note)
+
+
+def fig6(config: ReproduceConfig) -> Study:
+    """Stability under rephrased instructions: mean and deviation over them."""
+    path = config.rephrasings or REPHRASINGS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the rephrasings: {error}") from error
+    wordings = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not wordings:
+        raise UserError(f"{path}: expected one instruction a line, found none")
+    rows = [
+        RowPlan(
+            METHODS[method].title, task, noise,
+            tuple(
+                cell
+                for words in wordings
+                for cell in _seeds(
+                    config, task=task, noise=noise, method=method, instruction=words
+                )
+            ),
+        )
+        for method in _methods(config, ("vanilla", "sft", "robustft"))
+        for task, noise in _grid(config, ("mmlu", "arc"), paper.NOISE)
+        if method != "self-rag"
+    ]  # fmt: skip
+    said = "; ".join(f'"{words}"' for words in wordings)
+    note = f"Mean and standard deviation over {len(wordings)} instructions: {said}."
+    return Study("fig6", "Figure 6: stability under rephrased instructions", tuple(rows), note=note)
+
+
+STUDIES: dict[str, Callable[[ReproduceConfig], Study]] = {
+    study.__name__: study for study in (table1, table2, table3, fig1, fig3, fig4, fig5, fig6)
+}
