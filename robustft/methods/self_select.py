@@ -34,7 +34,7 @@ def prepare(setting: Setting) -> CleanResult:
                     decisions[row] = Decision(None, f"no reply: {choice.reason}")
                     continue
                 yes, no = choice.logprobs - neutral.logprobs
-                trusted = bool(yes >= no)
+                trusted = bool(yes > no)
                 answer = records[row].answer if trusted else None
                 decisions[row] = Decision(answer, "trusted" if trusted else "not trusted")
         return [decisions[row] for row in range(len(records))]

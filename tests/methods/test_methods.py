@@ -1,0 +1,151 @@
+"""Every row of the paper's tables, on a corpus small enough to follow by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scripted import LetterEmbedder, ScriptedEngine
+
+from robustft.config import CleanConfig
+from robustft.engines import Prompt
+from robustft.errors import UserError
+from robustft.methods import METHODS, Setting, find_method
+from robustft.methods.scorers import Scorer, sharpened
+from robustft.records import Record, open_records
+
+COLOURS = ("apple", "banana", "cherry")
+
+
+def corpus(path: Path, size: int = 90, wrong: int = 4) -> tuple[str, list[str]]:
+    """Questions that spell their answer; every `wrong`th given answer is another one."""
+    truth, rows = [], []
+    for n in range(size):
+        right = n % 3
+        truth.append("ABC"[right])
+        given = (right + 1) % 3 if n % wrong == 0 else right
+        question = f"{COLOURS[right]} {COLOURS[right]} number {n}"
+        rows.append({"question": question, "options": json.dumps(COLOURS), "answer": "ABC"[given]})
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, ["question", "options", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path), truth
+
+
+def knowing(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
+    """A model that reads the fruit in the last question, and trusts answers that name it."""
+    asked = prompt.messages[-1].content
+    fruit = asked.split()[0]
+    right = COLOURS.index(fruit) if fruit in COLOURS else -1
+    if list(candidates) == [" Y", " N"]:
+        trusted = f"Proposed answer: {'ABC'[right]}." in asked
+        return [0.6, 0.4] if trusted else [0.4, 0.6]
+    return [0.8 if place == right else 0.1 for place in range(len(candidates))]
+
+
+def setting(path: str, out: Path, **changes: object) -> Setting:
+    engine = ScriptedEngine(choose=knowing)
+    return Setting(CleanConfig(input=path, out=out, **changes), engine, LetterEmbedder())
+
+
+def answers(out: Path) -> list[Record]:
+    return [item for item in open_records(str(out / "cleaned.csv")) if isinstance(item, Record)]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[[str], tuple[list[Record], list[str]]]:
+    def make(name: str) -> tuple[list[Record], list[str]]:
+        path, truth = corpus(tmp_path / "noisy.csv")
+        prepare = METHODS[name].prepare
+        assert prepare is not None
+        result = prepare(setting(path, tmp_path / name))
+        assert result.cleaned == tmp_path / name / "cleaned.csv"
+        counts = result.counts
+        assert counts["keep"] + counts["relabel"] + counts["drop"] == 90
+        verdicts = (tmp_path / name / "verdicts.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in verdicts] == [str(n) for n in range(90)]
+        return answers(tmp_path / name), truth
+
+    return make
+
+
+def right(records: Sequence[Record]) -> float:
+    named = [record.question.split()[0] for record in records]
+    return float(np.mean([COLOURS.index(n) == "ABC".index(r.answer)
+                          for n, r in zip(named, records, strict=True)]))  # fmt: skip
+
+
+def test_self_label_gives_the_models_own_answers(made: Callable[..., object]) -> None:
+    records, truth = made("self-label")
+    assert [record.answer for record in records] == truth
+
+
+def test_self_select_keeps_what_the_model_trusts(made: Callable[..., object]) -> None:
+    records, truth = made("self-select")
+    assert len(records) == sum(n % 4 != 0 for n in range(90))
+    assert right(records) == 1.0
+
+
+def test_noiseal_finds_wrong_answers_and_has_them_labelled(made: Callable[..., object]) -> None:
+    records, truth = made("noiseal")
+    assert len(records) > 70
+    assert right(records) > 0.95
+
+
+@pytest.mark.parametrize("name", ["robustft", "robustft-paper"])
+def test_robustft_rows(made: Callable[..., object], name: str) -> None:
+    records, truth = made(name)
+    assert right(records) > 0.9
+
+
+def test_noiseal_on_open_answers(tmp_path: Path) -> None:
+    rows = [{"question": f"how many is {n % 5} and {n % 5}", "answer": str(2 * (n % 5))}
+            for n in range(60)]  # fmt: skip
+    rows[7]["answer"] = "99"
+    path = tmp_path / "open.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = ScriptedEngine(reply=lambda prompt: " 4")
+    config = CleanConfig(input=str(path), out=tmp_path / "out")
+    prepare = METHODS["noiseal"].prepare
+    assert prepare is not None
+    result = prepare(Setting(config, engine, LetterEmbedder()))
+    assert sum(result.counts[name] for name in ("keep", "relabel", "drop")) == 60
+    assert result.counts["keep"] > 20
+
+
+def test_an_empty_reliable_set_still_ends(tmp_path: Path) -> None:
+    path, _ = corpus(tmp_path / "noisy.csv", size=3, wrong=1)
+    prepare = METHODS["noiseal"].prepare
+    assert prepare is not None
+    result = prepare(setting(path, tmp_path / "out"))
+    assert sum(result.counts[name] for name in ("keep", "relabel", "drop")) == 3
+
+
+def test_rows_that_train_nothing() -> None:
+    assert [m.name for m in METHODS.values() if not m.trains] == [
+        "vanilla", "hermes-3", "tulu-3", "self-rag",
+    ]  # fmt: skip
+    assert METHODS["self-rag"].demonstrations == 3
+    with pytest.raises(UserError, match="method must be one of vanilla"):
+        find_method("magic")
+
+
+def test_scorer_losses_pull_the_way_they_should() -> None:
+    features = np.eye(4, dtype=np.float32)
+    scorer = Scorer(features, 2, True, seed=0)
+    rows, nothing = np.arange(4), np.zeros(0, np.int64)
+    labels = np.array([0, 1, 0, 1])
+    for _ in range(60):  # reliable: 0, 1; purified: 2; hard: 3
+        scorer.epoch((rows[:2], labels[:2]), (rows[2:3], labels[2:3]),
+                     (rows[3:], np.array([[0.1, 0.9]])))  # fmt: skip
+    assert scorer.probabilities(4).argmax(1).tolist() == [0, 1, 0, 1]
+    assert sharpened(np.array([[0.4, 0.6]]))[0, 1] == pytest.approx(0.36 / 0.52)
+    pairs = Scorer(np.eye(8, dtype=np.float32), 2, False, seed=0)
+    for _ in range(40):
+        pairs.epoch((rows, labels), (nothing, nothing), (nothing, np.zeros((0, 2))))
+    assert pairs.probabilities(4).argmax(1).tolist() == labels.tolist()
