@@ -29,7 +29,7 @@ class Preset:
 
 PAPER = Preset()
 SMALL = Preset(
-    rounds=1, reasoning_tokens=24, epochs=3, learning_rate=2e-3, batch_size=8, top_layers=4,
+    rounds=1, reasoning_tokens=16, epochs=2, learning_rate=2e-3, batch_size=8, top_layers=4,
     dtype="bfloat16", attention="eager",
 )  # fmt: skip
 TABLE2_MODELS = (

@@ -179,21 +179,23 @@ def _fpb(row: Mapping[str, Any]) -> Row:
 def judge_drop(record: Record, reply: str) -> tuple[str | None, bool, float]:
     """DROP's official metric: (answer read, exact match, F1).
 
-    A reply that the gold answers, being of several spans, ask to be a list is split at commas,
-    semicolons, line ends and "and".
+    A reply is read as a span, where the gold answer is a number as its number too, and where a
+    gold answer has several spans as a list besides, split at commas, semicolons, line ends and
+    "and"; the best reading counts.
     """
     golds = record.row.get("golds")
     if isinstance(golds, str):
         golds = orjson.loads(golds)
     golds = [[record.answer]] if not golds else [g if isinstance(g, list) else [g] for g in golds]
-    kind = "span" if answer_kind(record.answer) == "text" else answer_kind(record.answer)
-    answer = parse(reply, kind=kind).answer
-    if answer is None:
+    number = answer_kind(record.answer) == "number"
+    span = parse(reply, kind="span").answer
+    answer = parse(reply, kind="number").answer if number else span
+    readings = [[text] for text in (answer, span) if text is not None]
+    if span is not None and max(len(gold) for gold in golds) > 1:
+        readings.append(_listed(span))
+    if not readings:
         return None, False, 0.0
-    whole = best_score([answer], golds)
-    if max(len(gold) for gold in golds) == 1:
-        return answer, *whole
-    return answer, *max(whole, best_score(_listed(parse(reply, kind="span").answer or ""), golds))
+    return answer or span, *max(best_score(said, golds) for said in readings)
 
 
 def _listed(text: str) -> list[str]:

@@ -42,9 +42,9 @@ def knowing(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
     asked = prompt.messages[-1].content
     fruit = asked.split()[0]
     right = COLOURS.index(fruit) if fruit in COLOURS else -1
-    if list(candidates) == [" Y", " N"]:
-        trusted = f"Proposed answer: {'ABC'[right]}." in asked
-        return [0.6, 0.4] if trusted else [0.4, 0.6]
+    if list(candidates) in ([" Y", " N"], [" Yes", " No"]):
+        trusted = right >= 0 and f"Proposed answer: {'ABC'[right]}." in asked
+        return [0.6, 0.4] if trusted else [0.4, 0.6] if right >= 0 else [0.5, 0.5]
     return [0.8 if place == right else 0.1 for place in range(len(candidates))]
 
 
@@ -104,7 +104,8 @@ def test_robustft_rows(made: Callable[..., object], name: str) -> None:
 
 
 def test_noiseal_on_open_answers(tmp_path: Path) -> None:
-    rows = [{"question": f"how many is {n % 5} and {n % 5}", "answer": str(2 * (n % 5))}
+    words = ("ant", "bee", "cow", "dog", "elk")
+    rows = [{"question": f"{words[n % 5]} {words[n % 5]}?", "answer": str(2 * (n % 5))}
             for n in range(60)]  # fmt: skip
     rows[7]["answer"] = "99"
     path = tmp_path / "open.jsonl"
