@@ -86,20 +86,20 @@ def test_self_label_gives_the_models_own_answers(made: Callable[..., object]) ->
 
 
 def test_self_select_keeps_what_the_model_trusts(made: Callable[..., object]) -> None:
-    records, truth = made("self-select")
+    records, _ = made("self-select")
     assert len(records) == sum(n % 4 != 0 for n in range(90))
     assert right(records) == 1.0
 
 
 def test_noiseal_finds_wrong_answers_and_has_them_labelled(made: Callable[..., object]) -> None:
-    records, truth = made("noiseal")
+    records, _ = made("noiseal")
     assert len(records) > 70
     assert right(records) > 0.95
 
 
 @pytest.mark.parametrize("name", ["robustft", "robustft-paper"])
 def test_robustft_rows(made: Callable[..., object], name: str) -> None:
-    records, truth = made(name)
+    records, _ = made(name)
     assert right(records) > 0.9
 
 
