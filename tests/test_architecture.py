@@ -19,7 +19,7 @@ CONFINED = {
     "triton": {"robustft_kernels", "robustft.benchmarks"},
     "peft": {"robustft.training"},
     "robustft._core": {"robustft.retrieval", "robustft_kernels", "robustft.benchmarks"},
-    "sqlite3": {"robustft.store"},
+    "sqlite3": {"robustft.store", "robustft.cache"},
     "accelerate": {"robustft.training"},
     "datatrove": {"robustft.integrations.datatrove_step"},
     "datasets": {"robustft.columnar"},

@@ -20,6 +20,7 @@ from robustft.config import EngineConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore
 from robustft.engines.encoding import PromptEncoder
+from robustft.frozen import FrozenTrunk
 from robustft.models import find_model, load_causal_lm, load_tokenizer
 from robustft_kernels import linear_token_stats, token_stats
 
@@ -105,6 +106,7 @@ class TransformersEngine:
         self.revision = str(getattr(model.config, "_commit_hash", None) or "local")
         self.model: Any = model.to(self.device).eval()
         self.tokenizer: Any = loaded
+        self.trunk: FrozenTrunk | None = None  # layers that another adapter's engine shares
         self.temperature = config.temperature
         self.encoder = PromptEncoder(loaded)
         self.truncated = 0  # prompts cut to the model's window so far
@@ -263,8 +265,7 @@ class TransformersEngine:
     def _choose(
         self, encoded: Sequence[list[int]], endings: Sequence[Sequence[list[int]]]
     ) -> list[Choice]:
-        inputs = self._left_padded(encoded)
-        logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, :]
+        logits = self._last_logits(encoded)
         stats = token_stats(logits)
         results = []
         for row, texts in enumerate(endings):
@@ -283,6 +284,16 @@ class TransformersEngine:
                 )
             )
         return results
+
+    def _last_logits(self, encoded: Sequence[list[int]]) -> torch.Tensor:
+        """[rows, vocabulary] after the last token of each sequence."""
+        if self.trunk is None:
+            inputs = self._left_padded(encoded)
+            logits: torch.Tensor = self.model(**inputs, logits_to_keep=1, use_cache=False).logits
+            return logits[:, -1, :]
+        states = self.trunk.states([np.array(ids, np.int32) for ids in encoded])
+        last = torch.tensor([len(ids) - 1 for ids in encoded], device=self.device)
+        return self.trunk.logits(states, torch.arange(len(encoded), device=self.device), last)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:

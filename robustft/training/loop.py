@@ -27,6 +27,7 @@ from robustft.config import TrainConfig
 from robustft.devices import fast_matmul
 from robustft.errors import UserError
 from robustft.files import replacing
+from robustft.frozen import FrozenTrunk
 from robustft.progress import Progress
 from robustft.training.data import (
     Example,
@@ -35,7 +36,6 @@ from robustft.training.data import (
     learning_rate_at,
     micro_batches,
 )
-from robustft.training.frozen import FrozenTrunk, model_identity
 from robustft.training.signals import StepSignals
 from robustft.training.trackers import Report
 from robustft_kernels import token_stats
@@ -78,7 +78,7 @@ class TrainingLoop:
             _CPU_BATCH_TOKENS if on_cpu else _CUDA_BATCH_TOKENS
         )
         self._cacheable = has_plain_cache(model)
-        self._trunk = FrozenTrunk.of(model, model_identity(model))
+        self._trunk = FrozenTrunk.of(model)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained_parameters = sum(p.numel() for p in self._trained.values())
         self._optimizer = torch.optim.AdamW(

@@ -1,8 +1,8 @@
 """The layers below the lowest adapted one: their output never changes, so it is computed once.
 
-With `top_layers` set, most of a forward pass repeats in every epoch what it computed in the first.
-A `FrozenTrunk` keeps those hidden states by token ids, so that epochs, and other trainings of the
-same model in the same process, skip the lower layers.
+With `top_layers` set, most of a forward pass repeats in every epoch what it computed in the first,
+and most of an evaluation what it computed for another adapter. A `FrozenTrunk` keeps those hidden
+states by token ids, for everything that is done with one model in one process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FrozenTrunk:
         self._kept = sum(_bytes(states) for states in self._states.values())
 
     @classmethod
-    def of(cls, model: Any, identity: tuple[str, ...]) -> FrozenTrunk | None:
+    def of(cls, model: Any) -> FrozenTrunk | None:
         """The trunk of `model`; None where no layer is frozen, or skipping layers changes logits.
 
         Architectures differ in what happens around their layers; asking the model itself is safer
@@ -51,7 +51,7 @@ class FrozenTrunk:
         if depth == 0:
             return None
         try:
-            trunk = cls(model, depth, identity)
+            trunk = cls(model, depth, model_identity(model))
             training = model.training
             model.eval()
             ids = np.arange(2, 10, dtype=np.int32) % int(trunk._base.config.vocab_size)
@@ -119,7 +119,8 @@ class FrozenTrunk:
         for row, ids in enumerate(sequences):
             batch[row, : len(ids)] = torch.from_numpy(ids)
         norm = self._decoder.norm
-        with torch.no_grad(), self._layers(slice(0, self._depth)):
+        # Kept states may be used in training, where tensors of inference mode may not.
+        with torch.inference_mode(False), torch.no_grad(), self._layers(slice(0, self._depth)):
             self._decoder.norm = torch.nn.Identity()
             try:
                 output = self._decoder(input_ids=batch.to(self.device), use_cache=False)
@@ -147,14 +148,14 @@ class FrozenTrunk:
 
 
 def _frozen_layers(model: Any) -> int:
-    """How many of the lowest layers have no parameter that trains."""
+    """How many of the lowest layers have no parameter of an adapter."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = getattr(getattr(base, "get_decoder", lambda: None)(), "layers", None)
     kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
     if layers is None or len(set(kinds)) > 1:  # a layer's mask may be told by its position
         return 0
     for depth, layer in enumerate(layers):
-        if any(parameter.requires_grad for parameter in layer.parameters()):
+        if any(_adapted(name, parameter) for name, parameter in layer.named_parameters()):
             return depth
     return 0
 
@@ -164,11 +165,16 @@ def model_identity(model: Any) -> tuple[str, ...]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     digest = hashlib.blake2b(base.config.to_json_string().encode(), digest_size=16)
     for name, weight in base.named_parameters():
-        if not weight.requires_grad:
+        if not _adapted(name, weight):
             sample = weight.detach().flatten()[:64].float().cpu().numpy()
             digest.update(name.encode() + sample.tobytes())
     first = next(base.parameters())
     return type(base).__name__, str(first.dtype), str(first.device), digest.hexdigest()
+
+
+def _adapted(name: str, parameter: Any) -> bool:
+    """Whether a parameter trains, or was trained beside the model's own weights."""
+    return bool(parameter.requires_grad) or "lora_" in name
 
 
 def _bytes(states: torch.Tensor) -> int:
