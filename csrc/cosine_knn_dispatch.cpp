@@ -8,6 +8,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace robustft::knn {
@@ -24,6 +27,14 @@ bool enable_amx() {
            syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
+#endif
+}
+#elif defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return true;  // Apple's cores all have them
 #endif
 }
 #endif
@@ -45,6 +56,7 @@ std::vector<const Kernels*> available_kernels() {
     if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);
     if (avx2) found.push_back(&kAvx2);
 #elif defined(__aarch64__)
+    if (has_dot_products()) found.push_back(&kNeonDot);
     found.push_back(&kNeon);
 #endif
     found.push_back(&kPortable);

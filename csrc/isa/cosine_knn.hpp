@@ -32,7 +32,7 @@ struct BlockHead {
 struct Sieve {
     float slope;
     float floor;
-    std::int32_t offset;  // integer codes: what the dot product starts from
+    std::int32_t offset;  // what a sum of the raised row codes is too large by, negated
     std::uint32_t count;  // survivors so far
     std::uint32_t* rows;  // [>= count + 80] their positions
     float* bounds;        // [>= count + 80]
@@ -81,6 +81,7 @@ extern const Kernels kAvx512Vnni;
 extern const Kernels kAmx;
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
+extern const Kernels kNeonDot;
 #endif
 
 }  // namespace robustft::knn

@@ -17,6 +17,7 @@ struct Avx2 {
 
     static Ints splat(std::int32_t x) { return _mm256_set1_epi32(x); }
     static Floats splat(float x) { return _mm256_set1_ps(x); }
+    static Ints start(std::int32_t offset) { return splat(offset); }
     static Ints load_ints(const void* codes) {
         return _mm256_loadu_si256(static_cast<const __m256i*>(codes));
     }

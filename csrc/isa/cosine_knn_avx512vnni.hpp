@@ -20,6 +20,7 @@ struct Avx512Vnni {
 
     static Ints splat(std::int32_t x) { return _mm512_set1_epi32(x); }
     static Floats splat(float x) { return _mm512_set1_ps(x); }
+    static Ints start(std::int32_t offset) { return splat(offset); }
     static Ints load_ints(const void* codes) { return _mm512_loadu_si512(codes); }
     static Floats load(const float* x) { return _mm512_loadu_ps(x); }
 

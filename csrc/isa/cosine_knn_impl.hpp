@@ -96,7 +96,7 @@ template <class Isa>
 struct IntCodes {
     using Sum = typename Isa::Ints;
     static constexpr std::size_t kStepBytes = 4;
-    static Sum start(const Sieve& sieve) { return Isa::splat(sieve.offset); }
+    static Sum start(const Sieve& sieve) { return Isa::start(sieve.offset); }
     static Sum load(const void* codes) { return Isa::load_ints(codes); }
     static Sum query(const void* code) { return Isa::splat(bits_to_int(code)); }
     static Sum step(Sum sum, Sum rows, Sum query) { return Isa::dot(sum, rows, query); }

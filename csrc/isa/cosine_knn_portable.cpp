@@ -18,6 +18,7 @@ struct Isa {
 
     static Ints splat(std::int32_t x) { return {{x, x, x, x}}; }
     static Floats splat(float x) { return {{x, x, x, x}}; }
+    static Ints start(std::int32_t offset) { return splat(offset); }
     static Ints load_ints(const void* codes) {
         Ints out;
         __builtin_memcpy(&out, codes, sizeof(out));

@@ -122,16 +122,22 @@ def _faiss(rows: Floats, case: Case) -> Iterator[Contender]:
     faiss.omp_set_num_threads(case.threads)
     index = faiss.IndexFlatIP(case.dim)
     index.add(rows)
-    default = int(faiss.cvar.distance_compute_blas_threshold)
 
-    def search(queries: Floats, threshold: int) -> Found:
-        faiss.cvar.distance_compute_blas_threshold = threshold
+    def search(queries: Floats) -> Found:
         cosines, ids = index.search(queries, case.k)
         return ids, cosines
 
-    yield Contender("faiss IndexFlatIP", lambda queries: search(queries, default))
-    if case.queries < 4096:  # above that the default is BLAS
-        yield Contender("faiss IndexFlatIP, BLAS forced", lambda queries: search(queries, 0))
+    def search_by_blas(queries: Floats) -> Found:
+        usual = faiss.cvar.distance_compute_blas_threshold
+        faiss.cvar.distance_compute_blas_threshold = 0
+        try:
+            return search(queries)
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = usual
+
+    yield Contender("faiss IndexFlatIP", search)
+    if case.queries < 4096:  # from there on BLAS is its own choice
+        yield Contender("faiss IndexFlatIP, BLAS forced", search_by_blas)
 
 
 def _usearch(rows: Floats, case: Case) -> Iterator[Contender]:
