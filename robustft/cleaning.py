@@ -128,8 +128,18 @@ def open_source(config: CleanConfig) -> RecordSource:
 def load(
     config: CleanConfig, engine: Engine | None = None, embedder: TextEmbedder | None = None
 ) -> tuple[Engine, TextEmbedder]:
-    """The models of a configuration, but for those that are ready."""
-    return engine or load_engine(config.engine), embedder or Embedder(config.embedder)
+    """The models of a configuration, but for those that are ready.
+
+    Raises UserError where the engine cannot give what the method needs.
+    """
+    engine = engine or load_engine(config.engine)
+    if not engine.abilities.nll and "selection" not in config.without:
+        raise UserError(
+            f"{config.engine.base_url}: the server gives no log-probabilities, by which new labels "
+            "are selected (eq. 7): add --without selection to keep all of them, or use a server "
+            "that gives them (vLLM, SGLang, llama.cpp)"
+        )
+    return engine, embedder or Embedder(config.embedder)
 
 
 def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -23,15 +24,9 @@ _RESUMABLE = {"clean", "demo", "reproduce", "train"}
 def _engine_config(options: argparse.Namespace) -> Any:
     from robustft.config import EngineConfig
 
-    return EngineConfig(
-        model=options.model,
-        engine=getattr(options, "engine", "transformers"),
-        device=options.device,
-        dtype=options.dtype,
-        attention=options.attention,
-        batch_tokens=options.batch_tokens,
-        temperature=getattr(options, "temperature", 0.0),
-    )
+    given = vars(options)
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    return EngineConfig(**{name: given[name] for name in names & given.keys()})
 
 
 def _run_clean(options: argparse.Namespace) -> int:

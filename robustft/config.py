@@ -11,7 +11,7 @@ from typing import Any, Literal
 from robustft.errors import UserError
 
 ABLATIONS = ("selection", "checker", "reviewer", "cer", "rel")
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "openai", "vllm")
 DETECTORS = ("crowd", "paper")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,6 +20,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def _require(condition: bool, name: str, requirement: str, value: object) -> None:
     if not condition:
         raise UserError(f"{name} must be {requirement}, got {value!r}")
+
+
+# Settings of an engine that say how its answers are fetched, not what they are.
+ENGINE_MEANS = (
+    "base_url", "key_variable", "concurrency", "timeout", "retries", "tensor_parallel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +39,24 @@ class EngineConfig:
     attention: str | None = None  # transformers' attn_implementation; None: its own choice
     batch_tokens: int | None = None  # tokens in one batch, prompt and reply; None: by the device
     temperature: float = 0.0  # 0: greedy
+    base_url: str | None = None  # of the server (openai)
+    tokenizer: str | None = None  # hub id or folder; None: the model's, where it can be loaded
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the server's key
+    concurrency: int = 16  # requests in flight at most (openai)
+    timeout: float = 300.0  # seconds for one try of one request (openai)
+    retries: int = 5  # tries after the first (openai)
+    tensor_parallel: int = 1  # GPUs that share one model (vllm)
 
     def __post_init__(self) -> None:
+        for name in ("concurrency", "tensor_parallel"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.retries >= 0, "retries", "at least 0", self.retries)
+        _require(self.timeout > 0, "timeout", "above 0", self.timeout)
+        served = self.engine == "openai"
+        if served and self.base_url is None:
+            raise UserError("--engine openai needs --base-url, such as http://localhost:8000/v1")
+        if self.base_url is not None and not served:
+            raise UserError(f"--base-url belongs to --engine openai, not to {self.engine}")
         _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
         _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         warm = math.isfinite(self.temperature) and self.temperature >= 0
@@ -95,7 +117,8 @@ class CleanConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""
-        return _flat(self, {"out", "threads", "dataset_info"})
+        free = {"out", "threads", "dataset_info"}
+        return _flat(self, free | {f"engine.{name}" for name in ENGINE_MEANS})
 
 
 def _flat(config: Any, without: set[str]) -> dict[str, Any]:
@@ -157,7 +180,7 @@ class TrainConfig:
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""
         free = {"input", "out", "checkpoint_seconds", "report_to", "engine.batch_tokens"}
-        return _flat(self, free)
+        return _flat(self, free | {f"engine.{name}" for name in (*ENGINE_MEANS, "tokenizer")})
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ def print_announcement(known: Announcement) -> None:
         f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}",
         file=sys.stderr,
     )
+    if found := known.models.abilities.found:
+        print(f"robustft: server: {'; '.join(found)}", file=sys.stderr)
     if known.models.small_embedded_model:
         print(
             f"robustft: {DEFAULT_MODEL} is a small model: fine to see how everything works, too "

@@ -9,3 +9,7 @@ class UserError(ValueError):
     The line names file, line and field where they apply, then what was expected and what was
     found: `data.csv, line 7, field 'options': expected a JSON list, found 'a|b|c'`.
     """
+
+
+class EngineLost(RuntimeError):
+    """The engine stopped answering in the middle of a run; what is finished is kept."""

@@ -99,10 +99,10 @@ def ask_plainly(records: Sequence[Record]) -> list[Prompt]:
 
 
 def judge(record: Record, reply: str) -> tuple[str | None, bool, float]:
-    """The answer in a reply to an open question, whether it is an accepted one, and its score."""
-    kind = answer_kind(record.answer)
-    answer = parse(reply, kind=kind).answer
-    right = matches(answer, accepted_answers(record), kind=kind)
+    """The answer in a generated reply, whether it is an accepted one, and its score."""
+    kind = answer_kind(record.answer, record.options)
+    answer = parse(reply, kind=kind, options=record.options).answer
+    right = matches(answer, accepted_answers(record), kind=kind, options=record.options)
     return answer, right, float(right)
 
 
@@ -125,8 +125,8 @@ def evaluate(
 ) -> EvalResult:
     """Ask the model every question of `config.input` and compare with the file's answers.
 
-    Multiple choice is read from the options' likelihoods after "Answer:", other answers from
-    generated text. With `config.out`, predictions are written there, one JSON line a record.
+    Multiple choice is read from the options' likelihoods after "Answer:" (where the engine tells
+    them), other answers from generated text. With `config.out`, predictions are written there, one JSON line a record.
     `engine` is used instead of loading `config.engine` and `config.adapter`; `ask` words the
     prompts of some records, `judge` reads and scores a reply to an open question.
 
@@ -182,8 +182,9 @@ def predict(
 ) -> list[Prediction]:
     """The model's answers to `prompts`, one a record and in their order."""
     found: dict[int, Prediction] = {}
-    choices = [i for i, record in enumerate(records) if record.options]
-    others = [i for i, record in enumerate(records) if not record.options]
+    read = engine.abilities.choose
+    choices = [i for i, record in enumerate(records) if record.options and read]
+    others = [i for i, record in enumerate(records) if not (record.options and read)]
     for group in (choices, others):
         room = answer_tokens if group is others else 0
         for batch in engine.plan([prompts[i] for i in group], room):

@@ -18,7 +18,7 @@ from robustft.config import CleanConfig
 from robustft.corpus import Corpus
 from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
-from robustft.engines import Engine
+from robustft.engines import Abilities, Engine
 from robustft.exchange import write_exchange
 from robustft.files import atomic_file
 from robustft.pipeline import select
@@ -42,12 +42,14 @@ class Models:
     revision: str
     embedder: str
     small_embedded_model: bool
+    abilities: Abilities
 
     @classmethod
     def of(cls, engine: Engine, embedder: TextEmbedder) -> Models:
         """The names of loaded models."""
         small = bool(getattr(engine, "embedded", False))
-        return cls(engine.name, engine.model_id, engine.revision, embedder.model_id, small)
+        names = engine.name, engine.model_id, engine.revision, embedder.model_id
+        return cls(*names, small, engine.abilities)
 
     def identity(self) -> dict[str, str]:
         """What a resumed run must share with the run it resumes."""
@@ -94,6 +96,11 @@ def finish(
     result.counts["input"] = len(conclusion.noisy) + rejects
     for warning in conclusion.warnings:
         result.warn(warning)
+    if not models.abilities.choose and config.experts.choice == "likelihood":
+        result.warn(
+            "the engine gives no probabilities of given words: lettered answers, checker and "
+            "reviewer were read from generated text"
+        )
     if truncated:
         result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
     if result.unanswered:

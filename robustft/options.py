@@ -73,6 +73,13 @@ def _seed(text: str) -> int:
     return _integer(text, 0)
 
 
+def _seconds(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
 def build_parser() -> Parser:
     """The parser of the whole command line; `commands` holds that of each command."""
     parser = Parser(
@@ -153,6 +160,48 @@ def _add_model(parser: Parser) -> None:
     )  # fmt: skip
 
 
+def _add_engine(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "engine",
+        "Who runs the model: this process (transformers, or vllm where it is installed), or any "
+        "OpenAI-compatible server (openai), which is first asked what it can really do.",
+    )
+    group.add_argument(
+        "--engine", choices=("transformers", "openai", "vllm"), default="transformers",
+        help="transformers, openai or vllm",
+    )  # fmt: skip
+    group.add_argument(
+        "--base-url", metavar="URL",
+        help="the server, such as http://localhost:8000/v1; --model is then the name it serves "
+        "(default: its only one)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tokenizer", metavar="MODEL",
+        help="hub id or folder of the served model's tokenizer: with it prompts are token ids, and "
+        "given text can be scored (default: that of --model, where that is a folder or hub id)",
+    )  # fmt: skip
+    group.add_argument(
+        "--key-variable", default="OPENAI_API_KEY", metavar="NAME",
+        help="environment variable that holds the server's key, where it needs one",
+    )  # fmt: skip
+    group.add_argument(
+        "--concurrency", type=_positive, default=16, metavar="N",
+        help="requests to the server at a time, at most",
+    )  # fmt: skip
+    group.add_argument(
+        "--timeout", type=_seconds, default=300.0, metavar="SECONDS",
+        help="longest wait for one reply of the server",
+    )  # fmt: skip
+    group.add_argument(
+        "--retries", type=_seed, default=5, metavar="N",
+        help="further tries of a request that failed, with growing pauses",
+    )  # fmt: skip
+    group.add_argument(
+        "--tensor-parallel", type=_positive, default=1, metavar="N",
+        help="GPUs that share one model (vllm)",
+    )  # fmt: skip
+
+
 def _add_expert_options(parser: Parser) -> None:
     group = parser.add_argument_group("method")
     group.add_argument(
@@ -220,8 +269,8 @@ def _add_clean(commands: Any) -> None:
         help="also write messages.jsonl (the training set as chat turns, for TRL, Axolotl, "
         "torchtune) and dataset_info.json (for LLaMA-Factory) (default: off)",
     )  # fmt: skip
-    parser.add_argument("--engine", default="transformers", help="where answers come from")
     _add_model(parser)
+    _add_engine(parser)
     _add_expert_options(parser)
 
 
@@ -243,6 +292,7 @@ def _add_score(commands: Any) -> None:
         "--out", required=True, metavar="FILE", help="JSONL, one line a record (required)"
     )
     _add_model(parser)
+    _add_engine(parser)
 
 
 def _add_corrupt(commands: Any) -> None:
@@ -306,6 +356,7 @@ def _add_eval(commands: Any) -> None:
     parser = _command(commands, "eval", "Accuracy of a model, and of an adapter, on a test file")
     _add_input(parser, split="test")
     _add_model(parser)
+    _add_engine(parser)
     parser.add_argument(
         "--adapter", metavar="DIR", help="LoRA adapter made by `robustft train` (default: none)"
     )

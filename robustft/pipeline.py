@@ -250,7 +250,13 @@ class ShardRun:
             second = [r or b for r, b in zip(reasoned, base, strict=True)]
             review = self._panel.review(records, first, second)
         labels = map(relabel, reasoned, base, context, review)
-        return [float("nan") if label.answer is None else label.nll for label in labels]
+        # Without any log-probabilities nothing can be ranked, and everything is kept.
+        unknown = float("nan" if self.engine.abilities.nll else "inf")
+        confidence = [unknown if math.isnan(label.nll) else label.nll for label in labels]
+        return [
+            float("nan") if label.answer is None else nll
+            for label, nll in zip(labels, confidence, strict=True)
+        ]
 
     # --- progress --------------------------------------------------------------------------
 
@@ -365,13 +371,14 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
     """The most confident share of all denoised records."""
     parts = [Published(shard.phase("relabeled"))["nll"] for shard in shards]
     nll = np.concatenate(parts)
-    finite = np.isfinite(nll)
-    positions = np.flatnonzero(conclusion.noisy)[finite]
+    labelled = ~np.isnan(nll)
+    positions, nll = np.flatnonzero(conclusion.noisy)[labelled], nll[labelled]
     beta = 1.0 if "selection" in config.without else config.beta
-    mask, threshold = select_confident(nll[finite], beta)
+    mask, threshold = select_confident(nll, beta)
     selected = np.zeros(len(conclusion.noisy), np.bool_)
     selected[positions[mask]] = True
-    return Selection(selected, nll[finite][mask], nll[finite][~mask], threshold)
+    finite = np.isfinite(nll)
+    return Selection(selected, nll[mask & finite], nll[~mask & finite], threshold)
 
 
 def forget(shard: Shard, target: Path) -> None:

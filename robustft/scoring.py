@@ -72,6 +72,12 @@ def score_file(
         raise UserError(f"{out}: is the input itself; choose another name")
     total = sum(1 for item in source if isinstance(item, Record))
     engine = engine or load_engine(config)
+    if not engine.abilities.score:
+        why = "; ".join(engine.abilities.found)
+        raise UserError(
+            f"{config.base_url}: this server cannot score given text ({why}); use one that can, "
+            "such as vLLM, with --tokenizer, or --engine transformers"
+        )
     watch = Stopwatch()
     tokens = rejects = failures = 0
     nll = 0.0

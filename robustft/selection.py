@@ -11,7 +11,8 @@ def select_confident(nll: ArrayLike, beta: float) -> tuple[NDArray[np.bool_], fl
 
     Parameters
     ----------
-    nll: [n] mean negative log-likelihood of each answer (eq. 7), nats; NaN is never selected.
+    nll: [n] mean negative log-likelihood of each answer (eq. 7), nats; NaN is never selected,
+        infinity (no log-probability known) last.
     beta: share of the n entries to keep, in [0, 1]; the count is rounded half up.
 
     Returns:
@@ -22,7 +23,7 @@ def select_confident(nll: ArrayLike, beta: float) -> tuple[NDArray[np.bool_], fl
     values = np.asarray(nll, dtype=np.float64)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta!r}")
-    count = min(int(beta * len(values) + 0.5), int(np.isfinite(values).sum()))
+    count = min(int(beta * len(values) + 0.5), int((~np.isnan(values)).sum()))
     mask = np.zeros(len(values), dtype=np.bool_)
     if count == 0:
         return mask, float("nan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,15 @@ class Choice:
         return np.asarray(shifted / shifted.sum())
 
 
+class TokenValues(NamedTuple):
+    """Statistics of each token of a given text [tokens]; NaN where an engine cannot tell."""
+
+    nll: NDArray[Any]  # nats
+    entropy: NDArray[Any]  # nats
+    margin: NDArray[Any]  # top-1 minus top-2 log-probability, nats
+    rank: NDArray[Any]  # 0 = the model's first choice
+
+
 @dataclass(frozen=True, slots=True)
 class ResponseScore:
     """Teacher-forced statistics of a given response: means over its own tokens."""
@@ -76,6 +85,20 @@ class ResponseScore:
     max_entropy: float
     margin: float  # mean top-1 minus top-2 log-probability, nats
     rank: float  # mean rank of the given token, 0 = the model's first choice
+
+    @classmethod
+    def of(cls, values: TokenValues) -> ResponseScore:
+        """The means over a response's tokens; NaN without any."""
+        if len(values.nll) == 0:
+            return cls(0, *[float("nan")] * 5)
+        return cls(
+            tokens=len(values.nll),
+            nll=float(values.nll.mean(dtype=np.float64)),
+            entropy=float(values.entropy.mean(dtype=np.float64)),
+            max_entropy=float(values.entropy.max()),
+            margin=float(values.margin.mean(dtype=np.float64)),
+            rank=float(values.rank.mean(dtype=np.float64)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ then the eight or so ordinary tokens that spell it.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from robustft.engines import Prompt
@@ -20,11 +21,24 @@ _SPLIT = re.compile("\ue0f0([0-9]+)\ue0f1")
 
 
 class PromptEncoder:
-    """Encodes prompts for one tokenizer; templates and candidate endings are cached."""
+    """Encodes prompts for one tokenizer; templates and candidate endings are cached.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        window: tokens that the model takes, prompt and reply.
+        ends: further ids that end a reply, beside the tokenizer's own.
+    """
+
+    def __init__(
+        self, tokenizer: Any, window: int = 1 << 30, ends: Iterable[int | None] = ()
+    ) -> None:
         self._tokenizer = tokenizer
+        self.window = window
+        own = (*ends, tokenizer.eos_token_id)
+        self.ends = frozenset(int(end) for end in own if end is not None)
+        self.truncated = 0  # prompts cut to the window so far
         self._templates: dict[tuple[str, ...], list[list[int] | int]] = {}
+        self._control: re.Pattern[str] | None = None  # spellings of control tokens
         self._endings: dict[tuple[str, str], list[int]] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -40,6 +54,56 @@ class PromptEncoder:
                 ids += contents[part] if isinstance(part, int) else part
             encoded.append(ids + prefix)
         return encoded
+
+    def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
+        """Token ids of every prompt, its middle cut out where `room` more would not fit."""
+        encoded = self.encode(prompts)
+        keep = max(self.window - room, 2)
+        for index, ids in enumerate(encoded):
+            if len(ids) > keep:
+                self.truncated += 1
+                encoded[index] = ids[: keep - keep // 2] + ids[len(ids) - keep // 2 :]
+        return encoded
+
+    def decode(self, tokens: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+        """Text of generated `tokens` and the character offset at which each token starts."""
+        prefixes = [list(tokens[:stop]) for stop in range(1, len(tokens) + 1)]
+        texts = self._tokenizer.batch_decode(
+            prefixes, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        text = texts[-1] if texts else ""
+        # A prefix that ends inside a character decodes to U+FFFD; its end is then too far right.
+        ends = itertools.accumulate((min(len(t.rstrip("\ufffd")), len(text)) for t in texts), max)
+        offsets = (0, *ends)
+        return text, (*offsets[:-1], len(text)) if texts else (0,)
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt as text for a server that tokenises it, control tokens included, itself.
+
+        A control token that data spells out is broken by a space: "< |im_end|>".
+        """
+        pieces = _SPLIT.split(self._render(tuple(message.role for message in prompt.messages)))
+        for slot in range(1, len(pieces), 2):
+            pieces[slot] = self._harmless(prompt.messages[int(pieces[slot])].content)
+        text = "".join(pieces)
+        bos = getattr(self._tokenizer, "bos_token", None)
+        if bos and text.startswith(bos) and self._adds_bos():
+            text = text[len(bos) :]
+        return text + self._harmless(prompt.prefix)
+
+    def _harmless(self, text: str) -> str:
+        if self._control is None:
+            added = self._tokenizer.added_tokens_decoder.values()
+            spelt = {str(token.content) for token in added} | set(
+                self._tokenizer.all_special_tokens
+            )
+            longest = sorted(filter(None, spelt), key=len, reverse=True)
+            self._control = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+        return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+
+    def _adds_bos(self) -> bool:
+        bos = self._tokenizer.bos_token_id
+        return bos is not None and self._tokenizer.encode("a")[:1] == [bos]
 
     def continuation(self, prefix: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `prefix` in the same turn; never empty for text."""
@@ -72,9 +136,7 @@ class PromptEncoder:
                 elif piece:
                     parts.append(list(self._tokenizer.encode(piece, add_special_tokens=False)))
             if not getattr(self._tokenizer, "chat_template", None):
-                bos = self._tokenizer.bos_token_id
-                adds_bos = bos is not None and self._tokenizer.encode("a")[:1] == [bos]
-                parts = [[bos], *parts] if adds_bos else parts
+                parts = [[self._tokenizer.bos_token_id], *parts] if self._adds_bos() else parts
             found = self._templates[roles] = parts
         return found
 

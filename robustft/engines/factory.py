@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from robustft.config import EngineConfig
 from robustft.engines import Engine
+from robustft.errors import UserError
 
 
 def load_engine(config: EngineConfig, adapter: Path | None = None) -> Engine:
@@ -14,6 +16,20 @@ def load_engine(config: EngineConfig, adapter: Path | None = None) -> Engine:
     Raises:
         UserError: the model, the adapter or the server cannot be used, in one line.
     """
+    if config.engine == "openai":
+        if adapter is not None:
+            raise UserError(
+                "--adapter: a server loads its adapters itself; name the adapter there as --model"
+            )
+        _need("httpx2", "pydantic", "tenacity", engine="openai", extra="server")
+        from robustft.engines.probing import connect
+
+        return connect(config)
+    if config.engine == "vllm":
+        _need("vllm", engine="vllm")
+        from robustft.engines.vllm import VllmEngine
+
+        return VllmEngine(config, adapter)
     from robustft.engines.transformers import TransformersEngine
 
     if adapter is None:
@@ -30,3 +46,12 @@ def load_engine(config: EngineConfig, adapter: Path | None = None) -> Engine:
     engine.model_id = source.name
     engine.trunk = FrozenTrunk.of(engine.model)
     return engine
+
+
+def _need(*packages: str, engine: str, extra: str | None = None) -> None:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        what = f"'robustft[{extra}]'" if extra else absent[0]
+        raise UserError(
+            f"--engine {engine} needs {absent[0]}, which is not installed: run `pip install {what}`"
+        )

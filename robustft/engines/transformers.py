@@ -18,7 +18,7 @@ import torch
 
 from robustft.config import EngineConfig
 from robustft.devices import pick_device, pick_dtype
-from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore
+from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore, TokenValues
 from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
 from robustft.models import find_model, load_causal_lm, load_tokenizer
@@ -108,18 +108,20 @@ class TransformersEngine:
         self.tokenizer: Any = loaded
         self.trunk: FrozenTrunk | None = None  # layers that another adapter's engine shares
         self.temperature = config.temperature
-        self.encoder = PromptEncoder(loaded)
-        self.truncated = 0  # prompts cut to the model's window so far
-        self._window = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+        window = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        self.encoder = PromptEncoder(loaded, window, ends if isinstance(ends, list) else [ends])
         default = _CPU_BATCH_TOKENS if self.device.type == "cpu" else _CUDA_BATCH_TOKENS
         self._batch_tokens = config.batch_tokens or default
         self._max_rows = _MAX_ROWS.get(self.device.type, 64)
         self._head_is_linear: bool | None = None
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        self._ends = {int(end) for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
         pad = self.tokenizer.pad_token_id
-        self._pad = int(pad if pad is not None else min(self._ends, default=0))
+        self._pad = int(pad if pad is not None else min(self.encoder.ends, default=0))
+
+    @property
+    def truncated(self) -> int:
+        """Prompts cut to the model's window so far."""
+        return self.encoder.truncated
 
     # --- batches ---------------------------------------------------------------------------
 
@@ -154,16 +156,6 @@ class TransformersEngine:
         middle = len(rows) // 2
         return self._with_back_off(rows[:middle], ask) + self._with_back_off(rows[middle:], ask)
 
-    def _encode(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
-        """Token ids of every prompt, its middle cut out where it would not fit the window."""
-        encoded = self.encoder.encode(prompts)
-        keep = max(self._window - room, 2)
-        for index, ids in enumerate(encoded):
-            if len(ids) > keep:
-                self.truncated += 1
-                encoded[index] = ids[: keep - keep // 2] + ids[len(ids) - keep // 2 :]
-        return encoded
-
     def _left_padded(self, encoded: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         width = max(map(len, encoded))
         ids = torch.full((len(encoded), width), self._pad, dtype=torch.long)
@@ -180,7 +172,7 @@ class TransformersEngine:
         self, prompts: Sequence[Prompt], max_new_tokens: int, seeds: Sequence[int] | None = None
     ) -> list[Generation]:
         """Continue every prompt; greedy, or sampled with `seeds` when temperature > 0."""
-        encoded = self._encode(prompts, max_new_tokens)
+        encoded = self.encoder.fit(prompts, max_new_tokens)
 
         def ask(rows: Sequence[int]) -> list[Generation]:
             chosen = [0 if seeds is None else seeds[row] for row in rows]
@@ -203,7 +195,7 @@ class TransformersEngine:
         settings = make(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=sorted(self._ends) or None,
+            eos_token_id=sorted(self.encoder.ends) or None,
             pad_token_id=self._pad,
         )
         output = self.model.generate(
@@ -217,8 +209,10 @@ class TransformersEngine:
         entropy = torch.stack(recorder.entropy, dim=1).cpu().numpy()
         results = []
         for row, reply in enumerate(tokens):
-            length = next((i for i, token in enumerate(reply) if token in self._ends), len(reply))
-            text, offsets = self._decode(reply[:length])
+            length = next(
+                (i for i, token in enumerate(reply) if token in self.encoder.ends), len(reply)
+            )
+            text, offsets = self.encoder.decode(reply[:length])
             results.append(
                 Generation(
                     text=text,
@@ -231,18 +225,6 @@ class TransformersEngine:
             )
         return results
 
-    def _decode(self, tokens: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-        """Text of `tokens` and the character offset at which each token starts."""
-        prefixes = [list(tokens[:stop]) for stop in range(1, len(tokens) + 1)]
-        texts = self.tokenizer.batch_decode(
-            prefixes, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        text = texts[-1] if texts else ""
-        # A prefix that ends inside a character decodes to U+FFFD; its end is then too far right.
-        ends = itertools.accumulate((min(len(t.rstrip("\ufffd")), len(text)) for t in texts), max)
-        offsets = (0, *ends)
-        return text, (*offsets[:-1], len(text)) if texts else (0,)
-
     @torch.inference_mode()
     def choose(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
@@ -251,7 +233,7 @@ class TransformersEngine:
 
         Read from a single prefill where a candidate is one token, else from a teacher-forced pass.
         """
-        encoded = self._encode(prompts, 8)
+        encoded = self.encoder.fit(prompts, 8)
         endings = [
             [self.encoder.continuation(prompt.prefix, text) for text in texts]
             for prompt, texts in zip(prompts, candidates, strict=True)
@@ -275,7 +257,7 @@ class TransformersEngine:
             if long:
                 nll = self._nll([encoded[row]] * len(long), [texts[index] for index in long])
                 for index, values in zip(long, nll, strict=True):
-                    logprobs[index] = -values["nll"].sum()
+                    logprobs[index] = -values.nll.sum()
             results.append(
                 Choice(
                     logprobs=logprobs.astype(np.float32),
@@ -302,19 +284,17 @@ class TransformersEngine:
             self.encoder.continuation(prompt.prefix, response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        limit = max(self._window // 2, 1)
+        limit = max(self.encoder.window // 2, 1)
         endings = [ids[:limit] for ids in endings]
-        encoded = self._encode(prompts, max((len(ids) for ids in endings), default=0))
+        encoded = self.encoder.fit(prompts, max((len(ids) for ids in endings), default=0))
 
         def ask(rows: Sequence[int]) -> list[ResponseScore]:
             found = self._nll([encoded[row] for row in rows], [endings[row] for row in rows])
-            return [_response_score(values) for values in found]
+            return [ResponseScore.of(values) for values in found]
 
         return self._with_back_off(range(len(prompts)), ask) if prompts else []
 
-    def _nll(
-        self, encoded: Sequence[list[int]], endings: Sequence[list[int]]
-    ) -> list[dict[str, np.ndarray[Any, Any]]]:
+    def _nll(self, encoded: Sequence[list[int]], endings: Sequence[list[int]]) -> list[TokenValues]:
         """Per-token statistics of `endings` after `encoded`, both lists of token ids."""
         inputs = self._left_padded(
             [[*head, *tail] for head, tail in zip(encoded, endings, strict=True)]
@@ -325,7 +305,7 @@ class TransformersEngine:
         columns = [width - len(tail) - 1 + i for tail in endings for i in range(len(tail))]
         targets = torch.tensor([i for tail in endings for i in tail], device=self.device)
         if len(rows) == 0:
-            return [{} for _ in endings]
+            return [TokenValues(*[np.zeros(0)] * 4) for _ in endings]
         if self._use_linear_head():
             states = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
             head = self.model.get_output_embeddings()
@@ -337,16 +317,11 @@ class TransformersEngine:
             stats = token_stats(logits[rows, kept], targets)
         assert stats.logprob is not None
         assert stats.rank is not None
-        fields = {
-            "nll": -stats.logprob,
-            "entropy": stats.entropy,
-            "margin": stats.margin,
-            "rank": stats.rank,
-        }
-        arrays = {name: value.detach().cpu().numpy() for name, value in fields.items()}
+        fields = (-stats.logprob, stats.entropy, stats.margin, stats.rank)
+        arrays = [value.detach().cpu().numpy() for value in fields]
         ends = list(itertools.accumulate(len(tail) for tail in endings))
         return [
-            {name: values[end - len(tail) : end] for name, values in arrays.items()}
+            TokenValues(*[values[end - len(tail) : end] for values in arrays])
             for tail, end in zip(endings, ends, strict=True)
         ]
 
@@ -369,17 +344,3 @@ class TransformersEngine:
             except (AttributeError, RuntimeError, TypeError):
                 self._head_is_linear = False
         return self._head_is_linear
-
-
-def _response_score(values: dict[str, np.ndarray[Any, Any]]) -> ResponseScore:
-    if not len(values.get("nll", ())):
-        nan = float("nan")
-        return ResponseScore(0, nan, nan, nan, nan, nan)
-    return ResponseScore(
-        tokens=len(values["nll"]),
-        nll=float(values["nll"].mean(dtype=np.float64)),
-        entropy=float(values["entropy"].mean(dtype=np.float64)),
-        max_entropy=float(values["entropy"].max()),
-        margin=float(values["margin"].mean(dtype=np.float64)),
-        rank=float(values["rank"].mean(dtype=np.float64)),
-    )

@@ -104,7 +104,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     try:
         weights = load_file(folder / WEIGHTS)
         adapted = _attached(model, settings)
@@ -122,7 +122,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return adapted.get_base_model().eval()
 
 
-def _read_settings(folder: Path) -> Any:
+def read_settings(folder: Path) -> Any:
+    """The adapter's peft LoraConfig; UserError where it is none, pickled or not understood."""
     from peft import LoraConfig
 
     if not (folder / SETTINGS).is_file():

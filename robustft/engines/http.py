@@ -1,0 +1,301 @@
+"""JSON over HTTP to a server that is not trusted: bounded in number, size and time.
+
+Every request is tried again after what may pass (no connection, 408, 429, 5xx, a garbled reply),
+with exponential back-off, and given up for good on anything else. A request given up is a `Failure`
+in its place; many in a row, and none answered in between, are a server lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import httpx2
+import orjson
+import tenacity
+
+import robustft
+from robustft.engines import Failure
+from robustft.errors import EngineLost, UserError
+
+_T = TypeVar("_T")
+_LARGEST_REPLY = 32 * 2**20  # bytes
+_LARGEST_ERROR = 64 * 2**10  # bytes of an error's body that are read
+_LOST_AFTER = 64  # requests given up in a row
+_PASSING = {408, 409, 425, 429, *range(500, 600)}
+
+
+class RequestError(Exception):
+    """One try that failed. `status` is that of the HTTP reply, 0 without one."""
+
+    def __init__(
+        self, reason: str, *, status: int = 0, passing: bool = True, retry_after: float = 0.0
+    ) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.passing = passing  # worth another try
+        self.retry_after = retry_after  # seconds
+
+
+class JsonClient:
+    """Posts JSON to one server, many requests at a time, from any thread.
+
+    Args:
+        base_url: http(s) address, with its path ("http://localhost:8000/v1").
+        key_variable: the environment variable that holds the key, sent as a bearer token where it
+            is set. The key is never logged, raised or kept anywhere but in memory.
+        concurrency: requests in flight at most.
+        timeout: seconds for one try of one request, from connecting to the last byte.
+        retries: tries after the first.
+        backoff: seconds before the first retry; doubles with each.
+        longest_wait: seconds between two tries at most, whatever Retry-After asks for.
+        largest: bytes of a reply at most, after decompression.
+
+    Raises:
+        UserError: the address or the key is malformed.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        key_variable: str = "OPENAI_API_KEY",
+        concurrency: int = 16,
+        timeout: float = 300.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+        longest_wait: float = 60.0,
+        largest: int = _LARGEST_REPLY,
+    ) -> None:
+        self.base_url = checked_address(base_url)
+        self._key = _key(key_variable)
+        self._timeout = timeout
+        self._tries = retries + 1
+        self._backoff = backoff
+        self._longest_wait = longest_wait
+        self._largest = largest
+        self._given_up = 0  # in a row
+        self._last_failure = ""
+        self._concurrency = concurrency
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="robustft-http", daemon=True).start()
+        self._http = self._run(self._open())
+
+    async def _open(self) -> httpx2.AsyncClient:
+        self._free = asyncio.Semaphore(self._concurrency)
+        headers = {
+            "accept": "application/json",
+            "accept-encoding": "identity",
+            "content-type": "application/json",
+            "user-agent": f"robustft/{robustft.__version__}",
+        }
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        limits = httpx2.Limits(
+            max_connections=self._concurrency, max_keepalive_connections=self._concurrency
+        )
+        return httpx2.AsyncClient(
+            headers=headers, limits=limits, timeout=self._timeout, follow_redirects=False
+        )
+
+    def close(self) -> None:
+        """Close the connections and end the thread."""
+        if not self._loop.is_closed():
+            self._run(self._http.aclose())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """`work`, done on the client's own loop: the caller may be running one itself."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def ask(self, path: str, body: Any, read: Callable[[bytes], _T], *, tries: int = 2) -> _T:
+        """One request, `body` None for a GET; raises RequestError where it fails."""
+        return self._run(self._persist(path, body, read, tries))
+
+    def ask_all(
+        self, path: str, bodies: Sequence[Any], readers: Sequence[Callable[[bytes], _T]]
+    ) -> list[_T | Failure]:
+        """Post every body; `readers` turn the replies into results, ValueError where they cannot.
+
+        Raises:
+            EngineLost: dozens of requests in a row were given up.
+        """
+        if self._given_up >= _LOST_AFTER:  # the batch before this one, whose answers are kept
+            raise EngineLost(
+                f"{self.base_url}: the last {self._given_up} requests failed: {self._last_failure}"
+            )
+        return self._run(self._ask_all(path, bodies, readers))
+
+    async def _ask_all(
+        self, path: str, bodies: Sequence[Any], readers: Sequence[Callable[[bytes], _T]]
+    ) -> list[_T | Failure]:
+        return await asyncio.gather(
+            *(
+                self._ask_or_fail(path, body, read)
+                for body, read in zip(bodies, readers, strict=True)
+            )
+        )
+
+    async def _ask_or_fail(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T | Failure:
+        async with self._free:
+            # A server that is gone is not worth the full patience for every request in the batch.
+            tries = 1 if self._given_up >= _LOST_AFTER else self._tries
+            try:
+                found = await self._persist(path, body, read, tries)
+            except RequestError as error:
+                self._given_up += 1
+                self._last_failure = str(error)
+                return Failure(f"{error} ({tries} tries)" if error.passing else str(error))
+            self._given_up = 0
+            return found
+
+    async def _persist(self, path: str, body: Any, read: Callable[[bytes], _T], tries: int) -> _T:
+        patient = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(tries),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, RequestError) and error.passing
+            ),
+            reraise=True,
+        )
+        found: _T = await patient(self._once, path, body, read)
+        return found
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Seconds until the next try: what the server asks for, else doubling, with jitter."""
+        growing = tenacity.wait_exponential(
+            multiplier=self._backoff, max=self._longest_wait / 2
+        ) + tenacity.wait_random(0, self._backoff)
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after if isinstance(error, RequestError) else 0.0
+        return min(max(asked, float(growing(state))), self._longest_wait)
+
+    async def _once(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T:
+        try:
+            async with asyncio.timeout(self._timeout):
+                payload = await self._exchange(path, body)
+        except TimeoutError:
+            raise RequestError(f"no complete reply in {self._timeout:g} s") from None
+        except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+            raise RequestError(self._said(_what_broke(error))) from None
+        try:
+            return read(payload)
+        except RequestError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise RequestError(self._said(f"unusable reply: {error}")) from None
+
+    async def _exchange(self, path: str, body: Any) -> bytes:
+        url = self.base_url + path
+        content = None if body is None else orjson.dumps(body)
+        method = "GET" if body is None else "POST"
+        async with self._http.stream(method, url, content=content) as reply:
+            status = reply.status_code
+            if 300 <= status < 400:
+                target = self._said(reply.headers.get("location", "nowhere"))
+                raise RequestError(
+                    f"HTTP {status}: a redirect to {target} is refused; name the server's own "
+                    "address as --base-url",
+                    status=status,
+                    passing=False,
+                )
+            payload = await self._bounded(reply)
+        if status != 200:
+            raise RequestError(
+                self._said(f"HTTP {status}{_server_message(payload)}"),
+                status=status,
+                passing=status in _PASSING,
+                retry_after=_retry_after(reply.headers.get("retry-after", "")),
+            )
+        return payload
+
+    async def _bounded(self, reply: httpx2.Response) -> bytes:
+        """The reply's body; of an error only its beginning."""
+        good = reply.status_code == 200
+        largest = self._largest if good else _LARGEST_ERROR
+        parts, size = [], 0
+        async for part in reply.aiter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > largest:
+                if good:
+                    raise RequestError(f"a reply of more than {largest} bytes")
+                break
+        return b"".join(parts)[:largest]
+
+    def _said(self, text: str) -> str:
+        """What the server or a library says, as one short line that cannot hold the key."""
+        if self._key:
+            text = text.replace(self._key, "[key]")
+        line = " ".join(text.split())[:300]
+        return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def checked_address(base_url: str) -> str:
+    """`base_url` without a trailing slash. Raises UserError, never repeating what may be secret."""
+    try:
+        url = httpx2.URL(base_url.strip())
+    except (httpx2.InvalidURL, ValueError, TypeError):
+        raise UserError(
+            "--base-url: expected an address such as http://localhost:8000/v1"
+        ) from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UserError(
+            "--base-url: expected an http or https address such as http://localhost:8000/v1"
+        )
+    if url.userinfo or url.query or url.fragment:
+        raise UserError(
+            "--base-url: expected an address without user name, password, ? and #; keys belong in "
+            "the environment (see --key-variable)"
+        )
+    return str(url).rstrip("/")
+
+
+def _key(variable: str) -> str:
+    """The key in that variable, "" where it is not set."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        raise UserError("--key-variable: expected the name of an environment variable, not a key")
+    key = os.environ.get(variable, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError(f"the key in ${variable} holds characters that no key has")
+    return key
+
+
+def _what_broke(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _server_message(payload: bytes) -> str:
+    """What the server says, after a colon, where its error is JSON in one of the usual forms."""
+    try:
+        found = orjson.loads(payload)
+    except ValueError:
+        return ""
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+    return f": {found}" if isinstance(found, str) and found else ""
+
+
+def _retry_after(text: str) -> float:
+    """Seconds, from a number or a date; 0 where it is neither."""
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text.strip()):
+        return float(text)
+    try:
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0

@@ -1,0 +1,425 @@
+"""A small OpenAI-compatible server with a deterministic model, and every fault we could think of.
+
+The model is a hash: the next token's log-probabilities depend on the tokens so far. So the right
+answer to every request is known, and generated, given and scored tokens agree as a real model's do.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Any
+
+import numpy as np
+
+LETTERS = ("A", "B", "C", "Yes", "No", "1", "2", "perhaps", "so", ".")
+END = 2  # the end-of-text token of the tests' tiny model
+
+
+class HashModel:
+    """Log-probabilities of the next of `size` tokens, from a hash of those so far."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def logprobs(self, ids: list[int] | str) -> np.ndarray:
+        seed = hashlib.blake2b(repr(ids).encode(), digest_size=8).digest()
+        logits = np.random.default_rng(int.from_bytes(seed, "big")).normal(size=self.size) * 3
+        return np.asarray(logits - np.logaddexp.reduce(logits))
+
+
+def completion(model: HashModel, body: dict[str, Any]) -> dict[str, Any]:
+    """An honest reply of /completions to a prompt of token ids, greedy."""
+    prompt = list(body["prompt"])
+    top = int(body.get("logprobs") or 0)
+    named: list[tuple[int, np.ndarray]] = []
+    for _ in range(int(body["max_tokens"])):
+        logprobs = model.logprobs([*prompt, *(token for token, _ in named)])
+        named.append((int(logprobs.argmax()), logprobs))
+        if named[-1][0] == END:
+            break
+    stopped = bool(named) and named[-1][0] == END
+    tokens = [token for token, _ in named]
+    choice: dict[str, Any] = {
+        "index": 0,
+        "text": "".join(f"<{token}>" for token in tokens if token != END),
+        "finish_reason": "stop" if stopped else "length",
+    }
+    if "return_token_ids" in body:
+        choice["token_ids"] = tokens
+    if body.get("logprobs") is not None:
+        echoed = [(token, model.logprobs(prompt[:i])) for i, token in enumerate(prompt)]
+        rows = [*echoed, *named] if body.get("echo") else named
+        values: list[float | None] = [float(logprobs[token]) for token, logprobs in rows]
+        tops: list[dict[str, float] | None] = [best(row, top, own) for own, row in rows]
+        if body.get("echo"):
+            values[0] = tops[0] = None
+        choice["logprobs"] = {
+            "tokens": [f"token_id:{token}" for token, _ in rows],
+            "token_logprobs": values,
+            "top_logprobs": tops,
+        }
+    if body.get("prompt_logprobs") is not None:
+        places: list[Any] = [None]
+        for i, token in enumerate(prompt[1:], 1):
+            row = model.logprobs(prompt[:i])
+            order = np.argsort(-row)
+            chosen = {*order[: body["prompt_logprobs"]].tolist(), token}
+            places.append({
+                str(one): {"logprob": float(row[one]), "rank": int((row > row[one]).sum()) + 1}
+                for one in chosen
+            })  # fmt: skip
+        choice["prompt_logprobs"] = places
+    usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
+    return {"object": "text_completion", "choices": [choice], "usage": usage}
+
+
+def best(row: np.ndarray, top: int, own: int) -> dict[str, float]:
+    chosen = {*np.argsort(-row)[:top].tolist(), own}
+    return {f"token_id:{token}": float(row[token]) for token in chosen}
+
+
+def chat(body: dict[str, Any]) -> dict[str, Any]:
+    """An honest reply of /chat/completions: a few words, greedy."""
+    said: list[str] = []
+    tokens = []
+    for _ in range(min(int(body["max_tokens"]), 3)):
+        row = HashModel(len(LETTERS)).logprobs(json.dumps(body["messages"]) + repr(said))
+        word = f" {LETTERS[int(row.argmax())]}"
+        said.append(word)
+        order = np.argsort(-row)[: int(body.get("top_logprobs") or 0)]
+        top = [{"token": f" {LETTERS[i]}", "logprob": float(row[i])} for i in order]
+        tokens.append({"token": word, "logprob": float(row.max()), "top_logprobs": top})
+    choice: dict[str, Any] = {
+        "message": {"role": "assistant", "content": "".join(said)}, "finish_reason": "length",
+    }  # fmt: skip
+    if body.get("logprobs"):
+        choice["logprobs"] = {"content": tokens}
+    usage = {"prompt_tokens": len(json.dumps(body["messages"])), "completion_tokens": len(said)}
+    return {"object": "chat.completion", "choices": [choice], "usage": usage}
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+Exchange = Callable[[socket.socket, dict[str, Any], str], None]
+FAULTS: dict[str, Exchange] = {}
+
+
+def fault(exchange: Exchange) -> Exchange:
+    """Register an exchange (connection, honest reply, bearer token) under its name."""
+    FAULTS[exchange.__name__] = exchange
+    return exchange
+
+
+def send(connection: socket.socket, payload: bytes, status: str = "200 OK", *headers: str) -> None:
+    head = "\r\n".join(
+        (f"HTTP/1.1 {status}", "content-type: application/json", f"content-length: {len(payload)}",
+         *headers, "", "")
+    )  # fmt: skip
+    connection.sendall(head.encode("latin-1") + payload)
+
+
+def send_json(connection: socket.socket, reply: Any, status: str = "200 OK", *headers: str) -> None:
+    send(connection, json.dumps(reply).encode(), status, *headers)
+
+
+@fault
+def connection_reset(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@fault
+def connection_closed(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    connection.close()
+
+
+@fault
+def no_reply_in_time(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    time.sleep(2.0)
+    connection.close()
+
+
+@fault
+def one_byte_at_a_time(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+    for _ in range(40):
+        connection.sendall(b" ")
+        time.sleep(0.05)
+    connection.close()
+
+
+@fault
+def headers_for_ever(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    for i in range(40):
+        connection.sendall(f"x-{i}: {'y' * 10_000}\r\n".encode())
+    connection.close()
+
+
+@fault
+def not_http(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    connection.sendall(b"\x15\x03\x01\x00\x02\x02\x50 SSH-2.0-OpenSSH\r\n\r\n")
+    connection.close()
+
+
+@fault
+def truncated_json(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    whole = json.dumps(reply).encode()
+    send(connection, whole[: len(whole) // 2])
+
+
+@fault
+def body_cut_off(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    whole = json.dumps(reply).encode()
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(whole) + whole[:-9])
+    connection.close()
+
+
+@fault
+def bad_chunks(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n{}\r\n")
+    connection.close()
+
+
+@fault
+def web_page(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send(connection, b"<html><title>Sign in to the hotel network</title></html>")
+
+
+@fault
+def empty_body(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send(connection, b"")
+
+
+@fault
+def bad_utf8(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send(connection, json.dumps(reply).encode().replace(b'"stop"', b'"\xff\xfe"')[:-1] + b"\xff}")
+
+
+@fault
+def deep_nesting(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send(connection, b'{"choices":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+
+
+@fault
+def wrong_schema(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send_json(connection, {"choices": {"text": "A"}})
+
+
+@fault
+def text_is_a_number(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    reply["choices"][0] |= {"text": 1, "message": {"content": 1}}
+    send_json(connection, reply)
+
+
+@fault
+def empty_choices(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send_json(connection, reply | {"choices": []})
+
+
+@fault
+def error_with_status_200(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send_json(connection, {"error": {"message": f"overloaded, {key}"}})
+
+
+@fault
+def reply_was_filtered(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    reply["choices"][0] |= {"finish_reason": "content_filter", "text": ""}
+    send_json(connection, reply)
+
+
+@fault
+def too_many_requests(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send_json(connection, {"error": "slow down"}, "429 Too Many Requests", "retry-after: 0.01")
+
+
+@fault
+def retry_after_a_date(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    date = formatdate(time.time() + 86_400, usegmt=True)
+    send_json(connection, {"error": "later"}, "429 Too Many Requests", f"retry-after: {date}")
+
+
+@fault
+def retry_after_a_century(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send_json(connection, {}, "503 Service Unavailable", "retry-after: 3155760000")
+
+
+@fault
+def internal_error(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send_json(connection, {"detail": f"Traceback: headers={{'Bearer {key}'}}"}, "500 Internal")
+
+
+@fault
+def bad_gateway(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send(connection, b"<html>" + b"bad gateway " * 50_000, "502 Bad Gateway")
+
+
+@fault
+def bad_request(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    message = f"context length exceeded (authorization: Bearer {key})\x1b[31m\nrobustft: done"
+    send_json(connection, {"error": {"message": message}}, "400 Bad Request")
+
+
+@fault
+def key_revoked(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send_json(connection, {"error": {"message": f"Incorrect API key: {key}"}}, "401 Unauthorized")
+
+
+@fault
+def redirect_elsewhere(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    address = f"location: http://127.0.0.1:9/steal?key={key}"
+    send(connection, b"", "307 Temporary Redirect", address)
+
+
+@fault
+def huge_body(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 9000000000\r\n\r\n")
+    for _ in range(64):
+        connection.sendall(b" " * 2**20)
+    connection.close()
+
+
+@fault
+def gzip_bomb(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send(connection, gzip.compress(b" " * 2**26), "200 OK", "content-encoding: gzip")
+
+
+@fault
+def undecodable_encoding(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    send(connection, b"not gzip at all", "200 OK", "content-encoding: gzip")
+
+
+@fault
+def missing_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    reply["choices"][0]["logprobs"] = None
+    send_json(connection, reply)
+
+
+@fault
+def shifted_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    alter(reply, lambda values: [*values[1:], -1.0])
+    send_json(connection, reply)
+
+
+@fault
+def positive_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    alter(reply, lambda values: [-value for value in values])
+    send_json(connection, reply)
+
+
+@fault
+def nan_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    alter(reply, lambda values: [float("nan")] * len(values))
+    send_json(connection, reply)
+
+
+@fault
+def too_few_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    alter(reply, lambda values: values[:-1])
+    send_json(connection, reply)
+
+
+@fault
+def prompt_cut_in_silence(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    reply["usage"]["prompt_tokens"] -= 7
+    send_json(connection, reply)
+
+
+def alter(reply: dict[str, Any], change: Callable[[list[float]], list[float]]) -> None:
+    given = reply["choices"][0]["logprobs"]
+    if "content" in given:  # of a chat
+        changed = change([token["logprob"] for token in given["content"]])
+        given["content"] = given["content"][: len(changed)]
+        for token, value in zip(given["content"], changed, strict=True):
+            token["logprob"] = value
+    else:
+        given["token_logprobs"] = change(given["token_logprobs"])
+
+
+class FaultyServer:
+    """Serves on a free port of this machine; `fault` strikes as `strikes(body, try)` says."""
+
+    def __init__(self, vocabulary: int, model_id: str = "hash-model") -> None:
+        self.model = HashModel(vocabulary)
+        self.model_id = model_id
+        self.fault: str | None = None
+        self.strikes: Callable[[int, int], bool] = lambda digest, tries: False
+        self.completions = True  # False: the server has only /chat/completions
+        self.edit: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, reply: None
+        self.tries: Counter[int] = Counter()
+        self.requests = 0
+        self.at_once = self.most_at_once = 0
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            with connection, connection.makefile("rb") as incoming:
+                while self._exchange(connection, incoming):
+                    pass
+        except (OSError, ValueError):
+            pass  # the client went away, which the faults invite
+
+    def _exchange(self, connection: socket.socket, incoming: Any) -> bool:
+        words = incoming.readline().split()
+        if len(words) != 3:
+            return False
+        headers = {}
+        while line := incoming.readline().strip():
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        sent = incoming.read(int(headers.get("content-length", 0)))
+        path = words[1].decode()
+        if path.endswith("/models"):
+            send_json(connection, {"data": [{"id": self.model_id, "max_model_len": 2048}]})
+            return True
+        if path.endswith("/v1/completions") and not self.completions:
+            send_json(connection, {"error": "no such endpoint"}, "404 Not Found")
+            return True
+        with self._lock:
+            self.requests += 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            self._answer(connection, path, sent, headers.get("authorization", "").split()[-1:])
+        finally:
+            with self._lock:
+                self.at_once -= 1
+        return connection.fileno() >= 0
+
+    def _answer(self, connection: socket.socket, path: str, sent: bytes, bearer: list[str]) -> None:
+        body = json.loads(sent)
+        digest = int.from_bytes(hashlib.blake2b(sent, digest_size=6).digest(), "big")
+        with self._lock:
+            tries = self.tries[digest]
+            self.tries[digest] += 1
+        reply = chat(body) if "messages" in body else completion(self.model, body)
+        self.edit(body, reply)
+        if self.fault is not None and self.strikes(digest, tries):
+            FAULTS[self.fault](connection, reply, "".join(bearer))
+        else:
+            send_json(connection, reply)

@@ -1,0 +1,311 @@
+"""`--engine openai` against the tests' own server, well and in every kind of trouble."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tenacity", reason="needs the server extra: pip install 'robustft[server]'")
+from commandline import quiz, read, write
+from faulty_server import FAULTS, FaultyServer
+from scripted import LetterEmbedder
+
+from robustft.cleaning import run_clean
+from robustft.config import CleanConfig, EngineConfig, ExpertConfig
+from robustft.engines import Choice, Engine, Failure, Generation, Message, Prompt, ResponseScore
+from robustft.engines.factory import load_engine
+from robustft.engines.http import JsonClient
+from robustft.engines.probing import connect
+from robustft.errors import EngineLost, UserError
+
+KEY = "sk-test-0123456789abcdefSECRET"
+VOCABULARY = 271
+REQUESTS = 200
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    made = FaultyServer(VOCABULARY)
+    yield made
+    made.close()
+
+
+def client(server: FaultyServer, retries: int = 3, timeout: float = 1.0) -> JsonClient:
+    return JsonClient(
+        server.url, concurrency=16, timeout=timeout, retries=retries, backoff=0.005,
+        longest_wait=0.05, largest=2**22,
+    )  # fmt: skip
+
+
+def config(server: FaultyServer, tiny_model: Path | None) -> EngineConfig:
+    tokenizer = None if tiny_model is None else str(tiny_model)
+    return EngineConfig(engine="openai", base_url=server.url, tokenizer=tokenizer)
+
+
+def engine(server: FaultyServer, tiny_model: Path | None, **options: float) -> Engine:
+    server.completions = tiny_model is not None
+    return connect(config(server, tiny_model), client(server, **options))  # type: ignore[arg-type]
+
+
+def questions(count: int) -> tuple[list[Prompt], list[tuple[str, ...]]]:
+    prompts = [Prompt((Message("user", f"Question {i}?"),), "Answer:") for i in range(count)]
+    return prompts, [(" A", " B", " C")] * count
+
+
+# --- a healthy server -----------------------------------------------------------------------------
+
+
+def test_what_the_probe_finds_is_used_and_told(server: FaultyServer, tiny_model: Path) -> None:
+    made = engine(server, tiny_model)
+    assert isinstance(made, Engine)
+    assert made.abilities.choose
+    assert made.abilities.score
+    assert made.abilities.nll
+    assert not made.abilities.entropy
+    assert made.model_id == "hash-model"
+    assert "given text is scored (prompt_logprobs), within 0.000" in "; ".join(made.abilities.found)
+
+
+def test_generation_choice_and_score_are_the_models_own(
+    server: FaultyServer, tiny_model: Path
+) -> None:
+    made = engine(server, tiny_model)
+    prompts, candidates = questions(5)
+    encoder = made.encoder  # type: ignore[attr-defined]
+    for ids, said in zip(encoder.encode(prompts), made.generate(prompts, 9), strict=True):
+        assert isinstance(said, Generation)
+        tokens: list[int] = []
+        nll = []
+        while len(tokens) < 9:
+            row = server.model.logprobs([*ids, *tokens])
+            if row.argmax() == 2:
+                break
+            tokens.append(int(row.argmax()))
+            nll.append(-row.max())
+        assert said.text == encoder.decode(tokens)[0]
+        assert len(said.offsets) == len(tokens) + 1
+        np.testing.assert_allclose(said.nll, nll, atol=1e-5)
+        assert np.isnan(said.entropy).all()
+        assert said.finished == (len(tokens) < 9)
+    for ids, choice in zip(encoder.encode(prompts), made.choose(prompts, candidates), strict=True):
+        assert isinstance(choice, Choice)
+        row = server.model.logprobs(ids)
+        tails = [encoder.continuation("Answer:", text)[0] for text in (" A", " B", " C")]
+        np.testing.assert_allclose(choice.logprobs, row[tails], atol=1e-5)
+    for ids, score in zip(encoder.encode(prompts), made.score(prompts, [" yes"] * 5), strict=True):
+        assert isinstance(score, ResponseScore)
+        tail = encoder.continuation("Answer:", " yes")
+        rows = [server.model.logprobs([*ids, *tail[:i]]) for i in range(len(tail))]
+        own = [row[token] for row, token in zip(rows, tail, strict=True)]
+        assert score.tokens == len(tail)
+        assert score.nll == pytest.approx(-np.mean(own), abs=1e-5)
+        ranks = [(row > value).sum() for row, value in zip(rows, own, strict=True)]
+        assert score.rank == pytest.approx(np.mean(ranks))
+        gaps = [np.diff(np.sort(row)[-2:])[0] for row in rows]
+        assert score.margin == pytest.approx(np.mean(gaps), abs=1e-5)
+
+
+def test_a_chat_only_server_still_answers(server: FaultyServer) -> None:
+    made = engine(server, None)
+    assert made.abilities.choose
+    assert made.abilities.nll
+    assert not made.abilities.score
+    prompts, candidates = questions(4)
+    assert all(isinstance(said, Generation) for said in made.generate(prompts, 3))
+    chosen = made.choose(prompts, candidates)
+    assert all(isinstance(choice, Choice) for choice in chosen)
+
+
+@pytest.mark.parametrize(
+    ("edit", "lost"),
+    [
+        (lambda c: c.update(logprobs=None, prompt_logprobs=None), ("choose", "score", "nll")),
+        (lambda c: c.update(prompt_logprobs=None), ()),  # echo is left
+    ],
+)
+def test_what_a_server_does_not_give_is_no_ability(
+    server: FaultyServer, tiny_model: Path, edit: object, lost: tuple[str, ...]
+) -> None:
+    server.edit = lambda body, reply: edit(reply["choices"][0])  # type: ignore[operator]
+    made = engine(server, tiny_model)
+    for name in ("choose", "score", "nll"):
+        assert getattr(made.abilities, name) == (name not in lost), made.abilities.found
+
+
+def test_scores_of_the_tokens_next_door_are_found_out(
+    server: FaultyServer, tiny_model: Path
+) -> None:
+    def shift(body: dict[str, object], reply: dict[str, list[dict[str, object]]]) -> None:
+        choice = reply["choices"][0]
+        choice["prompt_logprobs"] = None
+        if body.get("echo"):
+            given = choice["logprobs"]
+            assert isinstance(given, dict)
+            for name in ("token_logprobs", "top_logprobs"):
+                given[name] = [*given[name][1:], given[name][-1]]
+
+    server.edit = shift  # type: ignore[assignment]
+    made = engine(server, tiny_model)
+    assert not made.abilities.score
+    assert "as of other tokens" in made.abilities.found[-2] + made.abilities.found[-1]
+    assert made.abilities.nll
+
+
+def test_requests_in_flight_are_bounded(server: FaultyServer, tiny_model: Path) -> None:
+    made = engine(server, tiny_model)
+    made.choose(*questions(100))
+    assert 1 < server.most_at_once <= 16
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("mode", ["tokens", "chat"])
+def test_no_fault_makes_a_wrong_answer(
+    server: FaultyServer, tiny_model: Path, kind: str, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 200 requests a third strikes twice before it is answered, one in twenty for ever."""
+    caplog.set_level(logging.INFO)
+    made = engine(server, tiny_model if mode == "tokens" else None, timeout=0.5)
+    prompts, candidates = questions(REQUESTS)
+    truth = made.choose(prompts, candidates)
+    server.tries.clear()
+    server.fault = kind
+    server.strikes = lambda digest, tries: digest % 20 == 0 or (digest % 3 == 0 and tries < 2)
+    started = time.monotonic()
+    found = made.choose(prompts, candidates)
+    assert time.monotonic() - started < 60
+    assert len(found) == REQUESTS
+    harmless = mode == "chat" and kind == "prompt_cut_in_silence"  # it counts its own tokens
+    failures = [said.reason for said in found if isinstance(said, Failure)]
+    assert harmless or 0 < len(failures) < REQUESTS
+    for right, said in zip(truth, found, strict=True):
+        if not isinstance(said, Failure):
+            assert isinstance(right, Choice)
+            np.testing.assert_array_equal(said.logprobs, right.logprobs)
+    told = "\n".join([*failures, caplog.text])
+    assert KEY not in told
+    assert "\x1b" not in told
+    assert all("\n" not in reason and len(reason) < 400 for reason in failures)
+
+
+def clean(path: Path, out: Path, made: Engine) -> None:
+    experts = ExpertConfig(rounds=1, reasoning_tokens=4)
+    config = CleanConfig(input=str(path), out=out, detector="paper", experts=experts)
+    run_clean(config, engine=made, embedder=LetterEmbedder())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("internal_error", "redirect_elsewhere") else
+                     [pytest.mark.slow])
+        for kind in FAULTS
+    ],
+)  # fmt: skip
+def test_a_run_through_faults_loses_nothing_and_resuming_completes_it(
+    server: FaultyServer, tiny_model: Path, tmp_path: Path, kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = write(tmp_path / "in.jsonl", quiz(40))
+    made = engine(server, tiny_model, timeout=0.5)
+    clean(source, tmp_path / "whole", made)
+    truth = read(tmp_path / "whole/verdicts.jsonl")
+    server.tries.clear()
+    server.requests = 0
+    server.fault = kind
+    server.strikes = lambda digest, tries: digest % 20 == 0 or (digest % 3 == 0 and tries < 2)
+    clean(source, tmp_path / "out", made)
+    assert server.requests >= REQUESTS
+    lines = read(tmp_path / "out/verdicts.jsonl")
+    assert [line["id"] for line in lines] == [line["id"] for line in truth]
+    for right, line in zip(truth, lines, strict=True):
+        if not line["reason"].startswith("not judged"):
+            assert (line["verdict"], line["noise_score"]) == (
+                right["verdict"],
+                right["noise_score"],
+            )
+    server.fault = None
+    clean(source, tmp_path / "out", made)
+    whole = (tmp_path / "whole/verdicts.jsonl").read_bytes()
+    assert (tmp_path / "out/verdicts.jsonl").read_bytes() == whole
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+    assert KEY not in "".join(capsys.readouterr())
+
+
+def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
+    server: FaultyServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(200))
+    made = engine(server, tiny_model, retries=1, timeout=5.0)
+    clean(source, tmp_path / "whole", made)
+    server.fault = "connection_reset"
+    server.strikes = lambda digest, tries: server.requests > answered + 150
+    answered = server.requests
+    with pytest.raises(EngineLost, match=r"the last \d+ requests failed"):
+        clean(source, tmp_path / "out", engine(server, tiny_model, retries=1, timeout=5.0))
+    server.fault = None
+    before = server.requests
+    clean(source, tmp_path / "out", made)
+    assert server.requests - before < answered
+    whole = (tmp_path / "whole/verdicts.jsonl").read_bytes()
+    assert (tmp_path / "out/verdicts.jsonl").read_bytes() == whole
+
+
+# --- what the user got wrong ---------------------------------------------------------------------
+
+
+def test_nothing_answers_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+/v1: no server answers there"):
+        load_engine(EngineConfig(engine="openai", base_url=address, timeout=5))
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("localhost:8000/v1", "expected an http or https address"),
+        ("ftp://host/v1", "expected an http or https address"),
+        ("http://user:hunter2@host/v1", "without user name, password"),
+        ("http://host/v1?key=hunter2", "without user name, password"),
+        ("http://[bad/v1", "expected an"),
+    ],
+)
+def test_a_bad_address(address: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as caught:
+        load_engine(EngineConfig(engine="openai", base_url=address))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_given_as_the_name_of_its_variable_is_not_repeated(server: FaultyServer) -> None:
+    with pytest.raises(UserError, match="--key-variable") as caught:
+        load_engine(EngineConfig(engine="openai", base_url=server.url, key_variable=KEY))
+    assert KEY not in str(caught.value)
+
+
+def test_a_key_with_a_line_break_is_not_repeated(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "hunter2\r\nx-injected: 1")
+    with pytest.raises(UserError, match=r"\$MY_KEY") as caught:
+        load_engine(EngineConfig(engine="openai", base_url=server.url, key_variable="MY_KEY"))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_refused_key_names_the_variable(server: FaultyServer, tiny_model: Path) -> None:
+    server.fault = "key_revoked"
+    server.strikes = lambda digest, tries: True
+    with pytest.raises(UserError, match="401") as caught:
+        engine(server, tiny_model)
+    assert KEY not in str(caught.value)
