@@ -110,7 +110,7 @@ def chat(body: dict[str, Any]) -> dict[str, Any]:
 # --- faults ------------------------------------------------------------------------------------
 
 Exchange = Callable[[socket.socket, dict[str, Any], str], None]
-FAULTS: dict[str, Exchange] = {}
+FAULTS: dict[str, Exchange] = {}  # the connection is closed after each
 
 
 def fault(exchange: Exchange) -> Exchange:
@@ -134,27 +134,24 @@ def send_json(connection: socket.socket, reply: Any, status: str = "200 OK", *he
 @fault
 def connection_reset(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
 
 
 @fault
 def connection_closed(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    connection.close()
+    pass  # as it is after every fault
 
 
 @fault
 def no_reply_in_time(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    time.sleep(2.0)
-    connection.close()
+    time.sleep(3.0)
 
 
 @fault
 def one_byte_at_a_time(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
-    for _ in range(40):
+    for _ in range(30):
         connection.sendall(b" ")
-        time.sleep(0.05)
-    connection.close()
+        time.sleep(0.1)
 
 
 @fault
@@ -162,13 +159,11 @@ def headers_for_ever(connection: socket.socket, reply: dict[str, Any], key: str)
     connection.sendall(b"HTTP/1.1 200 OK\r\n")
     for i in range(40):
         connection.sendall(f"x-{i}: {'y' * 10_000}\r\n".encode())
-    connection.close()
 
 
 @fault
 def not_http(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
     connection.sendall(b"\x15\x03\x01\x00\x02\x02\x50 SSH-2.0-OpenSSH\r\n\r\n")
-    connection.close()
 
 
 @fault
@@ -181,13 +176,11 @@ def truncated_json(connection: socket.socket, reply: dict[str, Any], key: str) -
 def body_cut_off(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
     whole = json.dumps(reply).encode()
     connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(whole) + whole[:-9])
-    connection.close()
 
 
 @fault
 def bad_chunks(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n{}\r\n")
-    connection.close()
 
 
 @fault
@@ -285,7 +278,6 @@ def huge_body(connection: socket.socket, reply: dict[str, Any], key: str) -> Non
     connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 9000000000\r\n\r\n")
     for _ in range(64):
         connection.sendall(b" " * 2**20)
-    connection.close()
 
 
 @fault
@@ -405,11 +397,10 @@ class FaultyServer:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            self._answer(connection, path, sent, headers.get("authorization", "").split()[-1:])
+            return self._answer(connection, path, sent, headers.get("authorization", "").split())
         finally:
             with self._lock:
                 self.at_once -= 1
-        return connection.fileno() >= 0
 
     def _answer(self, connection: socket.socket, path: str, sent: bytes, bearer: list[str]) -> None:
         body = json.loads(sent)
@@ -420,6 +411,7 @@ class FaultyServer:
         reply = chat(body) if "messages" in body else completion(self.model, body)
         self.edit(body, reply)
         if self.fault is not None and self.strikes(digest, tries):
-            FAULTS[self.fault](connection, reply, "".join(bearer))
-        else:
-            send_json(connection, reply)
+            FAULTS[self.fault](connection, reply, "".join(bearer[-1:]))
+            return False
+        send_json(connection, reply)
+        return True

@@ -27,6 +27,7 @@ from robustft.errors import EngineLost, UserError
 KEY = "sk-test-0123456789abcdefSECRET"
 VOCABULARY = 271
 REQUESTS = 200
+PATIENCE = {"no_reply_in_time": 1.0, "one_byte_at_a_time": 1.0}  # seconds; elsewhere none is needed
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     made.close()
 
 
-def client(server: FaultyServer, retries: int = 3, timeout: float = 1.0) -> JsonClient:
+def client(server: FaultyServer, retries: int = 3, timeout: float = 30.0) -> JsonClient:
     return JsonClient(
         server.url, concurrency=16, timeout=timeout, retries=retries, backoff=0.005,
         longest_wait=0.05, largest=2**22,
@@ -174,7 +175,7 @@ def test_no_fault_makes_a_wrong_answer(
 ) -> None:
     """Of 200 requests a third strikes twice before it is answered, one in twenty for ever."""
     caplog.set_level(logging.INFO)
-    made = engine(server, tiny_model if mode == "tokens" else None, timeout=0.5)
+    made = engine(server, tiny_model if mode == "tokens" else None, timeout=PATIENCE.get(kind, 30))
     prompts, candidates = questions(REQUESTS)
     truth = made.choose(prompts, candidates)
     server.tries.clear()
@@ -182,7 +183,7 @@ def test_no_fault_makes_a_wrong_answer(
     server.strikes = lambda digest, tries: digest % 20 == 0 or (digest % 3 == 0 and tries < 2)
     started = time.monotonic()
     found = made.choose(prompts, candidates)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120  # far from any wait that the server asks for
     assert len(found) == REQUESTS
     harmless = mode == "chat" and kind == "prompt_cut_in_silence"  # it counts its own tokens
     failures = [said.reason for said in found if isinstance(said, Failure)]
@@ -216,7 +217,7 @@ def test_a_run_through_faults_loses_nothing_and_resuming_completes_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     source = write(tmp_path / "in.jsonl", quiz(40))
-    made = engine(server, tiny_model, timeout=0.5)
+    made = engine(server, tiny_model, timeout=PATIENCE.get(kind, 30))
     clean(source, tmp_path / "whole", made)
     truth = read(tmp_path / "whole/verdicts.jsonl")
     server.tries.clear()
@@ -246,13 +247,13 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     server: FaultyServer, tiny_model: Path, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "in.jsonl", quiz(200))
-    made = engine(server, tiny_model, retries=1, timeout=5.0)
+    made = engine(server, tiny_model, retries=1)
     clean(source, tmp_path / "whole", made)
     server.fault = "connection_reset"
     server.strikes = lambda digest, tries: server.requests > answered + 150
     answered = server.requests
     with pytest.raises(EngineLost, match=r"the last \d+ requests failed"):
-        clean(source, tmp_path / "out", engine(server, tiny_model, retries=1, timeout=5.0))
+        clean(source, tmp_path / "out", engine(server, tiny_model, retries=1))
     server.fault = None
     before = server.requests
     clean(source, tmp_path / "out", made)
