@@ -167,8 +167,7 @@ def _add_engine(parser: Parser) -> None:
         "OpenAI-compatible server (openai), which is first asked what it can really do.",
     )
     group.add_argument(
-        "--engine", choices=("transformers", "openai", "vllm"), default="transformers",
-        help="transformers, openai or vllm",
+        "--engine", default="transformers", metavar="NAME", help="transformers, openai or vllm",
     )  # fmt: skip
     group.add_argument(
         "--base-url", metavar="URL",

@@ -251,12 +251,13 @@ class ShardRun:
             review = self._panel.review(records, first, second)
         labels = map(relabel, reasoned, base, context, review)
         # Without any log-probabilities nothing can be ranked, and everything is kept.
-        unknown = float("nan" if self.engine.abilities.nll else "inf")
-        confidence = [unknown if math.isnan(label.nll) else label.nll for label in labels]
+        unranked = float("nan" if self.engine.abilities.nll else "inf")
         return [
-            float("nan") if label.answer is None else nll
-            for label, nll in zip(labels, confidence, strict=True)
-        ]
+            float("nan") if label.answer is None
+            else unranked if math.isnan(label.nll)
+            else label.nll
+            for label in labels
+        ]  # fmt: skip
 
     # --- progress --------------------------------------------------------------------------
 
