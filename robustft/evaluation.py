@@ -126,7 +126,8 @@ def evaluate(
     """Ask the model every question of `config.input` and compare with the file's answers.
 
     Multiple choice is read from the options' likelihoods after "Answer:" (where the engine tells
-    them), other answers from generated text. With `config.out`, predictions are written there, one JSON line a record.
+    them), other answers from generated text. With `config.out`, predictions are written there,
+    one JSON line a record.
     `engine` is used instead of loading `config.engine` and `config.adapter`; `ask` words the
     prompts of some records, `judge` reads and scores a reply to an open question.
 
