@@ -19,9 +19,9 @@ from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.files import atomic_file
 from robustft.finishing import Models, finish
-from robustft.pipeline import ShardRun, conclude, forget
+from robustft.pipeline import ShardRun, UnitStream, conclude, reopen
 from robustft.records import Record, RecordSource, Reject, open_records, output_name
-from robustft.shards import split
+from robustft.shards import Shard, conclusion_folder, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.verdicts import CleanResult
 
@@ -90,6 +90,11 @@ def run_clean(
     """Run `config` from the input file to the report; see `clean` for errors."""
     watch = Stopwatch()
     source = open_source(config)
+    if plan_folder(config.out).is_dir():
+        raise UserError(
+            f"{config.out}: holds the shards of a run; go on with --shard, --processes or --ray as "
+            "before, finish with `robustft merge`, or choose another --out"
+        )
     with folder_lock(config.out), Store(config.out / "run.sqlite") as store:
         identity = identity_of(config, source)
         resumed = store.holds(identity)
@@ -101,11 +106,10 @@ def run_clean(
         store.claim(identity)
         store.set_meta("count", [total, rejects])
         announce(Announcement(total, rejects, models, resumed))
-        (shard,) = split(total, 1, config.out, source.content_hash)
-        target = config.out / "phases" / "conclusion"
-        if store.forgive():
-            forget(shard, target)
-        run = ShardRun(config, shard, source, engine, embedder, store)
+        shard = Shard(0, 1, 0, total, config.out)
+        target = conclusion_folder(config.out)
+        reopen(shard, store, target, published=False)
+        run = ShardRun(config, shard, UnitStream(source), engine, embedder, store)
         run.detect()
         with Corpus([shard], config.threads) as corpus:
             conclusion = conclude(config, [shard], target, corpus)

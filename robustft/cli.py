@@ -1,4 +1,4 @@
-"""The command line: `robustft clean | train | eval | score | corrupt | reproduce | …`."""
+"""The command line: `robustft clean | merge | train | eval | score | corrupt | …`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustft.errors import UserError
+from robustft.errors import UnfinishedError, UserError
 
-_DONE, _OTHER, _USER, _POWERLESS, _INTERRUPTED = 0, 1, 2, 3, 130
+_DONE, _OTHER, _USER, _POWERLESS, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 _RESUMABLE = {"clean", "demo", "reproduce", "train"}
 
 # --- commands ------------------------------------------------------------------------------
@@ -31,10 +31,48 @@ def _engine_config(options: argparse.Namespace) -> Any:
 
 def _run_clean(options: argparse.Namespace) -> int:
     from robustft.cleaning import run_clean
-    from robustft.config import CleanConfig, ExpertConfig
     from robustft.console import print_announcement, print_clean_summary
 
-    config = CleanConfig(
+    config = _clean_config(options)
+    if options.shard or options.processes > 1 or options.gpus > 1:
+        return _run_shards(options, config)
+    result = run_clean(config, announce=print_announcement)
+    print_clean_summary(result)
+    return _POWERLESS if result.powerless else _DONE
+
+
+def _run_shards(options: argparse.Namespace, config: Any) -> int:
+    from robustft.console import print_clean_summary, print_shard_summary
+    from robustft.distributed import merge, run_shard
+    from robustft.processes import run_processes
+
+    count, pinned = max(options.processes, options.gpus), options.gpus > 1
+    if count > 1:
+        run_processes(options.arguments, options.shard or (0, 1), count, pinned=pinned)
+        if options.shard:
+            return _DONE
+        result = merge([config.out])
+        print_clean_summary(result)
+        return _POWERLESS if result.powerless else _DONE
+    missing = run_shard(config, *options.shard, wait=options.wait)
+    print_shard_summary(options.shard, missing, config)
+    return _DONE
+
+
+def _run_merge(options: argparse.Namespace) -> int:
+    from robustft.console import print_clean_summary
+    from robustft.distributed import merge
+
+    out = None if options.out is None else Path(options.out)
+    result = merge([Path(folder) for folder in options.folders], out, data=options.input)
+    print_clean_summary(result)
+    return _POWERLESS if result.powerless else _DONE
+
+
+def _clean_config(options: argparse.Namespace) -> Any:
+    from robustft.config import CleanConfig, ExpertConfig
+
+    return CleanConfig(
         input=options.input,
         out=Path(options.out),
         schema=options.schema,
@@ -57,9 +95,6 @@ def _run_clean(options: argparse.Namespace) -> int:
             calibrate=options.calibrate,
         ),
     )
-    result = run_clean(config, announce=print_announcement)
-    print_clean_summary(result, config)
-    return _POWERLESS if result.powerless else _DONE
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -193,6 +228,7 @@ def _run_bench(options: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _run_demo,
     "clean": _run_clean,
+    "merge": _run_merge,
     "train": _run_train,
     "eval": _run_eval,
     "score": _run_score,
@@ -210,10 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, verbose = "", False
     try:
         options = parse(arguments)
+        options.arguments = arguments
         command, verbose = options.command, options.verbose
         with _logging(verbose):
             status = _COMMANDS[command](options)
         sys.stdout.flush()
+    except UnfinishedError as error:
+        return _fail(_UNFINISHED, str(error))
     except UserError as error:
         return _fail(_USER, str(error))
     except KeyboardInterrupt:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -10,7 +12,6 @@ import orjson
 from robustft.cleaning import Announcement
 from robustft.config import CleanConfig
 from robustft.models import DEFAULT_MODEL
-from robustft.reporting import next_steps
 from robustft.verdicts import CleanResult
 
 
@@ -34,7 +35,7 @@ def print_announcement(known: Announcement) -> None:
         print("robustft: resuming; what was asked before is not asked again", file=sys.stderr)
 
 
-def print_clean_summary(result: CleanResult, config: CleanConfig) -> None:
+def print_clean_summary(result: CleanResult) -> None:
     """What happened, where the files are and what to run next."""
     counts, out = result.counts, result.out
     judged = f"{counts['clean']} found clean, {counts['noisy']} noisy"
@@ -59,9 +60,9 @@ def print_clean_summary(result: CleanResult, config: CleanConfig) -> None:
     print(f"report        {out / 'report.html'}  (open it in a browser)")
     print(f"verdicts      {out / 'verdicts.jsonl'}")
     print(f"took          {result.seconds['total']:.0f} s")
-    if steps := next_steps(config, result):
+    if result.next_steps:
         print("next:")
-        for command in steps:
+        for command in result.next_steps:
             print(f"  {command}")
     elif not result.powerless:
         print("nothing is left to train on: the report says why; a larger --beta keeps more")
@@ -83,3 +84,15 @@ def print_demo_truth(out: Path, truth: Path) -> None:
         f"{hits} of the {len(flagged)} flagged are real; noise_score ranks an error above a "
         f"correct answer {sum(pairs) / len(pairs):.0%} of the time (chance: 50%)"
     )
+
+
+def print_shard_summary(
+    shard: tuple[int, int], missing: Sequence[int], config: CleanConfig
+) -> None:
+    """A finished shard: what is still to come."""
+    print(f"shard {shard[0]}/{shard[1]} is finished")
+    if missing:
+        listed = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
+        print(f"still at work: {'shard' if len(missing) == 1 else 'shards'} {listed}")
+    print("then:" if missing else "next:")
+    print(f"  {shlex.join(['robustft', 'merge', str(config.out)])}")

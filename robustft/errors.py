@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class EngineLost(RuntimeError):
     """The engine stopped answering in the middle of a run; what is finished is kept."""
+
+
+class UnfinishedError(UserError):
+    """Other shards have to get further first; the same command goes on from here."""

@@ -23,7 +23,7 @@ from robustft.exchange import write_exchange
 from robustft.files import atomic_file
 from robustft.pipeline import select
 from robustft.records import RecordSource, reopened
-from robustft.reporting import write_run_report
+from robustft.reporting import next_steps, write_run_report
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
 from robustft.verdicts import CleanResult, write_outputs
@@ -111,6 +111,7 @@ def finish(
     if config.dataset_info and result.counts["keep"] + result.counts["relabel"]:
         write_exchange(reopened(source, result.cleaned), config.out)
     result.seconds["total"] = round(watch.seconds(), 3)
+    result.next_steps = next_steps(config, result)
     manifest = _manifest(config, result, models, totals, source.content_hash)
     with atomic_file(config.out / "manifest.json") as handle:
         handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")

@@ -80,6 +80,15 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _shard(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of) <= 100_000):
+        raise argparse.ArgumentTypeError(
+            f"expected I/N with I from 0 to N - 1, such as 0/4, found {text!r}"
+        )
+    return int(number), int(of)
+
+
 def build_parser() -> Parser:
     """The parser of the whole command line; `commands` holds that of each command."""
     parser = Parser(
@@ -88,8 +97,9 @@ def build_parser() -> Parser:
         "fine-tune on it, and measure the difference.",
         epilog="Start with `robustft demo`; `robustft COMMAND --help` explains a command. "
         "Results go to stdout, progress to stderr. Exit status: 0 done, 2 wrong input or "
-        "arguments, 3 no expert is better than chance (nothing changed), 130 interrupted (the same "
-        "command resumes), 1 anything else.",
+        "arguments, 3 no expert is better than chance (nothing changed), 4 other shards are still "
+        "at work (the same command goes on), 130 interrupted (the same command resumes), "
+        "1 anything else.",
     )
     parser.add_argument("--version", action="version", version=f"robustft {__version__}")
     commands = parser.add_subparsers(
@@ -98,6 +108,7 @@ def build_parser() -> Parser:
     for add in (
         _add_demo,
         _add_clean,
+        _add_merge,
         _add_train,
         _add_eval,
         _add_score,
@@ -271,6 +282,44 @@ def _add_clean(commands: Any) -> None:
     _add_model(parser)
     _add_engine(parser)
     _add_expert_options(parser)
+    _add_scale(parser)
+
+
+def _add_scale(parser: Parser) -> None:
+    group = parser.add_argument_group("many machines and processes")
+    group.add_argument(
+        "--shard", type=_shard, metavar="I/N",
+        help="work on shard I (from 0) of N; all shards share --out on one file system and wait "
+        "for each other where they must; `robustft merge` writes the outputs (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--wait", type=_at_least_zero, default=600.0, metavar="SECONDS",
+        help="how long a shard waits for the next of the others to get as far",
+    )  # fmt: skip
+    group.add_argument(
+        "--processes", type=_positive, default=1, metavar="N",
+        help="so many shards at once on this machine, then merge",
+    )  # fmt: skip
+    group.add_argument(
+        "--gpus", type=_positive, default=1, metavar="N",
+        help="as --processes, each with a GPU of its own",
+    )  # fmt: skip
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands, "merge", "Write the outputs of a run that was cleaned in shards",
+        "Selects over all shards; nobody is asked anything.",
+    )  # fmt: skip
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="--out of `robustft clean --shard`"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for the outputs (default: the first DIR)"
+    )
+    parser.add_argument(
+        "--input", metavar="INPUT", help="the input, if it has moved (default: where it was)"
+    )
 
 
 def _add_demo(commands: Any) -> None:

@@ -70,6 +70,26 @@ def units(
         yield unit, chunk
 
 
+class UnitStream:
+    """Units of an input by number; ranges that ascend cost one reading of the input together."""
+
+    def __init__(self, source: RecordSource) -> None:
+        self._source = source
+        self._stream: Iterator[tuple[int, list[Record]]] = iter(())
+        self._next = 0
+        self._begun = False
+
+    def of(self, wanted: range) -> Iterator[tuple[int, list[Record]]]:
+        """The units of a range, in order."""
+        if not self._begun or wanted.start < self._next:
+            self._stream, self._next, self._begun = units(self._source), 0, True
+        while self._next < wanted.stop:
+            unit, chunk = next(self._stream)
+            self._next = unit + 1
+            if unit >= wanted.start:
+                yield unit, chunk
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """Estimated work of one record, for the ETA: tokens decoded; a prefill counts as 24."""
@@ -102,14 +122,14 @@ class ShardRun:
         self,
         config: CleanConfig,
         shard: Shard,
-        source: RecordSource,
+        stream: UnitStream,
         engine: Engine,
         embedder: TextEmbedder,
         store: Store,
     ) -> None:
         self.config = config
         self.shard = shard
-        self.source = source
+        self.stream = stream
         self.engine = engine
         self.embedder = embedder
         self.store = store
@@ -136,11 +156,7 @@ class ShardRun:
             self._shown("detect", self.shard.rows * self._effort.detect),
         ):
             marks = _Marks(self.store, ("corpus", "detect"), corpus.sync)
-            for unit, chunk in units(self.source):
-                if unit < self.shard.units.start:
-                    continue
-                if unit >= self.shard.units.stop:
-                    break
+            for unit, chunk in self.stream.of(self.shard.units):
                 if chunk[-1].index - self.shard.start >= corpus.rows:
                     corpus.append(chunk, self.embedder.encode([one.question for one in chunk]))
                     marks.add("corpus", unit, {})
@@ -382,7 +398,8 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
     return Selection(selected, nll[mask & finite], nll[~mask & finite], threshold)
 
 
-def forget(shard: Shard, target: Path) -> None:
-    """Take back what was published, so that failures of an earlier session are asked again."""
-    for folder in (shard.phase("detected"), shard.phase("relabeled"), target):
-        shutil.rmtree(folder, ignore_errors=True)
+def reopen(shard: Shard, store: Store, target: Path, *, published: bool) -> None:
+    """Ask again what failed in an earlier session, unless others have built on it (`published`)."""
+    if not published and store.forgive():
+        for folder in (shard.phase("detected"), shard.phase("relabeled"), target):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -74,7 +74,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         peak_memory_bytes=manifest["peak_memory_bytes"],
         settings={name: str(value) for name, value in manifest["config"].items()},
         files=files,
-        next_steps=next_steps(config, result),
+        next_steps=result.next_steps,
         warnings=tuple(result.warnings),
         weights={} if result.powerless else result.weights,
         powerless=result.powerless,

@@ -58,13 +58,11 @@ class Shard:
 
 
 def split(total: int, count: int, out: Path, content_hash: str) -> list[Shard]:
-    """The records of an input in `count` shards of whole units, in order; one works in `out`.
+    """The records of an input in `count` shards of whole units, in order.
 
     Folders are named by row range and content, so that none is ever taken for another. With more
-    shards than units the last ones are empty.
+    shards than units some are empty.
     """
-    if count == 1:
-        return [Shard(0, 1, 0, total, out)]
     units = -(-total // UNIT_ROWS)
     edges = [min(units * number // count * UNIT_ROWS, total) for number in range(count)] + [total]
     shards = []
@@ -73,6 +71,16 @@ def split(total: int, count: int, out: Path, content_hash: str) -> list[Shard]:
         name = f"rows-{start:010}-{stop:010}-{content_hash[:12]}"
         shards.append(Shard(number, count, start, stop, out / "shards" / name))
     return shards
+
+
+def plan_folder(out: Path) -> Path:
+    """Where the shards of an output folder find what they are parts of."""
+    return out / "shards" / "plan"
+
+
+def conclusion_folder(out: Path) -> Path:
+    """Where the split of the whole corpus is published."""
+    return out / "phases" / "conclusion"
 
 
 def publish(

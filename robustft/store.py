@@ -131,6 +131,21 @@ def folder_lock(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def refuse_changes(folder: Path, found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    """Raise UserError naming every difference between a run's configuration and the one given."""
+    now = orjson.loads(orjson.dumps(fingerprint))
+    changed = [
+        f"{field} was {found.get(field)!r}, now {now.get(field)!r}"
+        for field in sorted(found.keys() | now.keys())
+        if found.get(field) != now.get(field)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: holds a run with another configuration: {'; '.join(changed)}; choose "
+            "another --out or repeat the old settings"
+        )
+
+
 class Store:
     """The opinions of one run. One process writes (`folder_lock`); others may read meanwhile.
 
@@ -197,17 +212,7 @@ class Store:
         found = self.get_meta(name)
         if found is None:
             return False
-        now = orjson.loads(orjson.dumps(fingerprint))
-        changed = [
-            f"{field} was {found.get(field)!r}, now {now.get(field)!r}"
-            for field in sorted(found.keys() | now.keys())
-            if found.get(field) != now.get(field)
-        ]
-        if changed:
-            raise UserError(
-                f"{self.path.parent}: holds a run with another configuration: "
-                f"{'; '.join(changed)}; choose another --out or repeat the old settings"
-            )
+        refuse_changes(self.path.parent, found, fingerprint)
         return True
 
     def get_meta(self, name: str) -> Any:

@@ -100,6 +100,7 @@ class CleanResult:
     expected_precision: float = float("nan")  # share of the noisy verdicts that are right
     unanswered: int = 0  # records for which the engine failed; asked again on resume
     powerless: bool = False  # no expert was better than chance: nothing was changed
+    next_steps: tuple[str, ...] = ()  # commands worth running now
 
     @property
     def estimate(self) -> str:

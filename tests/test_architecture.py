@@ -36,6 +36,7 @@ LAYERS = (
     {"verdicts"},
     {"finishing"},
     {"cleaning"},
+    {"distributed"},
     {"integrations", "cli"},
 )
 

@@ -1,0 +1,255 @@
+"""Several machines or processes and no coordinator: shards on a shared file system, then `merge`.
+
+Every process works on a shard of its own and publishes each phase. What the corpus as a whole
+decides (the split, the clean set, the selection) is computed from all shards, so the result is that
+of one process. A shard that needs the others' phase waits for it; a killed one goes on where it
+was when its command is run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from robustft.cleaning import count, identity_of, load, open_source
+from robustft.config import CleanConfig, EngineConfig, ExpertConfig
+from robustft.corpus import Corpus
+from robustft.embedding import TextEmbedder
+from robustft.engines import Engine
+from robustft.errors import UnfinishedError, UserError
+from robustft.finishing import Models, finish
+from robustft.pipeline import ShardRun, UnitStream, conclude, reopen
+from robustft.records import RecordSource
+from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
+from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
+from robustft.verdicts import CleanResult
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+_DOING = {"detected": "detection", "relabeled": "relabeling"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all shards of an output folder share."""
+
+    config: CleanConfig
+    identity: dict[str, Any]
+    models: Models
+    records: int
+    rejects: int
+    of: int
+
+    def shards(self) -> list[Shard]:
+        """All shards, in input order; the last ones may be empty."""
+        return split(self.records, self.of, self.config.out, self.identity["input"])
+
+    def agree(self) -> Plan:
+        """Publish the plan, or find that an earlier one is the same; returns that one.
+
+        Raises UserError naming the differences.
+        """
+        out = self.config.out
+        if (out / "run.sqlite").exists():
+            raise UserError(f"{out}: holds a run of one process; choose another --out")
+        facts = {"identity": self.identity, "config": _plain(self.config)}
+        facts |= {"models": asdict(self.models), "of": self.of}
+        facts |= {"records": self.records, "rejects": self.rejects}
+        publish(plan_folder(out), {}, facts)
+        found = read_plan(out)
+        refuse_changes(out, found._shared(), self._shared())
+        return replace(found, config=self.config)
+
+    def _shared(self) -> dict[str, Any]:
+        models = {f"{name} loaded": value for name, value in self.models.identity().items()}
+        return {**self.identity, **models, "shards": self.of}
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan in an output folder; raises UserError where there is none."""
+    folder = plan_folder(out)
+    if not folder.is_dir():
+        raise UserError(f"{out}: holds no shards; expected the --out of `robustft clean --shard`")
+    facts = Published(folder).facts
+    try:
+        config = dict(facts["config"])
+        parts = {
+            "out": out,
+            "without": frozenset(config["without"]),
+            "engine": EngineConfig(**config["engine"]),
+            "experts": ExpertConfig(**config["experts"]),
+        }
+        return Plan(
+            CleanConfig(**{**config, **parts}), dict(facts["identity"]), Models(**facts["models"]),
+            int(facts["records"]), int(facts["rejects"]), int(facts["of"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: is not the plan of a run ({error!r:.200})") from error
+
+
+def _plain(config: CleanConfig) -> dict[str, Any]:
+    """A configuration as JSON; a local input by its full path, for `merge` from elsewhere."""
+    plain = asdict(config)
+    local = Path(config.input)
+    plain["input"] = str(local.resolve()) if local.exists() else config.input
+    return plain | {"out": str(config.out), "without": sorted(config.without)}
+
+
+def make_plan(
+    config: CleanConfig, source: RecordSource, models: Models, of: int | None = None
+) -> Plan:
+    """The plan of a run in `of` shards (None: as many as there is, or `pieces` of the input)."""
+    folder = plan_folder(config.out)
+    facts: Mapping[str, Any] = Published(folder).facts if folder.is_dir() else {}
+    identity = identity_of(config, source)
+    if facts and facts["identity"].get("input") == identity["input"]:
+        records, rejects = facts["records"], facts["rejects"]  # counted by the first shard
+    else:
+        records, rejects = count(source)
+    wanted = of or facts.get("of") or pieces(records)
+    return Plan(config, identity, models, records, rejects, wanted).agree()
+
+
+def pieces(records: int) -> int:
+    """Shards for workers that take one after the other: it depends on the input alone."""
+    return min(-(-records // UNIT_ROWS), 256)
+
+
+# --- one shard -----------------------------------------------------------------------------
+
+
+def run_shard(
+    config: CleanConfig,
+    number: int,
+    of: int,
+    *,
+    wait: float = 600.0,
+    engine: Engine | None = None,
+    embedder: TextEmbedder | None = None,
+) -> list[int]:
+    """Detect and relabel shard `number` of `of`; returns the numbers of shards not finished yet.
+
+    Waits up to `wait` seconds, counted anew whenever one gets there, for the other shards'
+    detection. Raises UnfinishedError where that does not come.
+    """
+    source = open_source(config)
+    engine, embedder = load(config, engine, embedder)
+    plan = make_plan(config, source, Models.of(engine, embedder), of)
+    shards = plan.shards()
+    shard = shards[number]
+    filled = [one for one in shards if one.rows]
+    _say(f"shard {shard.name}: records {shard.start} to {shard.stop} of {plan.records}")
+    if shard.rows:
+        target = conclusion_folder(config.out)
+        with ExitStack() as stack:
+            store = stack.enter_context(opened(shard, plan))
+            reopen(shard, store, target, published=target.is_dir())
+            run = ShardRun(config, shard, UnitStream(source), engine, embedder, store)
+            run.detect()
+            wait_for(filled, "detected", shard.name, wait)
+            corpus = stack.enter_context(Corpus(filled, config.threads))
+            run.relabel(conclude(config, filled, target, corpus), corpus)
+    return [one.number for one in filled if not one.phase("relabeled").is_dir()]
+
+
+@contextlib.contextmanager
+def opened(shard: Shard, plan: Plan) -> Iterator[Store]:
+    """The store of a shard, its folder locked."""
+    path = shard.folder / "run.sqlite"
+    with folder_lock(shard.folder), Store(path, exclusive=True) as store:
+        store.claim(plan.models.identity(), name="models")
+        store.claim(plan.identity)
+        yield store
+
+
+def wait_for(shards: Sequence[Shard], phase: str, name: str, wait: float) -> None:
+    """Return once every shard has published `phase`; raise UnfinishedError after `wait` seconds."""
+    before: list[int] = []
+    deadline = time.monotonic() + wait
+    while missing := [one.number for one in shards if not one.phase(phase).is_dir()]:
+        listed = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
+        said = f"{_DOING[phase]} of {'shard' if len(missing) == 1 else 'shards'} {listed}"
+        if missing != before:
+            deadline = time.monotonic() + wait
+            if wait > 0:
+                _say(f"shard {name}: waiting for the {said}")
+        before = missing
+        if time.monotonic() >= deadline:
+            raise UnfinishedError(
+                f"shard {name}: the {said} is not finished; its own is kept: run those with "
+                f"--shard N/{shards[0].of}, then the same command again"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _say(text: str) -> None:
+    print(f"robustft: {text}", file=sys.stderr, flush=True)
+
+
+# --- all shards ----------------------------------------------------------------------------
+
+
+def merge(
+    folders: Sequence[Path], out: Path | None = None, *, data: str | None = None
+) -> CleanResult:
+    """Select over all shards and write the outputs, once every shard has relabeled.
+
+    Parameters
+    ----------
+    folders: output folders of `clean --shard`, or folders of shards, that hold all shards of a run.
+    out: where the outputs go; None: the first of `folders`.
+    data: the input, where it is no longer where the shards found it.
+
+    Raises:
+    ------
+    UnfinishedError naming the shards that are missing; UserError for anything else.
+    """
+    watch = Stopwatch()
+    roots = list(dict.fromkeys(map(_root, folders)))
+    plan = read_plan(roots[0])
+    for root in roots[1:]:
+        refuse_changes(root, read_plan(root)._shared(), plan._shared())
+    config = replace(plan.config, out=out or roots[0], input=data or plan.config.input)
+    source = open_source(config)
+    if source.content_hash != plan.identity["input"]:
+        raise UserError(f"{config.input}: is not the input that the shards were made from")
+    shards = [_found(shard, roots) for shard in plan.shards() if shard.rows]
+    missing = [shard.number for shard in shards if not shard.phase("relabeled").is_dir()]
+    if missing:
+        listed = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
+        raise UnfinishedError(
+            f"{roots[0]}: of {plan.of} shards these are not finished: {listed}; run "
+            f"`robustft clean` with --shard N/{plan.of} for each, then merge again"
+        )
+    target = next(filter(Path.is_dir, map(conclusion_folder, roots)), conclusion_folder(roots[0]))
+
+    def parts() -> Iterator[tuple[Shard, Store]]:
+        for shard in shards:
+            with opened(shard, plan) as store:
+                yield shard, store
+
+    with folder_lock(config.out), Corpus(shards, config.threads) as corpus:
+        conclusion = conclude(config, shards, target, corpus)
+        return finish(config, source, parts(), corpus, conclusion, plan.rejects, plan.models, watch)
+
+
+def _root(folder: Path) -> Path:
+    """The output folder that holds this one, or this one."""
+    for root in (folder, folder.parent.parent):
+        if plan_folder(root).is_dir():
+            return root
+    raise UserError(f"{folder}: holds no shards; expected the --out of `robustft clean --shard`")
+
+
+def _found(shard: Shard, roots: Sequence[Path]) -> Shard:
+    """The shard in whichever folder has most of it."""
+    found = [replace(shard, folder=root / "shards" / shard.folder.name) for root in roots]
+    for one in found:
+        if one.phase("relabeled").is_dir():
+            return one
+    return found[0]

@@ -1,0 +1,285 @@
+"""Shards and `merge`: the bytes of one process, whatever is killed, late or missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import CommandLine, quiz, write
+from scripted import LetterEmbedder, ScriptedEngine
+
+from robustft.cleaning import run_clean
+from robustft.config import CleanConfig, EngineConfig
+from robustft.distributed import merge, run_shard
+from robustft.errors import UnfinishedError, UserError
+from robustft.processes import _Child, run_children
+from robustft.verdicts import CleanResult
+
+HERE = Path(__file__).parent
+RESULTS = ("verdicts.jsonl", "cleaned.jsonl", "rejects.jsonl")
+ROWS = 1400  # three units: shards of two, one and no unit
+
+
+def rows(count: int = ROWS) -> list[Any]:
+    """Questions, some of them twice, and lines that cannot be read."""
+    found: list[Any] = quiz(count)
+    found[700:705] = quiz(5)
+    found[30:30] = [b"{broken", b'{"question": "no options"}']
+    return found
+
+
+def learnable() -> list[Any]:
+    """Questions whose letters tell the answer, 30 % of them wrong, some without options."""
+    rng = random.Random(0)
+    found: list[Any] = [b"{broken", b"[]"]
+    for number in range(ROWS):
+        label = rng.randrange(3)
+        words = rng.choices(("zebra zoo", "quick quiz", "happy yarn")[label].split(), k=5)
+        given = label if rng.random() > 0.3 else rng.randrange(3)
+        row = {"question": f"{' '.join(words)} {number}", "options": ["x", "y", "z"]}
+        found.append({"id": number, **row, "answer": "ABC"[given]})
+    return found
+
+
+def config(source: Path, out: Path, **settings: Any) -> CleanConfig:
+    return CleanConfig(input=str(source), out=out, **{"detector": "paper", **settings})
+
+
+def whole(source: Path, out: Path, **settings: Any) -> CleanResult:
+    return run_clean(
+        config(source, out, **settings), engine=ScriptedEngine(), embedder=LetterEmbedder()
+    )
+
+
+def shard(
+    source: Path, out: Path, number: int, of: int, engine: ScriptedEngine | None = None,
+    wait: float = 0, **settings: Any,
+) -> list[int]:  # fmt: skip
+    return run_shard(
+        config(source, out, **settings), number, of, wait=wait,
+        engine=engine or ScriptedEngine(), embedder=LetterEmbedder(),
+    )  # fmt: skip
+
+
+def all_shards(source: Path, out: Path, of: int, **settings: Any) -> None:
+    """Every shard twice, as an array job that is submitted again."""
+    order = list(range(of))
+    random.Random(of).shuffle(order)
+    for number in order[:-1]:
+        with pytest.raises(UnfinishedError):
+            shard(source, out, number, of, **settings)
+    left = [shard(source, out, number, of, **settings) for number in reversed(order)]
+    assert left[-1] == []
+
+
+def same(one: Path, other: Path) -> None:
+    for name in RESULTS:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("in") / "in.jsonl", rows())
+
+
+@pytest.mark.parametrize(("detector", "of"), [("paper", 3), ("crowd", 2)])
+def test_merged_shards_are_the_run_of_one_process(tmp_path: Path, of: int, detector: str) -> None:
+    source = write(tmp_path / "in.jsonl", rows() if detector == "paper" else learnable())
+    expected = whole(source, tmp_path / "whole", detector=detector, beta=0.7)
+    all_shards(source, tmp_path / "out", of, detector=detector, beta=0.7)
+    result = merge([tmp_path / "out"])
+    same(tmp_path / "whole", tmp_path / "out")
+    assert result.counts == expected.counts
+    assert repr(result.threshold) == repr(expected.threshold)
+    assert result.weights == expected.weights
+    assert result.counts["input"] == ROWS + 2
+    assert result.counts["relabel"] > 90
+    assert (tmp_path / "out/report.html").stat().st_size > 0
+    totals = json.loads((tmp_path / "out/manifest.json").read_text())["experts"]
+    assert totals == {
+        name: {**cost, "seconds": totals[name]["seconds"]}
+        for name, cost in json.loads((tmp_path / "whole/manifest.json").read_text())[
+            "experts"
+        ].items()
+    }
+
+
+def test_more_shards_than_units_leave_some_empty(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(20))
+    whole(source, tmp_path / "whole")
+    assert shard(source, tmp_path / "out", 0, 3) == [2]  # empty ones have nothing to do
+    assert shard(source, tmp_path / "out", 2, 3) == []
+    merge([tmp_path / "out"])
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_shard_says_whom_it_misses_and_asks_nothing_twice(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UnfinishedError, match=r"shard 0/2: the detection of shard 1 is not fin"):
+        shard(source, out, 0, 2)
+    with pytest.raises(UnfinishedError, match=r"of 2 shards these are not finished: 0, 1"):
+        merge([out])
+    engine = ScriptedEngine()
+    with pytest.raises(UnfinishedError):
+        shard(source, out, 0, 2, engine)
+    assert engine.asked == []
+    assert shard(source, out, 1, 2) == [0]
+    with pytest.raises(UnfinishedError, match="not finished: 0;"):
+        merge([out])
+
+
+def test_shards_of_several_folders_are_merged_elsewhere(tmp_path: Path, source: Path) -> None:
+    whole(source, tmp_path / "whole")
+    all_shards(source, tmp_path / "a", 2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = sorted((tmp_path / "a/shards").glob("rows-*"))
+    shutil.rmtree(second)
+    shutil.rmtree(tmp_path / "b/shards" / first.name)
+    with pytest.raises(UnfinishedError, match="not finished: 1;"):
+        merge([tmp_path / "a"])
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(source, moved)
+    merge([first, tmp_path / "b"], tmp_path / "out", data=str(moved))
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UnfinishedError):
+        shard(source, out, 0, 2)
+    with pytest.raises(UserError, match=r"beta was 0\.5, now 0\.6"):
+        shard(source, out, 1, 2, beta=0.6)
+    with pytest.raises(UserError, match="shards was 2, now 3"):
+        shard(source, out, 1, 3)
+    with pytest.raises(UserError, match="holds the shards of a run"):
+        whole(source, out)
+    other = write(tmp_path / "other.jsonl", quiz(600))
+    with pytest.raises(UserError, match="input was"):
+        shard(other, out, 1, 2)
+    with pytest.raises(UserError, match="holds no shards"):
+        merge([tmp_path])
+    whole(source, tmp_path / "one")
+    with pytest.raises(UserError, match="holds a run of one process"):
+        shard(source, tmp_path / "one", 0, 2)
+    assert [shard(source, out, number, 2) for number in (1, 0)] == [[0], []]
+    with pytest.raises(UserError, match="is not the input"):
+        merge([out], data=str(other))
+
+
+def test_a_damaged_plan_is_told(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(UnfinishedError):
+        shard(source, tmp_path / "out", 0, 2)
+    facts = tmp_path / "out/shards/plan/facts.json"
+    facts.write_text("{}")
+    with pytest.raises(UserError, match="not the plan of a run"):
+        merge([tmp_path / "out"])
+
+
+ONE = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import robustft.cleaning
+from scripted import LetterEmbedder, ScriptedEngine, slowly
+robustft.cleaning.load_engine = lambda _: ScriptedEngine(before_batch=slowly(0.01))
+robustft.cleaning.Embedder = lambda _: LetterEmbedder()
+from robustft.cli import main
+sys.exit(main())
+"""
+
+
+def test_shards_killed_at_random_moments_lose_and_repeat_nothing(
+    tmp_path: Path, source: Path
+) -> None:
+    from test_pipeline import assert_asked_once
+
+    whole(source, tmp_path / "whole")
+    out = tmp_path / "out"
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        arguments = ["clean", str(source), "--out", str(out), "--detector", "paper"]
+        arguments += ["--shard", f"{number}/2", "--wait", "300"]
+        return subprocess.Popen([sys.executable, "-c", ONE, *arguments], stderr=subprocess.DEVNULL)
+
+    moments = random.Random(3)
+    running = [start(0), start(1)]
+    for _ in range(4):
+        time.sleep(moments.uniform(1, 6))
+        number = moments.randrange(2)
+        os.kill(running[number].pid, signal.SIGKILL)
+        running[number].wait()
+        running[number] = start(number)
+    assert [process.wait(300) for process in running] == [0, 0]
+    merge([out])
+    same(tmp_path / "whole", out)
+    for store in out.glob("shards/rows-*/run.sqlite"):
+        assert_asked_once(store)
+
+
+def test_processes_of_one_machine(tmp_path: Path, tiny_model: Path, tiny_encoder: Path) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(600))
+    without = ("rel", "checker", "reviewer")
+    settings = {"without": frozenset(without), "embedder": str(tiny_encoder), "threads": 1}
+    settings["engine"] = EngineConfig(model=str(tiny_model))
+    run_clean(config(source, tmp_path / "one", **settings))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "robustft", "clean", source, "--out", tmp_path / "two"),
+            *("--model", tiny_model, "--embedder", tiny_encoder, "--detector", "paper"),
+            *(word for part in without for word in ("--without", part)),
+            *("--threads", "1", "--processes", "2"),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "600 records" in done.stdout
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def child(code: str) -> _Child:
+    return _Child("0/2", [sys.executable, "-c", f"import os, sys; {code}"], dict(os.environ))
+
+
+def test_a_process_that_fails_ends_the_others_with_its_own_words() -> None:
+    slow = child("import time; time.sleep(60)")
+    failing = child("print('robustft: beta was 1', file=sys.stderr); sys.exit(2)")
+    with pytest.raises(UserError, match=r"^shard 0/2: beta was 1$"):
+        run_children([slow, failing])
+    assert slow.process.returncode is not None
+
+
+def test_a_process_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    die = f"open({str(count)!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
+    once = child(f"os.path.exists({str(count)!r}) and sys.exit(); {die}")
+    run_children([once])
+    assert count.read_text() == "x"
+    with pytest.raises(UserError, match="killed 4 times"):
+        run_children([child(die)])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+def test_the_commands(run: CommandLine, tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("clean", source, "--out", out, "--detector", "paper", "--wait", "0")
+    first = run(*arguments, "--shard", "0/2")
+    assert first.status == 4
+    assert first.err.splitlines()[-1].endswith("then the same command again")
+    assert "still at work: shard 0" in run(*arguments, "--shard", "1/2").out
+    done = run(*arguments, "--shard", "0/2")
+    assert done.status == 0
+    assert f"next:\n  robustft merge {out}" in done.out
+    assert f"{ROWS + 2} records" in run("merge", out).out
+    for wrong in ("2/2", "x", "1", "a/2", "0/0"):
+        assert "expected I/N" in run.refused(*arguments, "--shard", wrong)
