@@ -34,6 +34,8 @@ def _run_clean(options: argparse.Namespace) -> int:
     from robustft.console import print_announcement, print_clean_summary
 
     config = _clean_config(options)
+    if options.ray:
+        return _run_ray(options, config)
     if options.shard or options.processes > 1 or options.gpus > 1:
         return _run_shards(options, config)
     result = run_clean(config, announce=print_announcement)
@@ -57,6 +59,19 @@ def _run_shards(options: argparse.Namespace, config: Any) -> int:
     missing = run_shard(config, *options.shard, wait=options.wait)
     print_shard_summary(options.shard, missing, config)
     return _DONE
+
+
+def _run_ray(options: argparse.Namespace, config: Any) -> int:
+    from robustft.console import print_clean_summary
+    from robustft.raycluster import run_ray
+
+    if options.shard:
+        raise UserError("--shard does not go with --ray, which makes shards of its own")
+    address = None if options.ray == "local" else options.ray
+    count = max(options.processes, options.gpus)
+    result = run_ray(config, address, count if count > 1 else None)
+    print_clean_summary(result)
+    return _POWERLESS if result.powerless else _DONE
 
 
 def _run_merge(options: argparse.Namespace) -> int:

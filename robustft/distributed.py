@@ -57,9 +57,7 @@ class Plan:
         out = self.config.out
         if (out / "run.sqlite").exists():
             raise UserError(f"{out}: holds a run of one process; choose another --out")
-        facts = {"identity": self.identity, "config": _plain(self.config)}
-        facts |= {"models": asdict(self.models), "of": self.of}
-        facts |= {"records": self.records, "rejects": self.rejects}
+        facts = {**asdict(self), "config": _plain(self.config)}
         publish(plan_folder(out), {}, facts)
         found = read_plan(out)
         refuse_changes(out, found._shared(), self._shared())

@@ -304,6 +304,11 @@ def _add_scale(parser: Parser) -> None:
         "--gpus", type=_positive, default=1, metavar="N",
         help="as --processes, each with a GPU of its own",
     )  # fmt: skip
+    group.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="work on a Ray cluster with as many actors as --processes or its GPUs say; without "
+        "ADDRESS one is started here (default: off)",
+    )  # fmt: skip
 
 
 def _add_merge(commands: Any) -> None:

@@ -126,8 +126,11 @@ class ShardRun:
         engine: Engine,
         embedder: TextEmbedder,
         store: Store,
+        *,
+        quiet: bool = False,
     ) -> None:
         self.config = config
+        self.quiet = quiet
         self.shard = shard
         self.stream = stream
         self.engine = engine
@@ -279,7 +282,7 @@ class ShardRun:
 
     def _shown(self, phase: str, total: float) -> Progress:
         name = phase if self.shard.of == 1 else f"shard {self.shard.name} {phase}"
-        self._progress = Progress(name, total)
+        self._progress = Progress(name, total, quiet=self.quiet)
         return self._progress
 
     def _skip(self, amount: float) -> None:

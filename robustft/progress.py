@@ -18,12 +18,20 @@ class Progress:
     """
 
     def __init__(
-        self, desc: str, total: float, *, done: float = 0, unit: str | None = None
+        self,
+        desc: str,
+        total: float,
+        *,
+        done: float = 0,
+        unit: str | None = None,
+        quiet: bool = False,
     ) -> None:
         self._desc = desc
         self._done, self._total, self._before = done, total, done
         self._start = self._shown = time.monotonic()
-        self._bar: Any = _bar(desc, total, done, unit) if sys.stderr.isatty() else None
+        terminal = sys.stderr.isatty()
+        self._lines = not terminal and not quiet
+        self._bar: Any = _bar(desc, total, done, unit) if terminal and not quiet else None
 
     def update(self, amount: float, doing: str | None = None) -> None:
         """Advance by `amount`; `doing` names the step at work."""
@@ -33,7 +41,11 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(desc, refresh=False)
             self._bar.update(amount)
-        elif now - self._shown >= _SECONDS_BETWEEN_LINES and self._done > self._before:
+        elif (
+            self._lines
+            and now - self._shown >= _SECONDS_BETWEEN_LINES
+            and self._done > self._before
+        ):
             self._shown, elapsed = now, now - self._start
             left = elapsed * max(self._total - self._done, 0) / (self._done - self._before)
             print(

@@ -23,6 +23,7 @@ CONFINED = {
     "accelerate": {"robustft.training"},
     "datatrove": {"robustft.integrations.datatrove_step"},
     "datasets": {"robustft.columnar"},
+    "ray": {"robustft.raycluster"},
     "trl": set(),
 }
 LAYERS = (
@@ -37,6 +38,7 @@ LAYERS = (
     {"finishing"},
     {"cleaning"},
     {"distributed"},
+    {"raycluster"},
     {"integrations", "cli"},
 )
 
