@@ -31,9 +31,18 @@ def _engine_config(options: argparse.Namespace) -> Any:
 
 def _run_clean(options: argparse.Namespace) -> int:
     from robustft.cleaning import run_clean
-    from robustft.console import print_announcement, print_clean_summary
+    from robustft.console import (
+        print_announcement,
+        print_baseline_summary,
+        print_clean_summary,
+    )
 
     config = _clean_config(options)
+    if options.method != "robustft":
+        from robustft.methods import clean_by
+
+        print_baseline_summary(clean_by(options.method, config), options.method)
+        return _DONE
     if options.ray:
         return _run_ray(options, config)
     if options.shard or options.processes > 1 or options.gpus > 1:

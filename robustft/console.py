@@ -68,6 +68,24 @@ def print_clean_summary(result: CleanResult) -> None:
         print("nothing is left to train on: the report says why; a larger --beta keeps more")
 
 
+def print_baseline_summary(result: CleanResult, method: str) -> None:
+    """What a baseline did, where the files are and what to run next."""
+    counts = result.counts
+    kept = counts["keep"] + counts["relabel"]
+    print(
+        f"{counts['input']} records: {counts['keep']} kept as given, "
+        f"{counts['relabel']} relabeled, {counts['drop']} dropped, {counts['rejected']} unreadable ({method})"
+    )
+    print(f"training set  {result.cleaned}")
+    print(f"verdicts      {result.out / 'verdicts.jsonl'}")
+    print(f"took          {result.seconds['total']:.0f} s")
+    if kept:
+        adapter = result.out / "adapter"
+        print(f"next:\n  robustft train {result.cleaned} --out {adapter}")
+    else:
+        print("nothing is left to train on")
+
+
 def print_demo_truth(out: Path, truth: Path) -> None:
     """How the verdicts of the demo compare with the errors planted in it."""
     wrong = {

@@ -279,6 +279,11 @@ def _add_clean(commands: Any) -> None:
         help="also write messages.jsonl (the training set as chat turns, for TRL, Axolotl, "
         "torchtune) and dataset_info.json (for LLaMA-Factory) (default: off)",
     )  # fmt: skip
+    parser.add_argument(
+        "--method", default="robustft",
+        choices=("robustft", "self-label", "self-select", "noiseal"),
+        help="robustft, or a baseline of the paper's table 1, which writes no report",
+    )  # fmt: skip
     _add_model(parser)
     _add_engine(parser)
     _add_expert_options(parser)

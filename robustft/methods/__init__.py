@@ -6,6 +6,9 @@ noisy examples at test time.
 
 from __future__ import annotations
 
+from robustft.config import CleanConfig
+from robustft.embedding import Embedder
+from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.methods import (
     noiseal,
@@ -18,8 +21,9 @@ from robustft.methods import (
     vanilla,
 )
 from robustft.methods.base import Method, Setting
+from robustft.verdicts import CleanResult
 
-__all__ = ["METHODS", "Method", "Setting", "find_method"]
+__all__ = ["METHODS", "Method", "Setting", "clean_by", "find_method"]
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -43,3 +47,16 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def clean_by(name: str, config: CleanConfig) -> CleanResult:
+    """Write the training set that a method makes of `config.input` to `config.out`.
+
+    Raises:
+        UserError: no such method, it makes none, or the input, a model or the folder is wrong.
+    """
+    prepare = find_method(name).prepare
+    if prepare is None:
+        raise UserError(f"method {name!r} makes no training set")
+    engine = load_engine(config.engine)
+    return prepare(Setting(config, engine, Embedder(config.embedder)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,23 +12,25 @@ import numpy as np
 import pytest
 from scripted import LetterEmbedder, ScriptedEngine
 
+from robustft.cli import main
 from robustft.config import CleanConfig
 from robustft.engines import Prompt
 from robustft.errors import UserError
-from robustft.methods import METHODS, Setting, find_method
+from robustft.methods import METHODS, Setting, clean_by, find_method
 from robustft.methods.scorers import Scorer, sharpened
 from robustft.records import Record, open_records
 
 COLOURS = ("apple", "banana", "cherry")
 
 
-def corpus(path: Path, size: int = 90, wrong: int = 4) -> tuple[str, list[str]]:
-    """Questions that spell their answer; every `wrong`th given answer is another one."""
+def corpus(path: Path, size: int = 90, wrong: float = 0.25) -> tuple[str, list[str]]:
+    """Questions that spell their answer; a random share `wrong` of the answers is another one."""
     truth, rows = [], []
+    changed = set(random.Random(0).sample(range(size), round(size * wrong)))
     for n in range(size):
         right = n % 3
         truth.append("ABC"[right])
-        given = (right + 1) % 3 if n % wrong == 0 else right
+        given = (right + 1) % 3 if n in changed else right
         question = f"{COLOURS[right]} {COLOURS[right]} number {n}"
         rows.append({"question": question, "options": json.dumps(COLOURS), "answer": "ABC"[given]})
     with path.open("w", newline="") as handle:
@@ -87,7 +90,7 @@ def test_self_label_gives_the_models_own_answers(made: Callable[..., object]) ->
 
 def test_self_select_keeps_what_the_model_trusts(made: Callable[..., object]) -> None:
     records, _ = made("self-select")
-    assert len(records) == sum(n % 4 != 0 for n in range(90))
+    assert len(records) == 90 - round(90 * 0.25)
     assert right(records) == 1.0
 
 
@@ -97,10 +100,14 @@ def test_noiseal_finds_wrong_answers_and_has_them_labelled(made: Callable[..., o
     assert right(records) > 0.95
 
 
-@pytest.mark.parametrize("name", ["robustft", "robustft-paper"])
-def test_robustft_rows(made: Callable[..., object], name: str) -> None:
-    records, _ = made(name)
+def test_the_papers_robustft_finds_wrong_answers(made: Callable[..., object]) -> None:
+    records, _ = made("robustft-paper")
     assert right(records) > 0.9
+
+
+def test_robustft_by_the_default_detector_harms_nothing(made: Callable[..., object]) -> None:
+    records, _ = made("robustft")
+    assert right(records) >= 0.75  # what the given answers have
 
 
 def test_noiseal_on_open_answers(tmp_path: Path) -> None:
@@ -120,7 +127,7 @@ def test_noiseal_on_open_answers(tmp_path: Path) -> None:
 
 
 def test_an_empty_reliable_set_still_ends(tmp_path: Path) -> None:
-    path, _ = corpus(tmp_path / "noisy.csv", size=3, wrong=1)
+    path, _ = corpus(tmp_path / "noisy.csv", size=3, wrong=1.0)
     prepare = METHODS["noiseal"].prepare
     assert prepare is not None
     result = prepare(setting(path, tmp_path / "out"))
@@ -150,3 +157,22 @@ def test_scorer_losses_pull_the_way_they_should() -> None:
     for _ in range(40):
         pairs.epoch((rows, labels), (nothing, nothing), (nothing, np.zeros((0, 2))))
     assert pairs.probabilities(4).argmax(1).tolist() == labels.tolist()
+
+
+def test_clean_with_a_baseline(
+    tmp_path: Path, tiny_model: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = corpus(tmp_path / "noisy.csv", size=9)
+    command = [
+        "clean", path, "--out", str(tmp_path / "out"), "--method", "self-label", "--model",
+        str(tiny_model), "--embedder", str(tiny_encoder), "--device", "cpu",
+    ]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("9 records:")
+    assert "(self-label)" in said
+    assert len(answers(tmp_path / "out")) == 9
+    assert main(["clean", path, "--out", str(tmp_path / "b"), "--method", "sft"]) == 2
+    assert "--method" in capsys.readouterr().err
+    with pytest.raises(UserError, match="'sft' makes no training set"):
+        clean_by("sft", CleanConfig(input=path, out=tmp_path / "c"))
