@@ -72,10 +72,16 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
     """What a baseline did, where the files are and what to run next."""
     counts = result.counts
     kept = counts["keep"] + counts["relabel"]
-    print(
-        f"{counts['input']} records: {counts['keep']} kept as given, "
-        f"{counts['relabel']} relabeled, {counts['drop']} dropped, {counts['rejected']} unreadable ({method})"
+    done = ", ".join(
+        f"{counts[name]} {word}"
+        for name, word in (
+            ("keep", "kept as given"),
+            ("relabel", "relabeled"),
+            ("drop", "dropped"),
+            ("rejected", "unreadable"),
+        )
     )
+    print(f"{counts['input']} records: {done} ({method})")
     print(f"training set  {result.cleaned}")
     print(f"verdicts      {result.out / 'verdicts.jsonl'}")
     print(f"took          {result.seconds['total']:.0f} s")
