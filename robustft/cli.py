@@ -241,7 +241,7 @@ def _run_reproduce(options: argparse.Namespace) -> int:
 def _run_bench(options: argparse.Namespace) -> int:
     import importlib
 
-    module = importlib.import_module(f"robustft.benchmarks.{options.what}")
+    module = importlib.import_module("robustft.benchmarks." + options.what.replace("-", "_"))
     arguments = ["--quick"] if options.quick else []
     arguments += ["--out", options.out] if options.out else []
     return int(module.main(arguments) or _DONE)

@@ -506,9 +506,8 @@ def _add_reproduce(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", "Speed of the kernels on this machine, beside their peers")
-    parser.add_argument(
-        "what", choices=("consistency", "knn"), metavar="WHAT", help="consistency or knn"
-    )
+    what = ("consistency", "knn", "token-stats", "linear-token-stats", "score")
+    parser.add_argument("what", choices=what, metavar="WHAT", help=", ".join(what))
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes, under a minute (default: off)"
     )

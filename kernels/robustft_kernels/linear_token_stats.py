@@ -98,6 +98,8 @@ def _tiled(
         levels = levels.to(_wide(hidden))
     out = empty_columns(hidden, torch.Size([n]))
     step = CPU_COLUMNS[hidden.element_size()]
+    if hidden.element_size() == 2:  # fewer rows, more columns: few switches between two libraries
+        step = min(8 * step, step * CPU_ROWS // max(1, min(n, CPU_ROWS)))
     workspace = hidden.new_empty(min(n, CPU_ROWS) * min(vocab, step))
     for start in range(0, n, CPU_ROWS):
         rows = slice(start, min(n, start + CPU_ROWS))

@@ -206,7 +206,7 @@ def _row(
     pairs: float,
     gate: str,
     device: str,
-    common: dict[str, str],
+    common: dict[str, Any],
 ) -> Row:
     return Row(
         benchmark="consistency",

@@ -6,10 +6,13 @@ import csv
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from robustft.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Row:
     device: str
     versions: str
     commit: str
+    extra_mib: float | None = None  # most memory held beyond the inputs, where it was measured
 
 
 def timed(call: Callable[[], object], *, repeats: int, budget: float = 5.0) -> Timing:
@@ -49,12 +53,85 @@ def timed(call: Callable[[], object], *, repeats: int, budget: float = 5.0) -> T
         begin = time.perf_counter()
         call()
         times.append((time.perf_counter() - begin) * 1e3)
+    return _quantiles(times)
+
+
+def _quantiles(times: list[float]) -> Timing:
     times.sort()
+    p20, p50, p80 = (times[round(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8))
+    return Timing(p20, p50, p80)
 
-    def at(share: float) -> float:
-        return times[round(share * (len(times) - 1))]
 
-    return Timing(at(0.2), at(0.5), at(0.8))
+def timed_together(
+    calls: Mapping[str, Callable[[], object]], *, device: str, repeats: int, budget: float
+) -> dict[str, Timing]:
+    """Time several calls in turn, round after round, so that a change of weather meets them all.
+
+    On a GPU each time is that of a few calls in a row between two events, divided by their number.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + budget
+    for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            times[name].append(_milliseconds_on_gpu(call) if device == "cuda" else _wall(call))
+    return {name: _quantiles(found) for name, found in times.items()}
+
+
+def _wall(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _milliseconds_on_gpu(call: Callable[[], object], calls: int = 5) -> float:
+    import torch
+
+    event: Any = torch.cuda.Event  # has no types
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / calls
+
+
+def extra_mib(call: Callable[[], object], device: str) -> float | None:
+    """Most memory in MiB that a call holds beyond what was held before; None where unknown."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+        before = _resident("VmRSS")
+        call()
+        return max(0.0, _resident("VmHWM") - before) / 2**10
+    except (OSError, KeyError):
+        return None
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int({line.split(":")[0]: line for line in lines}[field].split()[1])
+
+
+def device_name(device: str) -> str:
+    """The processor's or the GPU's name."""
+    if device != "cuda":
+        return cpu_name()
+    import torch
+
+    return str(torch.cuda.get_device_name())
 
 
 def cpu_name() -> str:
@@ -95,9 +172,14 @@ def commit() -> str:
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """Append to a CSV file, with a header where the file is new."""
+    names = [field.name for field in fields(Row)]
     new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            if (found := next(csv.reader(file))) != names:
+                raise UserError(f"{path}: expected the columns {', '.join(names)}, found {found}")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, names)
         if new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -105,7 +187,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows for a person, aligned."""
-    head = ("case", "contender", "threads", "ms (p50)", "rate", "unit", "correct")
+    head = ("case", "contender", "threads", "ms (p50)", "rate", "unit", "correct", "extra MiB")
     body = [
         (
             r.case,
@@ -115,6 +197,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{r.rate:,.4g}",
             r.unit,
             r.correct,
+            "-" if r.extra_mib is None else f"{r.extra_mib:,.0f}",
         )
         for r in rows
     ]

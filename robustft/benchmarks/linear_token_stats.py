@@ -1,0 +1,175 @@
+"""Token statistics from hidden states [N, D] and lm_head [V, D], in GFLOP/s of the product.
+
+The limit is the bare matrix product `hidden @ weight.T` in the same run.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustft.benchmarks import token_peers
+from robustft.benchmarks.measure import (
+    Row,
+    append_rows,
+    commit,
+    device_name,
+    extra_mib,
+    table,
+    timed_together,
+    versions,
+)
+from robustft.benchmarks.token_stats import PACKAGES, TYPES, arguments_of, verdict
+from robustft_kernels import linear_token_stats
+from robustft_kernels.reference import token_stats_reference
+from robustft_kernels.testing import violations
+
+OURS = "robustft linear_token_stats"
+LIMIT = "limit: hidden @ weight.T alone"
+# Tiles of the fused kernel to compare on a GPU, beside its own choice.
+FUSED_TILES = (
+    {"BLOCK_N": 128, "BLOCK_V": 128, "num_stages": 3},
+    {"BLOCK_N": 128, "BLOCK_V": 256, "num_stages": 3},
+    {"BLOCK_N": 64, "BLOCK_V": 256, "num_stages": 4},
+    {"BLOCK_N": 128, "BLOCK_V": 64, "num_stages": 4},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One shape of the product."""
+
+    rows: int
+    width: int
+    vocab: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"N={self.rows} D={self.width} V={self.vocab} {self.dtype}"
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """What is measured on a device."""
+    if device == "cuda":
+        main = [Case(8192, 4096, 128256, "bfloat16")]
+        return main if quick else [*main, Case(8192, 2048, 151936, "bfloat16")]
+    if quick:
+        return [Case(512, 576, 49152, t) for t in ("float32", "bfloat16")]
+    shapes = [(2048, 576, 49152), (2048, 2048, 49152), (512, 4096, 128256)]
+    return [Case(*shape, t) for shape in shapes for t in ("float32", "bfloat16")]
+
+
+def inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden [N, D], weight [V, D] such that logits have deviation 4, targets [N]."""
+    torch.manual_seed(0)
+    dtype = TYPES[case.dtype]
+    hidden = torch.randn(case.rows, case.width, device=device).to(dtype)
+    weight = torch.empty(case.vocab, case.width, dtype=dtype, device=device)
+    for start in range(0, case.vocab, 8192):
+        some = weight[start : start + 8192]
+        some.copy_(torch.randn(some.shape, device=device) * (4 / case.width**0.5))
+    return hidden, weight, torch.randint(case.vocab, (case.rows,), device=device)
+
+
+def gate(hidden: Tensor, weight: Tensor, ids: Tensor, design: str) -> str:
+    """Whether the first rows are as good as the logits that the plain product gives."""
+    few, wanted = hidden[:4], ids[:4]
+    exact = token_stats_reference(few.double() @ weight.double().T, wanted)
+    plain = token_stats_reference(few @ weight.T, wanted)
+    slack = float((plain.logprob - exact.logprob).abs().max())  # type: ignore[operator]
+    slack = max(2 * slack, 1e-4)
+    found = linear_token_stats(few, weight, wanted, design=design)
+    problems = violations(found, exact, absolute=slack, relative=slack)
+    # Where 16-bit logits tie, argmax and rank may differ from exact ones.
+    return "NO" if [p for p in problems if not p.startswith(("argmax", "rank"))] else "yes"
+
+
+def contenders(case: Case, device: str, quick: bool) -> tuple[token_peers.Calls, dict[str, str]]:
+    """What runs on one case, the limit first; and why the others do not."""
+    hidden, weight, ids = inputs(case, device)
+    calls: token_peers.Calls = {
+        LIMIT: lambda: hidden @ weight.T,
+        OURS: lambda: linear_token_stats(hidden, weight, ids),
+        "torch eager": lambda: token_peers.eager(hidden @ weight.T, ids),
+    }
+    if not quick:
+        both = torch.compile(lambda h, w, t: token_peers.eager_float32(h @ w.T, t), dynamic=False)
+        calls["torch.compile"] = lambda: both(hidden, weight, ids)
+    packages, refused = token_peers.packages_from_hidden(hidden, weight, ids)
+    if device == "cuda":
+        for design in ("chunked", "fused"):
+            calls[f"robustft, {design}"] = functools.partial(
+                linear_token_stats, hidden, weight, ids, design=design
+            )
+        for tile in () if quick else FUSED_TILES:
+            name = "robustft, fused, " + " ".join(map(str, tile.values()))
+            call = _fused(hidden, weight, ids, tile)
+            try:
+                call()
+            except Exception as error:  # a tile that does not fit this chip
+                refused[name] = f"{type(error).__name__}"
+            else:
+                calls[name] = call
+    return calls | packages, refused
+
+
+def _fused(hidden: Tensor, weight: Tensor, ids: Tensor, tile: dict[str, int]) -> token_peers.Call:
+    from robustft_kernels import linear_token_stats_triton as launch
+
+    level = torch.zeros(hidden.shape[0], device=hidden.device)
+    return lambda: launch.forward(hidden, weight, ids, level, None, 1.0, 0.0, **tile)
+
+
+def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, str]]:
+    """The rows of one case, and the peers that could not run."""
+    calls, refused = contenders(case, device, quick)
+    hidden, weight, ids = inputs(case, device)
+    budget = 6.0 if quick else 25.0
+    timings = timed_together(calls, device=device, repeats=9, budget=budget)
+    rows = []
+    for name, timing in timings.items():
+        design = name.removeprefix("robustft, ")
+        checked = name == OURS or design in ("chunked", "fused")
+        rows.append(
+            Row(
+                benchmark="linear-token-stats",
+                case=str(case),
+                contender=name,
+                threads=0 if device == "cuda" else torch.get_num_threads(),
+                ms_p20=timing.p20,
+                ms_p50=timing.p50,
+                ms_p80=timing.p80,
+                rate=2e-6 * case.rows * case.width * case.vocab / timing.p50,
+                unit="GFLOP/s",
+                correct=gate(hidden, weight, ids, design if name != OURS else "auto")
+                if checked
+                else "-",
+                device=device_name(device),
+                versions=versions(PACKAGES),
+                commit=commit(),
+                extra_mib=extra_mib(calls[name], device),
+            )
+        )
+    return rows, refused
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table, append it to --out; status 1 when a gate failed."""
+    options = arguments_of(__doc__, arguments)
+    rows: list[Row] = []
+    refused: dict[str, str] = {}
+    with torch.inference_mode():
+        for case in cases(options.device, options.quick):
+            made, unable = measure(case, options.device, options.quick)
+            rows += made
+            refused |= unable
+    print(table(rows))
+    print(verdict(rows, OURS, LIMIT))
+    for name, reason in refused.items():
+        print(f"not run: {name}: {reason}")
+    if options.out:
+        append_rows(options.out, rows)
+    return int(any(row.correct == "NO" for row in rows))
