@@ -46,6 +46,8 @@ const Kernels* kernels_named(const std::string& name) {
                         __builtin_cpu_supports("avx512vl");
     if (kernels_avx512 && avx512 && (name.empty() || name == "avx512")) return kernels_avx512;
     if (kernels_avx2 && avx2 && (name.empty() || name == "avx2")) return kernels_avx2;
+#elif defined(__aarch64__)
+    if (kernels_neon && (name.empty() || name == "neon")) return kernels_neon;
 #endif
     if (name.empty() || name == "portable") return kernels_portable;
     return nullptr;
@@ -215,7 +217,7 @@ const void* Logits::row(std::int64_t index) const {
 
 std::vector<std::string> available() {
     std::vector<std::string> names;
-    for (const char* name : {"avx512", "avx2", "portable"}) {
+    for (const char* name : {"avx512", "avx2", "neon", "portable"}) {
         if (kernels_named(name)) names.emplace_back(name);
     }
     return names;

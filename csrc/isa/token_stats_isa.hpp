@@ -65,6 +65,7 @@ struct Kernels {
 // Null where the file was not compiled for its instruction set.
 extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx2;
+extern const Kernels* const kernels_neon;
 extern const Kernels* const kernels_portable;
 
 }  // namespace robustft::token_stats

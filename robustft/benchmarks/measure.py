@@ -171,15 +171,17 @@ def commit() -> str:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append to a CSV file, with a header where the file is new."""
+    """Append to a CSV file, which keeps the columns it began with; a new one gets a header."""
     names = [field.name for field in fields(Row)]
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         with path.open(newline="", encoding="utf-8") as file:
-            if (found := next(csv.reader(file))) != names:
-                raise UserError(f"{path}: expected the columns {', '.join(names)}, found {found}")
+            found = next(csv.reader(file))
+        if not set(found) <= set(names):
+            raise UserError(f"{path}: expected columns among {', '.join(names)}, found {found}")
+        names = found
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         if new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
