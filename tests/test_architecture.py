@@ -24,7 +24,7 @@ CONFINED = {
     "datatrove": {"robustft.integrations.datatrove_step"},
     "datasets": {"robustft.columnar"},
     "ray": {"robustft.raycluster"},
-    "trl": set(),
+    "trl": {"robustft.benchmarks"},
 }
 LAYERS = (
     {"records", "answers", "config"},
