@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from robustft.benchmarks.measure import (
     versions,
 )
 from robustft.config import EngineConfig
-from robustft.engines import Prompt
+from robustft.engines import Prompt, TokenValues
 from robustft.engines.transformers import TransformersEngine
 from robustft.records import Record, open_records
 from robustft.scoring import response_request
@@ -37,9 +36,7 @@ PLAIN = "model(...).logits and log_softmax"
 class PlainEngine(TransformersEngine):
     """The same batches, scored as a first attempt would."""
 
-    def _nll(
-        self, encoded: Sequence[list[int]], endings: Sequence[list[int]]
-    ) -> list[dict[str, np.ndarray[Any, Any]]]:
+    def _nll(self, encoded: Sequence[list[int]], endings: Sequence[list[int]]) -> list[TokenValues]:
         inputs = self._left_padded(
             [[*head, *tail] for head, tail in zip(encoded, endings, strict=True)]
         )
@@ -51,7 +48,7 @@ class PlainEngine(TransformersEngine):
             ids = torch.tensor(tail, device=logits.device)
             part = logprobs[row, width - len(tail) - 1 : width - 1]
             nll = -part.gather(-1, ids[:, None])[:, 0].float().cpu().numpy()
-            found.append(dict.fromkeys(("nll", "entropy", "margin", "rank"), nll))
+            found.append(TokenValues(nll, nll, nll, nll))
         return found
 
 
