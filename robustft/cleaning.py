@@ -20,7 +20,7 @@ from robustft.errors import UserError
 from robustft.files import atomic_file
 from robustft.finishing import Models, finish
 from robustft.pipeline import ShardRun, UnitStream, conclude, reopen
-from robustft.records import Record, RecordSource, Reject, open_records, output_name
+from robustft.records import RecordSource, open_records, output_name
 from robustft.shards import Shard, conclusion_folder, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.verdicts import CleanResult
@@ -155,24 +155,11 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
 
 def count(source: RecordSource) -> tuple[int, int]:
     """Records and rejects of an input; raises UserError where there is no record."""
-    records, rejects, first = count_records(source)
+    records, rejects, first = source.count()
     if records == 0:
         why = f"; line {first.line}: {first.reason}" if first else ""
         raise UserError(f"{source.path}: no readable record ({rejects} rejected{why})")
     return records, rejects
-
-
-def count_records(items: Iterable[Record | Reject]) -> tuple[int, int, Reject | None]:
-    """(records, rejects, first reject) of a source."""
-    records = rejects = 0
-    first: Reject | None = None
-    for item in items:
-        if isinstance(item, Reject):
-            rejects += 1
-            first = first or item
-        else:
-            records += 1
-    return records, rejects, first
 
 
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:

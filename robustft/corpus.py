@@ -107,8 +107,9 @@ class _Part:
         try:
             dimensions = paths[0].stat().st_size // (4 * shard.rows)
             shape = (shard.rows, dimensions)
-            self.embeddings = np.memmap(paths[0], np.float32, "r", shape=shape)
-            self.ends = np.memmap(paths[2], "<i8", "r", shape=(shard.rows,))
+            # As plain arrays: every look into a memmap object costs a microsecond more.
+            self.embeddings = np.asarray(np.memmap(paths[0], np.float32, "r", shape=shape))
+            self.ends = np.asarray(np.memmap(paths[2], "<i8", "r", shape=(shard.rows,)))
             self.lines = os.open(paths[1], os.O_RDONLY | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
             raise UserError(f"{shard.folder}: its corpus files cannot be read: {error}") from error

@@ -155,6 +155,7 @@ def run_ray(
 def _connected(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # they do the work; 15 starves on a busy host
     try:
         import ray
     except ImportError:

@@ -123,6 +123,27 @@ class RecordSource:
                 break
         self.duplicate_ids = ids.duplicates
 
+    def count(self) -> tuple[int, int, Reject | None]:
+        """(records, rejects, first reject), as an iteration gives them, for less than one."""
+        records = rejects = 0
+        first: Reject | None = None
+        for item in self.reader.rows():
+            if not isinstance(item, Reject):
+                try:
+                    self.layout.parse(item[1])
+                    item[1].get("id")
+                except BadRowError as error:
+                    raw = item[1].raw if isinstance(item[1], TextRow) else _as_bytes(item[1])
+                    item = reject(item[0], str(error), raw)
+                else:
+                    records += 1
+                    if records == self._limit:
+                        break
+                    continue
+            rejects += 1
+            first = first or item
+        return records, rejects, first
+
     @property
     def content_hash(self) -> str:
         """Hexadecimal fingerprint of the input's bytes; its name and times do not matter."""

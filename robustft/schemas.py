@@ -61,6 +61,8 @@ def field(row: Mapping[str, Any], name: str) -> Any:
 
 def text(value: Any, name: str) -> str:
     """Return text as it stands, numbers as their shortest digits; anything else is a bad row."""
+    if type(value) is str and len(value) <= MAX_LINE_BYTES and "\0" not in value:
+        return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -141,6 +143,7 @@ def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+_CAPITALS = {letter: at for at, letter in enumerate(LETTERS)}
 # "b", "B.", "(B)", "B)": one letter and nothing but brackets and stops around it.
 _LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]*\s*")
 
@@ -244,6 +247,10 @@ class ChoiceSchema:
         self, value: Any, labels: tuple[str, ...], options: tuple[str, ...]
     ) -> tuple[int, str]:
         """Return (0-based position, form): form is "label", "index", "letter" or "text"."""
+        if not labels and type(value) is str and len(value) == 1 and value in _CAPITALS:
+            at = _CAPITALS[value]  # the usual case; what follows says the same of it
+            if at < len(options):
+                return at, "letter"
         answer = _filled(text(value, self.answer), "answer", self.answer).strip()
         if answer in labels:
             return labels.index(answer), "label"
