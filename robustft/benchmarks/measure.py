@@ -68,6 +68,7 @@ def timed_together(
     """Time several calls in turn, round after round, so that a change of weather meets them all.
 
     On a GPU each time is that of a few calls in a row between two events, divided by their number.
+    On a CPU a pause lets the threads of the call before, which spin for a while, fall asleep.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -77,7 +78,11 @@ def timed_together(
         if turn >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
-            times[name].append(_milliseconds_on_gpu(call) if device == "cuda" else _wall(call))
+            if device == "cuda":
+                times[name].append(_milliseconds_on_gpu(call))
+            else:
+                time.sleep(0.03)
+                times[name].append(_wall(call))
     return {name: _quantiles(found) for name, found in times.items()}
 
 
