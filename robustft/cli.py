@@ -244,6 +244,10 @@ def _run_bench(options: argparse.Namespace) -> int:
     module = importlib.import_module("robustft.benchmarks." + options.what.replace("-", "_"))
     arguments = ["--quick"] if options.quick else []
     arguments += ["--out", options.out] if options.out else []
+    if options.vllm_python:
+        if options.what != "pipeline":
+            raise UserError(f"--vllm-python belongs to bench pipeline, not to {options.what}")
+        arguments += ["--vllm-python", options.vllm_python]
     return int(module.main(arguments) or _DONE)
 
 

@@ -506,7 +506,7 @@ def _add_reproduce(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", "Speed of the kernels on this machine, beside their peers")
-    what = ("consistency", "knn", "token-stats", "linear-token-stats", "score")
+    what = ("consistency", "knn", "token-stats", "linear-token-stats", "score", "pipeline")
     parser.add_argument("what", choices=what, metavar="WHAT", help=", ".join(what))
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes, under a minute (default: off)"
@@ -514,3 +514,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="append CSV rows to this file (default: stdout only)"
     )
+    parser.add_argument(
+        "--vllm-python", metavar="PATH",
+        help="pipeline: an interpreter that has vLLM, as a peer (default: left out)",
+    )  # fmt: skip

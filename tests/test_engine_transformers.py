@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from robustft.config import EngineConfig
 from robustft.engines import Engine, Message, Prompt
+from robustft.engines.cache import GrowingLayer
 from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
 
@@ -169,3 +171,47 @@ def test_pickle_checkpoint_is_refused(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing there"):
         TransformersEngine(EngineConfig(model=str(tmp_path / "absent")))
+
+
+def test_absolute_positions_do_not_count_the_padding(tiny_model: Path) -> None:
+    """GPT-2 learns its positions: a padded row must see those of the row alone."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2,
+            initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    engine = TransformersEngine(
+        EngineConfig(dtype="float32", device="cpu"), model=model, tokenizer=tokenizer
+    )
+    prompts = [prompt(text) for text in TEXTS]
+    candidates = [(" A", " Yes")] * len(TEXTS)
+    for one, choice in zip(prompts, engine.choose(prompts, candidates), strict=True):
+        alone = engine.choose([one], candidates[:1])[0]
+        np.testing.assert_allclose(choice.logprobs, alone.logprobs, atol=1e-4)
+    for one, score in zip(prompts, engine.score(prompts, ["so"] * len(TEXTS)), strict=True):
+        assert score.nll == pytest.approx(engine.score([one], ["so"])[0].nll, abs=1e-4)
+    for one, reply in zip(prompts, engine.generate(prompts, 6), strict=True):
+        alone_reply = engine.generate([one], 6)[0]
+        assert reply.text == alone_reply.text
+        np.testing.assert_allclose(reply.nll, alone_reply.nll, atol=1e-4)
+
+
+def test_the_growing_cache_holds_what_the_concatenating_one_does() -> None:
+    layer = GrowingLayer(room=3)
+    reference = DynamicLayer()  # type: ignore[no-untyped-call]
+    generator = torch.Generator().manual_seed(0)
+    for step, length in enumerate((5, 1, 1, 1, 1, 4, 1)):
+        keys, values = (torch.randn((2, 3, length, 4), generator=generator) for _ in range(2))
+        if step == 4:  # somebody reorders the rows: the views are replaced
+            for held in (layer, reference):
+                held.keys, held.values = held.keys.flip(0), held.values.flip(0)  # type: ignore[union-attr]
+        for found, expected in zip(
+            layer.update(keys, values), reference.update(keys, values), strict=True
+        ):
+            assert torch.equal(found, expected)
+        assert layer.get_seq_length() == reference.get_seq_length()

@@ -9,6 +9,7 @@ log-probabilities move by about 1e-5 nats in float32 and 0.05 in bfloat16.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ import torch
 from robustft.config import EngineConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore, TokenValues
+from robustft.engines.cache import growing_cache
 from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
 from robustft.models import find_model, load_causal_lm, load_tokenizer
@@ -115,6 +117,8 @@ class TransformersEngine:
         self._batch_tokens = config.batch_tokens or default
         self._max_rows = _MAX_ROWS.get(self.device.type, 64)
         self._head_is_linear: bool | None = None
+        plain = getattr(self.model, "get_base_model", lambda: self.model)()
+        self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
         pad = self.tokenizer.pad_token_id
         self._pad = int(pad if pad is not None else min(self.encoder.ends, default=0))
 
@@ -163,7 +167,11 @@ class TransformersEngine:
         for row, tokens in enumerate(encoded):
             ids[row, width - len(tokens) :] = torch.tensor(tokens)
             mask[row, width - len(tokens) :] = 1
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_positions:
+            # Positions that are learnt or absolute must not count the padding.
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     # --- the protocol ----------------------------------------------------------------------
 
@@ -198,8 +206,10 @@ class TransformersEngine:
             eos_token_id=sorted(self.encoder.ends) or None,
             pad_token_id=self._pad,
         )
+        inputs.pop("position_ids", None)  # `generate` counts for itself
         output = self.model.generate(
             **inputs,
+            past_key_values=growing_cache(self.model, max_new_tokens),
             generation_config=settings,
             logits_processor=transformers.LogitsProcessorList(processors),
         )

@@ -1,0 +1,66 @@
+"""A key-value cache that is written in place: decoding copies no past, step after step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """transformers' `DynamicLayer`, which concatenates, with room for what is to come.
+
+    Keys and values [batch, heads, tokens, width] are views of a larger tensor.
+
+    Args:
+        room: tokens to make room for whenever there is none left.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._room = room
+        self._stores: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the states of new tokens; returns those of all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        length = past + key_states.shape[-2]
+        held: tuple[Any, Any] = (self.keys, self.values)
+        # Whoever reorders or crops the cache replaces the views; the stores are then stale.
+        stale = not self._stores or any(
+            view.data_ptr() != store.data_ptr() or view.stride() != store.stride()
+            for view, store in zip(held, self._stores, strict=True)
+        )
+        if stale or length > self._stores[0].shape[-2]:
+            self._stores = []
+            for view, new in zip(held, (key_states, value_states), strict=True):
+                batch, heads, _, width = new.shape
+                store = new.new_empty((batch, heads, length + self._room, width))
+                if past:
+                    store[..., :past, :] = view
+                self._stores.append(store)
+        for store, new in zip(self._stores, (key_states, value_states), strict=True):
+            store[..., past:length, :] = new
+        self.keys, self.values = (store[..., :length, :] for store in self._stores)
+        return self.keys, self.values
+
+
+def growing_cache(model: Any, room: int) -> DynamicCache | None:
+    """An empty cache for `model`, its full-attention layers growing in place.
+
+    None where the model keeps its past in a form of its own; layers that slide stay as they are.
+    """
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+        return None
+    cache = DynamicCache(config=model.config)
+    if not cache.layers:
+        return None
+    cache.layers = [
+        GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
