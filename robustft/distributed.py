@@ -21,7 +21,7 @@ from robustft.cleaning import count, identity_of, load, open_source
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
 from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
-from robustft.engines import Engine
+from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
 from robustft.finishing import Models, finish
 from robustft.pipeline import ShardRun, UnitStream, conclude, reopen
@@ -82,8 +82,11 @@ def read_plan(out: Path) -> Plan:
             "engine": EngineConfig(**config["engine"]),
             "experts": ExpertConfig(**config["experts"]),
         }
+        can = facts["models"]["abilities"]
+        abilities = Abilities(**{**can, "found": tuple(can["found"])})
+        models = Models(**{**facts["models"], "abilities": abilities})
         return Plan(
-            CleanConfig(**{**config, **parts}), dict(facts["identity"]), Models(**facts["models"]),
+            CleanConfig(**{**config, **parts}), dict(facts["identity"]), models,
             int(facts["records"]), int(facts["rejects"]), int(facts["of"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
