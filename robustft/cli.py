@@ -43,6 +43,11 @@ def _run_clean(options: argparse.Namespace) -> int:
 
         print_baseline_summary(clean_by(options.method, config), options.method)
         return _DONE
+    if options.estimate:
+        from robustft.estimating import estimate
+
+        print(estimate(config))
+        return _DONE
     if options.ray:
         return _run_ray(options, config)
     if options.shard or options.processes > 1 or options.gpus > 1:

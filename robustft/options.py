@@ -287,6 +287,11 @@ def _add_clean(commands: Any) -> None:
     _add_model(parser)
     _add_engine(parser)
     _add_expert_options(parser)
+    parser.add_argument(
+        "--estimate", action="store_true",
+        help="say what the run would cost (tokens, time, memory, disk), measured on 64 records, "
+        "and write nothing (default: off)",
+    )  # fmt: skip
     _add_scale(parser)
 
 

@@ -37,7 +37,7 @@ LAYERS = (
     {"verdicts"},
     {"finishing"},
     {"cleaning"},
-    {"distributed"},
+    {"distributed", "estimating"},
     {"raycluster"},
     {"integrations", "cli"},
 )

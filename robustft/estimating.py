@@ -1,0 +1,117 @@
+"""`clean --estimate`: what a corpus would cost, by a measured sample, before anything is spent."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from robustft.cleaning import count, load, run_clean
+from robustft.config import CleanConfig
+from robustft.embedding import TextEmbedder
+from robustft.engines import Engine
+from robustft.files import atomic_file
+from robustft.records import Record, RecordSource, open_records
+from robustft.store import Stopwatch, Store
+
+
+@dataclass(frozen=True, slots=True)
+class CostEstimate:
+    """What cleaning `records` records takes on this machine; text for the user by `str`."""
+
+    records: int
+    rejects: int
+    sample: int
+    noisy: float  # share of the sample that was answered again
+    prompt_tokens: int
+    new_tokens: int
+    hours: float
+    memory_bytes: int  # peak, this process
+    disk_bytes: int  # --out
+
+    def __str__(self) -> str:
+        tokens = f"{self.prompt_tokens:,} prompt and {self.new_tokens:,} new tokens"
+        return "\n".join(
+            (
+                f"{self.records:,} records, {self.rejects:,} unreadable",
+                f"tokens        {tokens}",
+                f"time          {_duration(self.hours)} with one process like this one",
+                f"memory        {self.memory_bytes / 1e9:.1f} GB at most",
+                f"disk          {self.disk_bytes / 1e9:.2f} GB in --out",
+                f"measured on   {self.sample} records spread over the input, "
+                f"{self.noisy:.0%} of them answered again; nothing was written",
+            )
+        )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:,.1f} hours"
+
+
+def estimate(
+    config: CleanConfig,
+    sample: int = 64,
+    *,
+    engine: Engine | None = None,
+    embedder: TextEmbedder | None = None,
+) -> CostEstimate:
+    """Clean `sample` records spread evenly over the input in a folder that is thrown away.
+
+    Raises UserError as `robustft.clean` does.
+    """
+    source = open_records(
+        config.input, schema=config.schema, limit=config.limit, split=config.split
+    )
+    records, rejects = count(source)
+    engine, embedder = load(config, engine, embedder)
+    with tempfile.TemporaryDirectory(prefix="robustft-") as name:
+        folder = Path(name)
+        chosen = _spread(source, records, min(sample, records))
+        path = folder / f"sample{source.suffix}"
+        _copy(source, path, chosen)
+        watch = Stopwatch()
+        small = replace(
+            config, input=str(path), out=folder / "out", limit=None, schema=source.schema,
+            detector="paper", dataset_info=False,
+        )  # fmt: skip
+        result = run_clean(small, engine=engine, embedder=embedder)
+        seconds = watch.seconds()
+        with Store(folder / "out" / "run.sqlite") as store:
+            totals = store.totals()
+        with Store(folder / "empty.sqlite"):
+            pass
+        fixed = (folder / "empty.sqlite").stat().st_size
+        files = [path for path in (folder / "out").iterdir() if path.is_file()]
+        grows = [path for path in files if path.name not in ("report.html", "manifest.json")]
+        disk = sum(path.stat().st_size for path in grows) - fixed
+    share = records / len(chosen)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Beside the models: noisy, selected, wrong, nll, pooled and evidence, and the index's codes.
+    per_record = 96 + embedder.dimensions
+    return CostEstimate(
+        records=records,
+        rejects=rejects,
+        sample=len(chosen),
+        noisy=result.counts["noisy"] / len(chosen),
+        prompt_tokens=round(share * sum(cost["prompt_tokens"] for cost in totals.values())),
+        new_tokens=round(share * sum(cost["new_tokens"] for cost in totals.values())),
+        hours=share * seconds / 3600,
+        memory_bytes=peak + records * per_record,
+        disk_bytes=round(share * disk),
+    )
+
+
+def _spread(source: RecordSource, records: int, sample: int) -> list[Record]:
+    """`sample` records at even distances."""
+    wanted = {(2 * number + 1) * records // (2 * sample) for number in range(sample)}
+    return [item for item in source if isinstance(item, Record) and item.index in wanted]
+
+
+def _copy(source: RecordSource, path: Path, chosen: Sequence[Record]) -> None:
+    with atomic_file(path) as file:
+        writer = source.reader.writer(file)
+        for record in chosen:
+            writer.write(record.row, {})
+        writer.close()

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import CommandLine, quiz, write
+from scripted import LetterEmbedder, ScriptedEngine
+
+from robustft.cleaning import run_clean
+from robustft.config import CleanConfig
+from robustft.estimating import estimate
+
+
+def test_the_sample_stands_for_the_corpus(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [*quiz(1500), b"{broken"])
+    config = CleanConfig(input=str(source), out=tmp_path / "out", detector="paper")
+    found = estimate(config, engine=ScriptedEngine(), embedder=LetterEmbedder())
+    assert not (tmp_path / "out").exists()
+    assert (found.records, found.rejects, found.sample) == (1500, 1, 64)
+    assert found.hours > 0
+    assert found.memory_bytes > 10_000_000
+    run_clean(config, engine=ScriptedEngine(), embedder=LetterEmbedder())
+    spent = json.loads((tmp_path / "out/manifest.json").read_text())["experts"]
+    for name in ("prompt_tokens", "new_tokens"):
+        real = sum(cost[name] for cost in spent.values())
+        assert getattr(found, name) == pytest.approx(real, rel=0.15)
+    disk = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert found.disk_bytes == pytest.approx(disk, rel=0.3)
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = CommandLine(monkeypatch, capsys)
+    source = write(tmp_path / "in.jsonl", quiz(30))
+    done = run("clean", source, "--out", tmp_path / "out", "--estimate")
+    assert done.status == 0
+    assert done.out.startswith("30 records, 0 unreadable\ntokens ")
+    assert "measured on   30 records" in done.out
+    assert not (tmp_path / "out").exists()
