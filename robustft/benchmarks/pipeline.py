@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     encoded = engine.encoder.encode(prompts)
     texts, each = _reference(engine, encoded[:_REFERENCE])
     runs = []
-    for _ in range(2):
+    for _ in range(3):
         begin = time.perf_counter()
         replies = ask()
         runs.append(time.perf_counter() - begin)
