@@ -1,42 +1,180 @@
-"""How well the crowd's learners find wrong labels on real corpora; truth is used for scoring only.
+"""How well wrong answers are found on real corpora; truth is used for scoring only.
 
-    python bench/detection.py ../shared/data/fpb [--out bench/results/detection.csv]
+    python bench/detection.py ../shared/data --out bench/results/detection.csv
 
-The folder holds `labeled.csv` (truth) and `noisy30.csv`, `noisy50.csv` (same rows). No language
-model is asked: this is what the regression and the neighbour vote on sentence embeddings add to
-the panel. Beside them stand what the label frequencies alone give and what flagging all gives.
+Cells: `fpb` at 30 and 50 % noise (the same options everywhere: learners on the corpus), and
+`gsm8k_solutions` (open answers; each model's solutions judged with the other three as experts).
+With `--run fpb30=DIR` the opinions of a finished `robustft clean` join in, `arc30` likewise, and
+the paper's rule is judged on the same opinions. `--copies` adds copies of the clean files at other
+noise rates. Beside them stand every single expert, cleanlab (same features; its best score by
+AUROC, its best filter by F1), what the label frequencies alone give and what flagging everything
+gives.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
 
-from robustft import crowd
+from robustft import answers, crowd
+from robustft.benchmarks.measure import commit, versions
+from robustft.crowd import learners
+from robustft.crowd.labels import transition
+from robustft.detection import Asked, option_probabilities, paper_rule
 from robustft.embedding import Embedder
 from robustft.prompts import LETTERS
 from robustft.records import Record, open_records
-from robustft.retrieval import CosineKNN
+from robustft.store import Opinion
 
-FIELDS = (
-    *("corpus", "noise", "detector", "records"),
-    *("auroc", "auroc_low", "auroc_high", "f1", "right_label"),
-)
 RESAMPLES = 500
+BINS = 15
+MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+PACKAGES = ("robustft", "numpy", "scipy", "scikit-learn", "cleanlab")
 
 
-def interval(wrong: np.ndarray, score: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the AUROC."""
+@dataclass(frozen=True)
+class Row:
+    """One detector on one cell; empty where a figure does not exist for it."""
+
+    cell: str
+    detector: str
+    records: int
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    f1: float
+    f1_low: float
+    f1_high: float
+    ece: float | str = ""
+    noise_rate: float | str = ""
+    rate_low: float | str = ""
+    rate_high: float | str = ""
+    true_rate: float | str = ""
+    expected_precision: float | str = ""
+    precision: float | str = ""
+    right_label: float | str = ""
+    versions: str = ""
+    commit: str = ""
+
+
+def calibration_error(wrong: np.ndarray, score: np.ndarray) -> float:
+    """Expected calibration error over equal-width bins (Naeini et al. 2015)."""
+    place = np.clip((score * BINS).astype(int), 0, BINS - 1)
+    gaps = [abs(score[place == b].sum() - wrong[place == b].sum()) for b in range(BINS)]
+    return float(sum(gaps) / len(wrong))
+
+
+def row(
+    cell: str, name: str, wrong: np.ndarray, score: np.ndarray, flagged: np.ndarray, **more: float
+) -> Row:
+    """AUROC and F1 with 95 % bootstrap intervals."""
     rng = np.random.default_rng(0)
-    draws = (rng.integers(len(wrong), size=len(wrong)) for _ in range(RESAMPLES))
-    found = [roc_auc_score(wrong[d], score[d]) for d in draws if 0 < wrong[d].sum() < len(d)]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    count = len(wrong)
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])  # of groups of equal scores
+    areas, f1s = [], []
+    for draw in range(RESAMPLES + 1):
+        times = np.ones(count) if draw == 0 else np.bincount(rng.integers(count, size=count),
+                                                              minlength=count)  # fmt: skip
+        if 0 < (bad := times @ wrong) < count:
+            areas.append(area_under(wrong[order], times[order], starts))
+            f1s.append(2 * (times @ (wrong & flagged)) / (bad + times @ flagged))
+    ends = [0.025, 0.975]
+    figures = (areas[0], *np.quantile(areas[1:], ends), f1s[0], *np.quantile(f1s[1:], ends))
+    numbers = [round(float(figure), 4) for figure in figures]
+    extra = {key: round(float(value), 4) for key, value in more.items()}
+    return Row(cell, name, count, *numbers, **extra)
+
+
+def area_under(wrong: np.ndarray, times: np.ndarray, starts: np.ndarray) -> float:
+    """AUROC of rows in ascending order of score, each counted `times`; ties count half."""
+    bad = np.add.reduceat(times * wrong, starts)
+    good = np.add.reduceat(times * ~wrong, starts)
+    below = np.cumsum(good) - good
+    return float(bad @ (below + good / 2) / (bad.sum() * good.sum()))
+
+
+def judged(cell: str, found: crowd.Judgement, wrong: np.ndarray, truth: np.ndarray | None) -> Row:
+    """Our row, with what it says about itself beside what is true."""
+    flagged = found.wrong > 0.5
+    more = {"ece": calibration_error(wrong, found.wrong), "true_rate": wrong.mean()}
+    if found.noise_rate is not None:
+        rate = found.noise_rate
+        more |= {"noise_rate": rate.value, "rate_low": rate.low, "rate_high": rate.high}
+    if flagged.any():
+        more |= {"expected_precision": found.expected_precision()}
+        more |= {"precision": wrong[flagged].mean()}
+    if truth is not None and found.labels is not None:
+        more |= {"right_label": (found.labels.argmax(1) == truth).mean()}
+    name = "robustft (at chance: nothing judged)" if found.powerless else "robustft"
+    return row(cell, name, wrong, found.wrong, flagged, **more)
+
+
+# --- a set of options ------------------------------------------------------------------------
+
+
+def label_rows(
+    cell: str,
+    records: list[Record],
+    truth: np.ndarray,
+    panel: dict[str, np.ndarray],
+    taught: Callable[[np.ndarray, int], crowd.Learners] | None,
+) -> Iterator[Row]:
+    """All detectors on one noisy copy."""
+    classes = max(len(record.options or ()) for record in records)
+    given = np.array([LETTERS.index(record.answer) for record in records])
+    wrong, at = given != truth, np.arange(len(given))
+    frequencies = learners.label_frequencies(given, classes)
+    common = np.full(len(given), int(frequencies.argmax()))
+    yield row(cell, "label frequencies", wrong, 1 - frequencies[given], given != common)
+    yield row(cell, "flag everything", wrong, np.zeros(len(given)), np.ones(len(given), bool))
+    team = taught(given, classes) if taught else None
+    plain = team.predict(transition(0.0, np.zeros((classes, classes)))) if team else {}
+    for name, values in (panel | plain).items():
+        said = values.argmax(1)
+        yield row(cell, name, wrong, 1 - values[at, given], said != given,
+                  right_label=(said == truth).mean())  # fmt: skip
+    features = "regression with words" if "regression with words" in plain else "base"
+    if features in (everyone := panel | plain):
+        yield from cleanlab_rows(cell, wrong, given, everyone[features], features)
+    yield judged(cell, crowd.judge_labels(panel, given, classes, team), wrong, truth)
+
+
+def cleanlab_rows(
+    cell: str, wrong: np.ndarray, given: np.ndarray, values: np.ndarray, features: str
+) -> Iterator[Row]:
+    """Cleanlab with the settings that do best against the truth, which it does not know itself."""
+    try:
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_label_quality_scores
+    except ImportError:
+        print("not run (not installed): cleanlab", file=sys.stderr)
+        return
+    values = np.clip(values, 1e-6, None)
+    values /= values.sum(1, keepdims=True)
+    scores = [
+        -get_label_quality_scores(given, values, method=method, adjust_pred_probs=adjust)
+        for method in ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
+        for adjust in ((False, True) if method != "confidence_weighted_entropy" else (False,))
+    ]
+    filters = [
+        find_label_issues(given, values, filter_by=method, n_jobs=1)
+        for method in (
+            "prune_by_noise_rate", "prune_by_class", "both", "confident_learning",
+            "predicted_neq_given",
+        )
+    ]  # fmt: skip
+    best = max(scores, key=lambda score: roc_auc_score(wrong, score))
+    flagged = max(filters, key=lambda found: f1_score(wrong, found, zero_division=0.0))
+    yield row(cell, f"cleanlab ({features})", wrong, best, flagged)
 
 
 def read(path: Path) -> list[Record]:
@@ -44,50 +182,173 @@ def read(path: Path) -> list[Record]:
     return [record for record in open_records(str(path)) if isinstance(record, Record)]
 
 
-def main() -> None:
-    """Print the table and, with --out, write it as CSV."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    records = read(options.folder / "labeled.csv")
-    if len({r.options for r in records}) != 1 or records[0].options is None:
-        sys.exit("the records do not share one set of options: nothing can learn from letters")
-    classes = len(records[0].options)
-    truth = np.array([LETTERS.index(r.answer) for r in records])
-    embeddings = Embedder().encode([r.question for r in records])
-    index = CosineKNN(embeddings)
-    rows: list[tuple[object, ...]] = []
-    for noise in (30, 50):
-        noisy = read(options.folder / f"noisy{noise}.csv")
-        given = np.array([LETTERS.index(r.answer) for r in noisy])
-        wrong = given != truth
-        experts = {
-            "regression": crowd.regression_expert(embeddings, given, classes),
-            "neighbours": crowd.neighbour_expert(index, given, classes),
-        }
-        frequencies = np.tile(crowd.label_frequencies(given, classes), (len(given), 1))
-        table = {"label frequencies": frequencies} | experts
-        table["crowd"] = crowd.pool(experts, given, classes).probabilities
-        corpus = (options.folder.name, noise)
-        for name, values in table.items():
-            score = 1.0 - values[np.arange(len(given)), given]
-            best = values.argmax(1)
-            figures = (
-                roc_auc_score(wrong, score),
-                *interval(wrong, score),
-                f1_score(wrong, best != given),
-                (best == truth).mean(),
+def opinions(folder: Path) -> list[dict[str, Opinion]]:
+    """What the experts of a finished `robustft clean` said, in input order."""
+    found = []
+    with (folder / "verdicts.jsonl").open("rb") as lines:
+        for line in lines:
+            said = json.loads(line)["experts"]
+            found.append(
+                {
+                    name: Opinion(one["answer"], probabilities=tuple(one["probabilities"]))
+                    for name, one in said.items()
+                    if one.get("probabilities") and name in ("base", "reasoned", "checker")
+                }
             )
-            rows.append((*corpus, name, len(given), *(f"{figure:.4f}" for figure in figures)))
-        everything = f1_score(wrong, np.ones_like(wrong))
-        rows.append((*corpus, "flag all", len(given), "0.5000", "", "", f"{everything:.4f}", ""))
-    writer = csv.writer(sys.stdout)
-    writer.writerow(FIELDS)
-    writer.writerows(rows)
+    return found
+
+
+def paper_row(
+    cell: str, records: list[Record], truth: np.ndarray, said: list[dict[str, Opinion]]
+) -> Row:
+    """The paper's rule on the same opinions."""
+    asked = [
+        Asked(record, one["base"], one.get("reasoned"), one.get("checker"))
+        for record, one in zip(records, said, strict=True)
+    ]
+    found = [paper_rule(one) for one in asked]
+    wrong = np.array([LETTERS.index(record.answer) for record in records]) != truth
+    score = np.array([one.noise_score for one in found])
+    return row(cell, "paper's rule", wrong, score, np.array([one.noisy for one in found]))
+
+
+def choice_cells(
+    root: Path, name: str, runs: dict[str, Path], rates: list[float], seed: int
+) -> Iterator[Row]:
+    """The official noisy files of a corpus, or copies at other rates."""
+    clean = read(root / name / "labeled.csv")
+    truth = np.array([LETTERS.index(record.answer) for record in clean])
+    taught = None
+    if len({record.options for record in clean}) == 1:
+        texts = [record.question for record in clean]
+        rows, words = Embedder().encode(texts), learners.word_features(texts)
+
+        def taught(given: np.ndarray, classes: int) -> crowd.Learners:
+            count = len(given)
+            return crowd.Learners(rows[:count], given, classes, words[:count])
+
+    files = {f"{name}{n}": root / name / f"noisy{n}.csv" for n in (30, 50)}
+    copies = {f"{name} {rate:.0%} (seed {seed})": rate for rate in rates}
+    for cell in [*files, *copies]:
+        records = read(files[cell]) if cell in files else flipped(clean, copies[cell], seed)
+        said = opinions(runs[cell]) if cell in runs else []
+        if not said and taught is None:
+            continue  # letters that mean something else in every question, and nobody to ask
+        records = records[: len(said) or None]
+        panel = {
+            expert: np.stack([option_probabilities(one[expert], len(r.options or ()))
+                              for one, r in zip(said, records, strict=True)])
+            for expert in ("base", "reasoned") if said and expert in said[0]
+        }  # fmt: skip
+        yield from label_rows(cell, records, truth[: len(records)], panel, taught)
+        if said:
+            yield paper_row(cell, records, truth[: len(records)], said)
+
+
+def flipped(clean: list[Record], rate: float, seed: int) -> list[Record]:
+    """A copy with exactly that share of answers moved to another option."""
+    from dataclasses import replace
+
+    rng = np.random.default_rng(seed)
+    found = list(clean)
+    for index in rng.permutation(len(clean))[: round(rate * len(clean))]:
+        record = clean[index]
+        others = [letter for letter in LETTERS[: len(record.options or ())]
+                  if letter != record.answer]  # fmt: skip
+        found[index] = replace(record, answer=str(rng.choice(others)))
+    return found
+
+
+# --- open answers ----------------------------------------------------------------------------
+
+
+def solution_cells(path: Path) -> Iterator[Row]:
+    """Each model's solutions as the given answers, the other three models as experts."""
+    with path.open(encoding="utf-8") as lines:
+        questions = [json.loads(line) for line in lines]
+    for given in MODELS:
+        order = [given, *(model for model in MODELS if model != given)]
+        wrong = np.array([not q[given]["is_correct"] for q in questions])
+        same = np.array(
+            [crowd.partition([q[m]["solution"] for m in order], "text") for q in questions]
+        )
+        cell = f"gsm8k {given}"
+        yield row(cell, "flag everything", wrong, np.zeros(len(wrong)), np.ones(len(wrong), bool))
+        agree = same[:, 1:] == 0
+        for number, name in enumerate(order[1:]):
+            yield row(cell, name, wrong, 1.0 - agree[:, number], ~agree[:, number])
+        yield row(cell, "mean agreement", wrong, 1 - agree.mean(1), agree.mean(1) < 0.5)
+        strict = np.array([
+            not all(answers.matches(q[given]["solution"], q[m]["solution"], kind="text")
+                    for m in order[1:]) for q in questions
+        ])  # fmt: skip
+        yield row(cell, "paper's rule (all agree)", wrong, strict.astype(float), strict)
+        yield judged(cell, crowd.judge_partitions(same, order[1:]), wrong, None)
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """AUROC of every detector with its interval, a panel a cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = list(dict.fromkeys(one.cell for one in rows))
+    figure, axes = pyplot.subplots(
+        len(cells), 1, figsize=(7, 1.9 * len(cells)), sharex=True, squeeze=False
+    )
+    for axis, cell in zip(axes[:, 0], cells, strict=True):
+        mine = [one for one in rows if one.cell == cell and one.detector != "flag everything"][::-1]
+        for place, one in enumerate(mine):
+            ours = one.detector.startswith("robustft")
+            axis.plot([one.auroc_low, one.auroc_high], [place] * 2, color="C0" if ours else "0.6")
+            axis.plot(one.auroc, place, "o", color="C0" if ours else "0.4", markersize=4)
+        axis.set_yticks(range(len(mine)), [one.detector for one in mine], fontsize=7)
+        axis.set_title(cell, fontsize=8, loc="left")
+        axis.axvline(0.5, color="0.85", linewidth=1, zorder=0)
+    axes[-1, 0].set_xlabel("AUROC, 95 % bootstrap interval; 0.5 is chance")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Print the table; with --out write it as CSV, with --figure draw it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--run", action="append", default=[], metavar="CELL=DIR")
+    parser.add_argument("--copies", nargs="*", type=float, default=[], metavar="RATE")
+    parser.add_argument("--seed", type=int, default=0, help="of the copies")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path, help="SVG or PNG")
+    options = parser.parse_args()
+    runs = {cell: Path(path) for cell, _, path in (text.partition("=") for text in options.run)}
+    common = {"versions": versions(PACKAGES), "commit": commit()}
+    rows = []
+    print(f"{'cell':<24} {'detector':<36} AUROC                 F1     ECE    noise rate (true)")
+
+    def cells() -> Iterator[Row]:
+        for name in ("fpb", "arc"):
+            yield from choice_cells(options.folder, name, runs, options.copies, options.seed)
+        yield from solution_cells(options.folder / "gsm8k_solutions/solutions.jsonl")
+
+    for one in cells():
+        rows.append(Row(**asdict(one) | common))
+        estimate = f"{one.noise_rate} ({one.true_rate})" if one.true_rate != "" else ""
+        area = f"{one.auroc:.3f} [{one.auroc_low:.3f}, {one.auroc_high:.3f}]"
+        line = f"{one.cell:<24} {one.detector:<36} {area}  {one.f1:.3f}  {one.ece!s:<6} {estimate}"
+        print(line, flush=True)
     if options.out:
-        with options.out.open("w", newline="") as handle:
-            csv.writer(handle).writerows([FIELDS, *rows])
+        with options.out.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, [field.name for field in fields(Row)])
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
+    if options.figure:
+        draw(rows, options.figure)
 
 
 if __name__ == "__main__":
