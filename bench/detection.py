@@ -36,6 +36,7 @@ from robustft.store import Opinion
 
 RESAMPLES = 500
 BINS = 15
+PENALTIES = (1.0, 3.0, 10.0, 30.0)  # of the regression that cleanlab gets
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 PACKAGES = ("robustft", "numpy", "scipy", "scikit-learn", "cleanlab")
 
@@ -142,14 +143,20 @@ def label_rows(
         said = values.argmax(1)
         yield row(cell, name, wrong, 1 - values[at, given], said != given,
                   right_label=(said == truth).mean())  # fmt: skip
-    features = "regression with words" if "regression with words" in plain else "base"
-    if features in (everyone := panel | plain):
-        yield from cleanlab_rows(cell, wrong, given, everyone[features], features)
+    if team:
+        features, clean = team.features["regression with words"], np.eye(classes)
+        fitted = {
+            f"{penalty:g}": learners.out_of_fold(features, given, clean, penalty=penalty)
+            for penalty in PENALTIES
+        }
+        yield from cleanlab_rows(cell, wrong, given, fitted)
+    elif panel:
+        yield from cleanlab_rows(cell, wrong, given, panel)
     yield judged(cell, crowd.judge_labels(panel, given, classes, team), wrong, truth)
 
 
 def cleanlab_rows(
-    cell: str, wrong: np.ndarray, given: np.ndarray, values: np.ndarray, features: str
+    cell: str, wrong: np.ndarray, given: np.ndarray, experts: dict[str, np.ndarray]
 ) -> Iterator[Row]:
     """Cleanlab with the settings that do best against the truth, which it does not know itself."""
     try:
@@ -158,23 +165,21 @@ def cleanlab_rows(
     except ImportError:
         print("not run (not installed): cleanlab", file=sys.stderr)
         return
-    values = np.clip(values, 1e-6, None)
-    values /= values.sum(1, keepdims=True)
-    scores = [
-        -get_label_quality_scores(given, values, method=method, adjust_pred_probs=adjust)
-        for method in ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
-        for adjust in ((False, True) if method != "confidence_weighted_entropy" else (False,))
-    ]
-    filters = [
-        find_label_issues(given, values, filter_by=method, n_jobs=1)
-        for method in (
-            "prune_by_noise_rate", "prune_by_class", "both", "confident_learning",
-            "predicted_neq_given",
-        )
-    ]  # fmt: skip
+    scores, filters = [], []
+    for values in experts.values():
+        values = np.clip(values, 1e-6, None)
+        values /= values.sum(1, keepdims=True)
+        for method in ("self_confidence", "normalized_margin"):
+            for adjust in (False, True):
+                quality = get_label_quality_scores(
+                    given, values, method=method, adjust_pred_probs=adjust
+                )
+                scores.append(-quality)
+        for method in ("prune_by_noise_rate", "confident_learning", "predicted_neq_given"):
+            filters.append(find_label_issues(given, values, filter_by=method, n_jobs=1))
     best = max(scores, key=lambda score: roc_auc_score(wrong, score))
     flagged = max(filters, key=lambda found: f1_score(wrong, found, zero_division=0.0))
-    yield row(cell, f"cleanlab ({features})", wrong, best, flagged)
+    yield row(cell, "cleanlab, best setting", wrong, best, flagged)
 
 
 def read(path: Path) -> list[Record]:

@@ -35,7 +35,7 @@ _FIT_ROWS = 20_000  # the pool is fitted on at most this many rows
 _CHUNK = 65_536
 # Summed weight expected a priori. Learners are fitted under a penalty, on labels that are wrong in
 # part: their probabilities are too flat. A language model's are taken at their word.
-_EXPECTED = {"learners": 3.0, "panel": 1.0}
+_EXPECTED = {"learners": 3.5, "panel": 1.0}
 _SUM_SPREAD = 0.7  # standard deviation of that sum, a priori
 _SPREAD = 1.0  # standard deviation of a single weight around its share of the sum
 _BIAS_SPREAD = 0.5
@@ -78,12 +78,14 @@ def judge_labels(
     spread = (np.ones((classes, classes)) - np.eye(classes)) / max(classes - 1, 1)
     experts, pools, evidence = dict(anchors), list[_Pool](), np.zeros(0)
     rate = _FIRST_RATE
+    able: list[str] | None = None  # learners that know something; tested once, when first heard
     for number in range(_ROUNDS if learners else 1):
         if learners and (number or not anchors):
             taught = learners.predict(transition(rate, spread))
             logs |= {name: _logs(values) for name, values in taught.items()}
-            able = (n for n in taught if skill(logs[n], given, frequencies) > _SIGNIFICANT)
-            experts = anchors | {name: logs[name] for name in able}
+            if able is None:
+                able = [n for n in taught if skill(logs[n], given, frequencies) > _SIGNIFICANT]
+            experts = anchors | {name: logs[name] for name in able if name in taught}
         if not experts:
             break
         opinions = np.stack(list(experts.values()))

@@ -19,6 +19,7 @@ from robustft.crowd.judgement import Floats
 from robustft.retrieval import CosineKNN
 
 _FOLDS = 5
+_CUTS = 2
 _PENALTY = 1.0  # half the squared norm of the coefficients is added to the summed log-loss
 _FIT_ROWS = 40_000  # a fold is fitted on at most this many rows
 _CHUNK = 65_536  # rows predicted at once
@@ -86,10 +87,10 @@ class Learners:
         words: Features | None = None, *, index: CosineKNN | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self._given, self._seed = given, seed
-        self._features: dict[str, Features] = {"regression": embeddings}
+        self.features: dict[str, Features] = {"regression": embeddings}
         if words is not None:
             both = [sparse.csr_matrix(embeddings, dtype=np.float64), words]
-            self._features["regression with words"] = sparse.hstack(both, format="csr")
+            self.features["regression with words"] = sparse.hstack(both, format="csr")
         self._votes = neighbour_vote(index or CosineKNN(embeddings), given, classes)
 
     @classmethod
@@ -110,14 +111,27 @@ class Learners:
         """
         found = {
             name: out_of_fold(rows, self._given, transition, self._seed)
-            for name, rows in self._features.items()
+            for name, rows in self.features.items()
         }
         honest = bool((transition.argmax(1) == np.arange(len(transition))).all())
         return found | ({"neighbours": self._votes} if honest else {})
 
 
-def out_of_fold(features: Features, given: Labels, transition: Floats, seed: int = 0) -> Floats:
-    """[N, C] probabilities of the true label from regressions that did not see the record."""
+def out_of_fold(
+    features: Features, given: Labels, transition: Floats, seed: int = 0, penalty: float = _PENALTY
+) -> Floats:
+    """[N, C] probabilities of the true label from regressions that did not see the record.
+
+    Averaged over two ways of cutting the folds: less depends on the luck of the cut.
+    """
+    cuts = range(_CUTS if len(given) <= _FIT_ROWS else 1)
+    found = sum(_one_cut(features, given, transition, [seed, cut], penalty) for cut in cuts)
+    return np.asarray(found) / len(cuts)
+
+
+def _one_cut(
+    features: Features, given: Labels, transition: Floats, seed: list[int], penalty: float
+) -> Floats:
     rng = np.random.default_rng(seed)
     fold = rng.permutation(len(given)) % min(_FOLDS, max(len(given), 1))
     classes = len(transition)
@@ -128,7 +142,7 @@ def out_of_fold(features: Features, given: Labels, transition: Floats, seed: int
             train = np.sort(rng.choice(train, _FIT_ROWS, replace=False))
         if len(train) == 0:
             continue
-        weights = fit_regression(features[train], given[train], transition)
+        weights = fit_regression(features[train], given[train], transition, penalty)
         test = np.flatnonzero(fold == number)
         for low in range(0, len(test), _CHUNK):
             rows = test[low : low + _CHUNK]
@@ -136,7 +150,9 @@ def out_of_fold(features: Features, given: Labels, transition: Floats, seed: int
     return found
 
 
-def fit_regression(features: Features, given: Labels, transition: Floats) -> Floats:
+def fit_regression(
+    features: Features, given: Labels, transition: Floats, penalty: float = _PENALTY
+) -> Floats:
     """[C, d + 1] coefficients and intercepts, fitted through the noise model: they minimise.
 
         -sum_i log(sum_z softmax(W x_i + b)[z] T[z, y_i]) + penalty |W|^2 / 2.
@@ -156,10 +172,10 @@ def fit_regression(features: Features, given: Labels, transition: Floats) -> Flo
         evidence = joint.sum(1)
         off = predicted - joint / evidence[:, None]  # gradient with respect to the scores
         gradient = np.empty_like(weights)
-        gradient[:, :-1] = (features.T @ off).T + _PENALTY * weights[:, :-1]
+        gradient[:, :-1] = (features.T @ off).T + penalty * weights[:, :-1]
         gradient[:, -1] = off.sum(0)
-        penalty = 0.5 * _PENALTY * float((weights[:, :-1] ** 2).sum())
-        return penalty - float(np.log(evidence).sum()), gradient.ravel()
+        size = 0.5 * penalty * float((weights[:, :-1] ** 2).sum())
+        return size - float(np.log(evidence).sum()), gradient.ravel()
 
     with threadpool_limits(1):  # two BLAS threads fight over matrices this small
         start = np.zeros(classes * (width + 1))

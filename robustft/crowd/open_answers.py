@@ -5,8 +5,8 @@ of one question, with x ~ N(0, 1) its difficulty and c the witnesses that are ri
 
     p(witness k is right | x) = sigmoid(a_k - s x)      Rasch 1960; GLAD, Whitehill et al. 2009
     right answers are the same; wrong ones coincide as guests of a Chinese restaurant (Ewens 1972)
-    with concentration t, whose logarithm varies from question to question by N(0, 1): some
-    questions have a favourite wrong answer
+    with concentration t, whose logarithm varies from question to question: some questions have a
+    favourite wrong answer
 
 Abilities a, spread s and concentration t are those that make the partitions seen most likely, under
 weak priors; the corpus' noise rate is how often witness 0, the given answer, is wrong. No truth is
@@ -32,7 +32,8 @@ _ABILITY = (0.0, 1.5)  # a_k ~ N(0, 1.5), in logits
 # answers are then expected to be right 8 times in 10.
 _GIVEN_BESIDE_ONE = (1.4, 1.0)
 _LOG_SPREAD = (float(np.log(1.5)), 0.5)  # log s ~ N(log 1.5, 0.5)
-_LOG_CONCENTRATION = (1.5, 0.35)  # log t ~ N(1.5, 0.35): two wrong answers coincide at 18 %
+_LOG_CONCENTRATION = (1.5, 0.2)  # log t, typical question: two wrong answers coincide at 18 %
+_FAVOURITES = 1.4  # standard deviation of log t from question to question
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
 
 Partitions = NDArray[np.int64]  # [N, K] cluster of every witness, numbered by first appearance
@@ -46,6 +47,7 @@ def _normal_grid(points: int) -> tuple[Floats, Floats]:
 
 _DIFFICULTY, _DIFFICULTY_LOG = _normal_grid(15)
 _FAVOURITE, _FAVOURITE_LOG = _normal_grid(7)
+_FAVOURITE *= _FAVOURITES
 
 
 def partition(said: Sequence[str | None], kind: Kind) -> list[int]:
