@@ -136,6 +136,17 @@ def load_causal_lm(source: ModelSource, *, dtype: Any, attention: str | None = N
     return model.eval()
 
 
+def has_plain_cache(model: Any) -> bool:
+    """Whether a prefix can be computed once: every layer keeps all keys and values, no more."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+
+
 def load_encoder(source: ModelSource) -> Any:
     """A sentence encoder (BERT-like) in evaluation mode, float32."""
     import torch

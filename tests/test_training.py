@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from robustft.config import EngineConfig, TrainConfig
 from robustft.errors import UserError
-from robustft.models import find_model, load_causal_lm, load_tokenizer
+from robustft.models import find_model, has_plain_cache, load_causal_lm, load_tokenizer
 from robustft.records import open_records
 from robustft.training import load_adapter, train
 from robustft.training.adapter import attach_adapter, linear_names
@@ -33,7 +33,7 @@ from robustft.training.data import (
     learning_rate_at,
     micro_batches,
 )
-from robustft.training.loop import TrainingLoop, has_plain_cache, shared_prefix
+from robustft.training.loop import TrainingLoop, shared_prefix
 
 WEIGHTS = "adapter_model.safetensors"
 torch.set_num_threads(1)  # the tiny model gains nothing from more

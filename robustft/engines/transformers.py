@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,10 +24,11 @@ from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScor
 from robustft.engines.cache import growing_cache
 from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
-from robustft.models import find_model, load_causal_lm, load_tokenizer
+from robustft.models import find_model, has_plain_cache, load_causal_lm, load_tokenizer
 from robustft_kernels import linear_token_stats, token_stats
 
 _T = TypeVar("_T")
+_MIN_SHARED = 16  # tokens; computing fewer once is not worth a second pass
 _CPU_BATCH_TOKENS = 8192
 _CUDA_BATCH_TOKENS = 131072
 _MAX_ROWS = {"cpu": 32, "cuda": 512}
@@ -119,6 +121,7 @@ class TransformersEngine:
         self._head_is_linear: bool | None = None
         plain = getattr(self.model, "get_base_model", lambda: self.model)()
         self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
+        self._plain_cache: bool | None = None
         pad = self.tokenizer.pad_token_id
         self._pad = int(pad if pad is not None else min(self.encoder.ends, default=0))
 
@@ -306,24 +309,24 @@ class TransformersEngine:
 
     def _nll(self, encoded: Sequence[list[int]], endings: Sequence[list[int]]) -> list[TokenValues]:
         """Per-token statistics of `endings` after `encoded`, both lists of token ids."""
-        inputs = self._left_padded(
-            [[*head, *tail] for head, tail in zip(encoded, endings, strict=True)]
-        )
-        width = inputs["input_ids"].shape[1]
         rows = [row for row, tail in enumerate(endings) for _ in tail]
-        # The state before a token predicts it; rows end at `width`, so a tail starts there - len.
-        columns = [width - len(tail) - 1 + i for tail in endings for i in range(len(tail))]
+        # The state before a token predicts it: columns from the end of each head, less one.
+        columns = [len(head) - 1 + i for head, tail in zip(encoded, endings, strict=True)
+                   for i in range(len(tail))]  # fmt: skip
         targets = torch.tensor([i for tail in endings for i in tail], device=self.device)
         if len(rows) == 0:
             return [TokenValues(*[np.zeros(0)] * 4) for _ in endings]
+        whole = [[*head, *tail] for head, tail in zip(encoded, endings, strict=True)]
         if self._use_linear_head():
-            states = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+            states = self._states_at(whole, rows, columns, before=min(map(len, encoded)) - 1)
             head = self.model.get_output_embeddings()
-            stats = linear_token_stats(states[rows, columns], head.weight, targets)
+            stats = linear_token_stats(states, head.weight, targets)
         else:
+            inputs = self._left_padded(whole)
             keep = max(map(len, endings)) + 1
             logits = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
-            kept = [column - (width - logits.shape[1]) for column in columns]
+            shift = [logits.shape[1] - len(whole[row]) for row in rows]
+            kept = [column + by for column, by in zip(columns, shift, strict=True)]
             stats = token_stats(logits[rows, kept], targets)
         assert stats.logprob is not None
         assert stats.rank is not None
@@ -334,6 +337,38 @@ class TransformersEngine:
             TokenValues(*[values[end - len(tail) : end] for values in arrays])
             for tail, end in zip(endings, ends, strict=True)
         ]
+
+    def _states_at(
+        self, whole: Sequence[list[int]], rows: list[int], columns: list[int], before: int
+    ) -> torch.Tensor:
+        """Hidden states [len(rows), D] at the given places of the given token ids.
+
+        What all rows begin with, up to `before` tokens, is computed once where the model's cache
+        allows. Then rows are padded on the right: under causal attention no token sees padding.
+        """
+        decoder = self.model.get_decoder()
+        shared = len(os.path.commonprefix(list(whole))[: max(before, 0)])  # noqa: RUF071 - lists
+        if len(whole) < 2 or shared < _MIN_SHARED or not self._has_plain_cache():
+            inputs = self._left_padded(whole)
+            width = inputs["input_ids"].shape[1]
+            places = [width - len(whole[row]) + c for row, c in zip(rows, columns, strict=True)]
+            left: torch.Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+            return left[rows, places]
+        start = torch.tensor([whole[0][:shared]], device=self.device)
+        cache = decoder(input_ids=start, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(whole))
+        ids = torch.full((len(whole), max(map(len, whole)) - shared), self._pad, dtype=torch.long)
+        for row, tokens in enumerate(whole):
+            ids[row, : len(tokens) - shared] = torch.tensor(tokens[shared:])
+        states: torch.Tensor = decoder(
+            input_ids=ids.to(self.device), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return states[rows, [column - shared for column in columns]]
+
+    def _has_plain_cache(self) -> bool:
+        if self._plain_cache is None:
+            self._plain_cache = has_plain_cache(self.model)
+        return self._plain_cache
 
     def _use_linear_head(self) -> bool:
         """Whether logits are exactly `lm_head(hidden)` (no soft cap, scale or bias), once seen.

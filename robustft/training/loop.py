@@ -28,6 +28,7 @@ from robustft.devices import fast_matmul
 from robustft.errors import UserError
 from robustft.files import replacing
 from robustft.frozen import FrozenTrunk
+from robustft.models import has_plain_cache
 from robustft.progress import Progress
 from robustft.training.data import (
     Example,
@@ -279,16 +280,6 @@ def shared_prefix(examples: Sequence[Example]) -> int:
     differs = np.flatnonzero((heads != heads[0]).any(axis=0))
     shared = int(differs[0]) if len(differs) else length
     return shared if shared >= _MIN_SHARED else 0
-
-
-def has_plain_cache(model: Any) -> bool:
-    """Whether a prefix can be computed once: every layer keeps all keys and values, no more."""
-    from transformers.cache_utils import DynamicLayer
-
-    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.no_grad():
-        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
 
 
 class _Interrupt:
