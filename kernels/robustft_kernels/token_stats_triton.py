@@ -159,21 +159,21 @@ def partial_kernel(
     split = tl.minimum(tl.maximum(target // TILE, 1), full)
     if HAS_TARGET:
         for tile in range(1, split):
-            x = tl.load(p + tile * TILE + column).to(tl.float32)
+            x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
             count += tl.sum((x >= level).to(tl.int32), axis=1)
             m, s, w, second, best = _absorb(x, tile, rate, cap, m, s, w, second, best, CAPPED)
         for tile in range(split, full):
-            x = tl.load(p + tile * TILE + column).to(tl.float32)
+            x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
             count += tl.sum((x > level).to(tl.int32), axis=1)
             m, s, w, second, best = _absorb(x, tile, rate, cap, m, s, w, second, best, CAPPED)
         if (target // TILE >= 1) & (target // TILE < full):
             tile = target // TILE
-            x = tl.load(p + tile * TILE + column).to(tl.float32)
+            x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
             tie = (x == level) & (tile * TILE + column < target)
             count += tl.sum(tie.to(tl.int32), axis=1)
     else:
         for tile in range(1, full):
-            x = tl.load(p + tile * TILE + column).to(tl.float32)
+            x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
             m, s, w, second, best = _absorb(x, tile, rate, cap, m, s, w, second, best, CAPPED)
 
     # The last tile. The mask is whole groups, so that these loads stay wide too: they reach at
