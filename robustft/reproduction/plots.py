@@ -128,10 +128,17 @@ def _against_noise(rows: Sequence[Row]) -> Any:
                           alpha=0.6, label=f"{name}, the paper's (Llama-3.1-8B)")  # fmt: skip
         axis.set_xlabel("noise in the training answers (%)")
         axis.set_ylabel("test accuracy (%), 95 % interval")
+        axis.set_xticks(sorted({row.noise for row in rows if row.noise is not None}))
         axis.set_title(task.upper(), fontsize=9)
         axis.grid(lw=0.4, alpha=0.6)
-        axis.legend(fontsize=7, frameon=False)
+    _legend_below(figure, axes.flat[0])
     return figure
+
+
+def _legend_below(figure: Any, axis: Any) -> None:
+    """One legend for all panels, under them, where it hides nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
 
 
 def _sensitivity(rows: Sequence[Row]) -> Any:
@@ -157,12 +164,14 @@ def _sensitivity(rows: Sequence[Row]) -> Any:
                         else "k: clean neighbours in the context")  # fmt: skip
         axis.grid(lw=0.4, alpha=0.6)
     axes[0].set_ylabel("test accuracy (%), 95 % interval")
-    axes[1].legend(fontsize=7, frameon=False)
+    _legend_below(figure, axes[0])
     return figure
 
 
 def _perplexity(rows: Sequence[Row]) -> Any:
     """Distributions of the test answers' perplexity, on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, axes, keys = _panels(rows, 3.8, 3.0, sharex=True)
     values = np.concatenate([o.perplexities for row in rows for o in row.outcomes])
     values = values[np.isfinite(values)]
@@ -177,6 +186,9 @@ def _perplexity(rows: Sequence[Row]) -> Any:
                       histtype="step", lw=1.4,
                       label=f"{row.name} (median {np.median(found):.2f})")  # fmt: skip
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(_title(*key), fontsize=9)
         axis.set_xlabel("perplexity of the right answer (log scale)")
         axis.set_ylabel("test records (%)")
@@ -186,7 +198,7 @@ def _perplexity(rows: Sequence[Row]) -> Any:
 
 def _radar(rows: Sequence[Row]) -> Any:
     """Accuracy by category, one polygon a method."""
-    figure, axes, keys = _panels(rows, 4.8, 4.6, subplot_kw={"projection": "polar"})
+    figure, axes, keys = _panels(rows, 5.4, 5.0, subplot_kw={"projection": "polar"})
     for axis, key in zip(axes, keys, strict=False):
         shown = [row for row in rows if (row.task, row.noise) == key]
         tallies = [(row, category_tallies(row)) for row in shown]
@@ -201,6 +213,8 @@ def _radar(rows: Sequence[Row]) -> Any:
         axis.set_xticks(angles, labels, fontsize=7)
         axis.tick_params(axis="x", pad=8)
         axis.set_ylim(bottom=0)
+        axis.set_rlabel_position(180 / len(names))
+        axis.tick_params(axis="y", labelsize=6)
         axis.set_title(
             f"{_title(*key)}: accuracy (%) by category (test records)", fontsize=9, pad=18
         )
@@ -237,5 +251,5 @@ def _stability(rows: Sequence[Row]) -> Any:
         axis.set_xticks(range(len(shown)), [row.name for row in shown], rotation=20, ha="right")
         axis.set_title(_title(*key), fontsize=9)
         axis.grid(axis="y", lw=0.4, alpha=0.6)
-    axes[0].set_ylabel("accuracy (%): mean ± one deviation,\ndots: each instruction")
+    axes[0].set_ylabel("accuracy (%), mean ± deviation", fontsize=8)
     return figure
