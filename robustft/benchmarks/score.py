@@ -81,8 +81,9 @@ def run(path: str, limit: int, model: str | None, rounds: int) -> list[Row]:
         PLAIN: lambda: score_all(plain, prompts, texts),
     }
     difference = np.abs(np.subtract(calls[OURS](), calls[PLAIN]())).max()
-    coarse = engine.model.dtype != torch.float32  # the plain way rounds its logits
-    gate = "yes" if difference < (0.1 if coarse else 1e-3) else "NO"
+    # In 16 bits either way is up to about 0.1 nats away from float32, in its own direction.
+    coarse = engine.model.dtype != torch.float32
+    gate = "yes" if difference < (0.2 if coarse else 1e-3) else "NO"
     device = engine.device.type
     timings = timed_together(calls, device="cpu", repeats=rounds, budget=60.0)
     return [
