@@ -39,7 +39,8 @@ constexpr float kZeros[kBlockRows] = {};
 
 constexpr std::size_t kFirstFloatSpan = 64;  // blocks before the 8-bit filter gets another try
 constexpr std::size_t kSlackRoom = 80;       // past the limit: a block's rows and a vector's width
-constexpr std::size_t kPrefetchLines = 32;
+// What is fetched of how many rows to come: the start of each; the hardware goes on by itself.
+constexpr std::size_t kPrefetchLines = 12, kPrefetchRows = 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Where query q of `count` lies when they are cut into tiles.
@@ -376,11 +377,10 @@ std::size_t Scan::rescore(std::size_t q) {
         const char* row = static_cast<const char*>(index_.row(query.kept[i].row));
         for (std::size_t line = 0; line < lines; ++line) __builtin_prefetch(row + line * 64);
     };
-    prefetch(0);
-    prefetch(1);
+    for (std::size_t row = 0; row < kPrefetchRows; ++row) prefetch(row);
     std::size_t i = 0;
     for (; i < query.kept.size() && query.kept[i].upper >= query.floor; ++i) {
-        prefetch(i + 2);
+        prefetch(i + kPrefetchRows);
         rescore_one(q, query.kept[i].row);
         query.floor = std::max(query.floor, query.best.floor());
     }

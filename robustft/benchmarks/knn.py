@@ -38,7 +38,6 @@ from robustft.benchmarks.measure import (
 )
 from robustft.retrieval import CosineKNN
 
-_PEERS = ("faiss", "usearch", "sklearn", "torch", "threadpoolctl")
 _PACKAGES = ("robustft", "numpy", "torch", "faiss-cpu", "usearch", "scikit-learn")
 _CHUNK = 1 << 28  # bytes of scores a peer that keeps them all may hold at a time
 _CHECKED = 16  # queries compared with the brute force
@@ -204,22 +203,23 @@ def _in_chunks(some: Callable[[Floats], Found], case: Case) -> Callable[[Floats]
     return run
 
 
-def _contenders(rows: Floats, case: Case, peers: bool) -> Iterator[Contender]:
+_PEERS: dict[str, Callable[[Floats, Case], Iterator[Contender]]] = {  # by the module they need
+    "faiss": _faiss,
+    "usearch": _usearch,
+    "sklearn": _sklearn,
+    "numpy": _numpy,
+    "torch": _torch,
+}
+
+
+def _contenders(rows: Floats, case: Case, peers: Sequence[str]) -> Iterator[Contender]:
     """Made one at a time: each may hold a copy of the rows."""
     yield _ours(rows, case, "auto")
     yield _ours(rows, case, "float32")
-    if not peers:
-        return
     unit = _unit(rows)
-    for module, make in (
-        ("faiss", _faiss),
-        ("usearch", _usearch),
-        ("sklearn", _sklearn),
-        ("numpy", _numpy),
-        ("torch", _torch),
-    ):
+    for module in peers:
         if importlib.util.find_spec(module):
-            yield from make(unit, case)
+            yield from _PEERS[module](unit, case)
 
 
 # --- one case ------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def _judged(found: Found, expected: Found) -> tuple[float, float]:
     return same, float(np.mean(hits))
 
 
-def run_case(case: Case, real: Floats | None, budget: float, peers: bool) -> list[Row]:
+def run_case(case: Case, real: Floats | None, budget: float, peers: Sequence[str]) -> list[Row]:
     """Rows of every contender on one case, and what the search itself counts."""
     rows, queries = _corpus(case, real)
     checked = min(_CHECKED, len(queries))
@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--embeddings", type=Path, help="[N, d] float32 .npy, for the kind `real`")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds a contender and case")
-    parser.add_argument("--no-peers", action="store_true", help="robustft alone")
+    parser.add_argument("--peers", nargs="*", choices=_PEERS, default=list(_PEERS))
     parser.add_argument("--no-machine", action="store_true", help="do not measure the machine")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -399,10 +399,12 @@ def main(arguments: list[str] | None = None) -> int:
         for queries, k, threads in itertools.product(options.queries, options.ks, options.threads):
             case = Case(kind, count, dim, queries, k, threads)
             print(case, f"threads={threads}", file=sys.stderr)
-            rows += run_case(case, real, options.budget, not options.no_peers)
+            rows += run_case(case, real, options.budget, options.peers)
     print(table(rows))
     print(ratios(rows))
-    missing = [peer for peer in _PEERS if importlib.util.find_spec(peer) is None]
+    missing = [
+        peer for peer in [*options.peers, "threadpoolctl"] if importlib.util.find_spec(peer) is None
+    ]
     if missing:
         print(f"not run (not installed): {', '.join(missing)}")
     if options.out:
