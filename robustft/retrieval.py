@@ -7,6 +7,7 @@ lower id, whatever the number of threads, the batch or the instruction set.
 from __future__ import annotations
 
 import math
+import mmap
 import operator
 import os
 import threading
@@ -236,7 +237,7 @@ class CosineKNN:
         return index
 
     def _append(self, rows: NDArray[Any], ids: NDArray[np.int64] | None) -> None:
-        self._core.append(rows, ids, self._threads, None)
+        self._core.append(rows, ids, self._threads, _page_release(rows))
         self._named = self._named or ids is not None
         self._parts.append(rows)
 
@@ -295,6 +296,21 @@ class CosineKNN:
         bits = np.packbits(mask, bitorder="little")
         packed[: bits.size] = bits
         return packed.view(np.uint64)
+
+
+def _page_release(rows: NDArray[Any]) -> Callable[[int], None] | None:
+    """For rows in a mapped file: gives back, while they are read, the pages that were.
+
+    Each row is read once to quantise it. Without this the whole file would count as resident.
+    """
+    owner: Any = rows
+    while owner is not None and not isinstance(owner, np.memmap):
+        owner = getattr(owner, "base", None)
+    pages: mmap.mmap | None = getattr(owner, "_mmap", None)
+    if pages is None or owner.mode not in ("r", "r+") or not hasattr(mmap, "MADV_DONTNEED"):
+        return None  # a private copy ("c") would lose what was written to it
+    advice = mmap.MADV_DONTNEED
+    return lambda done: pages.madvise(advice)
 
 
 def _positive(value: int, name: str) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import multiprocessing
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from robustft import _core
 from robustft.benchmarks.knn_reference import exact_neighbours as brute_force
 from robustft.errors import UserError
-from robustft.retrieval import CosineKNN
+from robustft.retrieval import CosineKNN, _page_release
 
 ISAS = _core.knn_isas()
 
@@ -181,6 +183,21 @@ def test_rows_are_not_copied(tmp_path: Path) -> None:
     index = CosineKNN(mapped)
     assert np.shares_memory(index._parts[0], mapped)
     assert_same(index.search(rows[:3], 4), brute_force(rows, rows[:3], 4))
+
+
+@pytest.mark.parametrize(("mode", "released"), [("r", True), ("r+", True), ("c", False)])
+def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path, mode: str, released: bool) -> None:
+    rows = gaussian(500, 16)
+    rows.tofile(tmp_path / "rows.f32")
+    mapped = np.memmap(tmp_path / "rows.f32", np.float32, mode, shape=rows.shape)  # type: ignore[call-overload]
+    if mode == "c":  # changes that the file does not hold
+        mapped[7] = rows[7] = 1
+    release = _page_release(np.asarray(mapped)[10:])
+    assert (release is not None) == released
+    if release is not None:
+        release(0)
+    assert_same(CosineKNN(mapped).search(rows[:3], 4), brute_force(rows, rows[:3], 4))
+    assert _page_release(rows) is None
 
 
 def test_zero_vectors_have_cosine_zero() -> None:
@@ -375,6 +392,22 @@ def test_ctrl_c_stops_a_long_search() -> None:
         index.search(queries, 3)
     assert time.perf_counter() - start < 1.5
     assert_same(index.search(rows[:2], 3), brute_force(rows, rows[:2], 3))
+
+
+def test_usable_after_fork() -> None:
+    rows = gaussian(20000, 64)
+    index = CosineKNN(rows, threads=2)
+    expected = index.search(rows[:200], 3)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(index.search(rows[:200], 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of threads and fork
+        child.start()
+    assert receiver.poll(60)
+    assert_same(receiver.recv(), expected)
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_progress_grows_to_the_total_and_its_errors_come_back() -> None:

@@ -212,13 +212,13 @@ _PEERS: dict[str, Callable[[Floats, Case], Iterator[Contender]]] = {  # by the m
 }
 
 
-def _contenders(rows: Floats, case: Case, peers: Sequence[str]) -> Iterator[Contender]:
+def contenders(rows: Floats, case: Case, peers: Sequence[str]) -> Iterator[Contender]:
     """Made one at a time: each may hold a copy of the rows."""
     yield _ours(rows, case, "auto")
     yield _ours(rows, case, "float32")
     unit = _unit(rows)
     for module in peers:
-        if importlib.util.find_spec(module):
+        if module in _PEERS and importlib.util.find_spec(module):
             yield from _PEERS[module](unit, case)
 
 
@@ -258,7 +258,7 @@ def run_case(case: Case, real: Floats | None, budget: float, peers: Sequence[str
     out = []
     with _blas_threads(case.threads):
         unit = _unit(queries)
-        for contender in _contenders(rows, case, peers):
+        for contender in contenders(rows, case, peers):
             ours = contender.name.startswith("robustft")
             asked = (queries if ours else unit)[: contender.most]
             time.sleep(0.05)  # threads of the last one stop spinning

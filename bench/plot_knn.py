@@ -1,0 +1,41 @@
+"""`python bench/plot_knn.py bench/results/knn.csv knn.svg`: bars drawn from the CSV alone."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def main(source: Path, target: Path) -> None:
+    with source.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["unit"] == "queries/s"]
+    rows = [row for row in rows if not row["case"].startswith("mapped")]
+    latest = {(r["case"], r["threads"], r["contender"]): float(r["rate"]) for r in rows}
+    cases = list(dict.fromkeys((case, threads) for case, threads, _ in latest))
+    names = list(dict.fromkeys(name for _, _, name in latest if name != "robustft"))
+    figure, axes = plt.subplots(figsize=(9, 0.9 * len(cases) + 1.5), layout="constrained")
+    height = 0.8 / len(names)
+    for place, name in enumerate(names):
+        bars = [
+            (line - 0.4 + place * height, latest[*case, "robustft"] / latest[*case, name])
+            for line, case in enumerate(cases)
+            if (*case, name) in latest and (*case, "robustft") in latest
+        ]
+        axes.barh([at for at, _ in bars], [ratio for _, ratio in bars], height, label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(cases)), [f"{case}, {threads} threads" for case, threads in cases])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("robustft is so many times as fast (queries a second, same run)")
+    axes.legend(fontsize="small")
+    figure.savefig(target)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,17 @@
+"""pytest-benchmark cases of the kNN: `python -m pytest bench/test_knn.py`."""
+
+import pytest
+
+from robustft.benchmarks.knn import Case, contenders, make_rows
+
+CASES = [Case("random", 20_000, 384, queries, 10, 2) for queries in (1, 64)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("peer", ["robustft", "faiss", "torch"])
+def test_search(benchmark, case: Case, peer: str) -> None:
+    if peer != "robustft":
+        pytest.importorskip(peer)
+    rows, queries = (make_rows(case.kind, count, 384, 1) for count in (case.rows, case.queries))
+    wanted = next(c for c in contenders(rows, case, [peer]) if c.name.startswith(peer))
+    benchmark(wanted.call, queries)
