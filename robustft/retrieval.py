@@ -304,9 +304,11 @@ def _page_release(rows: NDArray[Any]) -> Callable[[int], None] | None:
     Each row is read once to quantise it. Without this the whole file would count as resident.
     """
     owner: Any = rows
-    while owner is not None and not isinstance(owner, np.memmap):
+    while not isinstance(owner, np.memmap):
+        if owner is None:
+            return None
         owner = getattr(owner, "base", None)
-    pages: mmap.mmap | None = getattr(owner, "_mmap", None)
+    pages: Any = getattr(owner, "_mmap", None)
     if pages is None or owner.mode not in ("r", "r+") or not hasattr(mmap, "MADV_DONTNEED"):
         return None  # a private copy ("c") would lose what was written to it
     advice = mmap.MADV_DONTNEED
