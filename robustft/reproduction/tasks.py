@@ -9,6 +9,7 @@ question of the same kind where there are no options.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,13 @@ class Task:
     name: str
     title: str
     hub: str
-    splits: tuple[str, str]  # of training and test
+    splits: tuple[str, str]  # of training and test; one name twice: its rows go to each in turn
     convert: Callable[[Mapping[str, Any]], Row | None]
     judge: Judge = judge
+
+    def rows_of(self, part: int) -> slice:
+        """Which rows of its split the training set (part 0) or the test set (part 1) takes."""
+        return slice(part, None, 2) if self.splits[0] == self.splits[1] else slice(0, None, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,8 @@ def task_files(task: Task, noise: int, seed: int, data: str | None, work: Path) 
             lacking = "labeled" if not labeled else "test"
             raise UserError(f"no data: {folder} has no {lacking}.csv (.jsonl, .parquet)")
         labeled, test = (
-            _from_hub(task, split, work / task.name / name)
-            for split, name in zip(task.splits, ("labeled.jsonl", "test.jsonl"), strict=True)
+            _from_hub(task, part, work / task.name / name)
+            for part, name in enumerate(("labeled.jsonl", "test.jsonl"))
         )
     if noise == 0:
         return TaskFiles(labeled, labeled, test)
@@ -91,15 +96,17 @@ def _made_noisy(task: Task, labeled: Path, noise: int, seed: int, work: Path) ->
     return out
 
 
-def _from_hub(task: Task, split: str, path: Path) -> Path:
-    """One split of the hub's dataset as JSONL."""
+def _from_hub(task: Task, part: int, path: Path) -> Path:
+    """The hub's training (part 0) or test (part 1) rows as JSONL."""
     if not path.exists():
         try:
-            reader = open_reader(f"hf://datasets/{task.hub}", split, MAX_LINE_BYTES)
+            reader = open_reader(f"hf://datasets/{task.hub}", task.splits[part], MAX_LINE_BYTES)
         except UserError as error:
             raise UserError(f"no data: {error}") from error
         with atomic_file(path) as handle:
-            for row in _converted(task, reader.rows()):
+            keep = task.rows_of(part)
+            rows = _converted(task, reader.rows())
+            for row in itertools.islice(rows, keep.start, keep.stop, keep.step):
                 handle.write(orjson.dumps(row) + b"\n")
     return path
 

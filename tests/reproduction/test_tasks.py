@@ -135,3 +135,17 @@ def test_no_hub_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tasks, "open_reader", offline)
     with pytest.raises(UserError, match="no data: the Hugging Face hub cannot be reached"):
         task_files(TASKS["fpb"], 30, 0, None, tmp_path)
+
+
+def test_a_single_split_is_shared_without_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reader:
+        def rows(self) -> list[tuple[int, object]]:
+            return [(n, HUB["pubmedqa"] | {"pubid": n}) for n in range(10)]
+
+    monkeypatch.setattr(tasks, "open_reader", lambda path, split, limit: Reader())
+    files = task_files(TASKS["pubmedqa"], 0, 0, None, tmp_path)
+    ids = [[r.id for r in open_records(str(f)) if isinstance(r, Record)]
+           for f in (files.labeled, files.test)]  # fmt: skip
+    assert ids == [["0", "2", "4", "6", "8"], ["1", "3", "5", "7", "9"]]
