@@ -28,6 +28,9 @@ KEY = "sk-test-0123456789abcdefSECRET"
 VOCABULARY = 271
 REQUESTS = 200
 PATIENCE = {"no_reply_in_time": 1.0, "one_byte_at_a_time": 1.0}  # seconds; elsewhere none is needed
+# Each kind takes seconds: a few stand for all in the quick suite, `pytest -m slow` runs every one.
+QUICK = ("internal_error", "redirect_elsewhere", "shifted_logprobs", "empty_choices")
+KINDS = [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in FAULTS]
 
 
 @pytest.fixture
@@ -168,7 +171,7 @@ def test_requests_in_flight_are_bounded(server: FaultyServer, tiny_model: Path) 
 # --- faults ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["tokens", "chat"])
 def test_no_fault_makes_a_wrong_answer(
     server: FaultyServer, tiny_model: Path, kind: str, mode: str, caplog: pytest.LogCaptureFixture
@@ -207,14 +210,8 @@ def clean(path: Path, out: Path, made: Engine) -> None:
     run_clean(config, engine=made, embedder=LetterEmbedder())
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind in ("internal_error", "redirect_elsewhere") else
-                     [pytest.mark.slow])
-        for kind in FAULTS
-    ],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAULTS)
 def test_a_run_through_faults_loses_nothing_and_resuming_completes_it(
     server: FaultyServer, tiny_model: Path, tmp_path: Path, kind: str,
     capsys: pytest.CaptureFixture[str],
@@ -246,6 +243,7 @@ def test_a_run_through_faults_loses_nothing_and_resuming_completes_it(
     assert KEY not in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     server: FaultyServer, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 import orjson
@@ -247,6 +248,7 @@ class JsonClient:
 def checked_address(base_url: str) -> str:
     """`base_url` without a trailing slash. Raises UserError, never repeating what may be secret."""
     try:
+        urlsplit(base_url.strip())  # refuses a broken IPv6 address, which httpx2 would escape
         url = httpx2.URL(base_url.strip())
     except (httpx2.InvalidURL, ValueError, TypeError):
         raise UserError(
