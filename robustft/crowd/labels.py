@@ -78,14 +78,11 @@ def judge_labels(
     spread = (np.ones((classes, classes)) - np.eye(classes)) / max(classes - 1, 1)
     experts, pools, evidence = dict(anchors), list[_Pool](), np.zeros(0)
     rate = _FIRST_RATE
-    able: list[str] | None = None  # learners that know something; tested once, when first heard
-    for number in range(_ROUNDS if learners else 1):
-        if learners and (number or not anchors):
+    able = _able(learners, given, frequencies, spread) if learners else []
+    for number in range(_ROUNDS if able else 1):
+        if learners and able and (number or not anchors):
             taught = learners.predict(transition(rate, spread))
-            logs |= {name: _logs(values) for name, values in taught.items()}
-            if able is None:
-                able = [n for n in taught if skill(logs[n], given, frequencies) > _SIGNIFICANT]
-            experts = anchors | {name: logs[name] for name in able if name in taught}
+            experts = anchors | {n: _logs(v) for n, v in taught.items() if n in able}
         if not experts:
             break
         opinions = np.stack(list(experts.values()))
@@ -96,7 +93,7 @@ def judge_labels(
         spread = _wrong_labels(opinions, given, spread, pools, evidence)
         if number and abs(rate - before) < _SETTLED:
             break
-    weights = dict.fromkeys(logs, 0.0)
+    weights = dict.fromkeys([*panel, *(learners.names if learners else ())], 0.0)
     if not pools:
         return Judgement(np.full(len(given), 0.5), None, weights)
     mean = evidence @ np.stack([pool.weights for pool in pools])
@@ -106,12 +103,31 @@ def judge_labels(
     return Judgement(wrong, rate_estimate(rates, evidence, len(given)), weights, labels)
 
 
+def _able(learners: Learners, given: Labels, frequencies: Floats, spread: Floats) -> list[str]:
+    """Names of the learners to hear; none where not one of them beats chance.
+
+    Tried as if little and as if much were wrong, for under the wrong noise rate a regression learns
+    less. All learn from the same records: what one of them proves, that these can be learnt, no
+    other has to prove again.
+    """
+    classes = len(spread)
+    skills: dict[str, float] = {}
+    for rate in (_FIRST_RATE, 0.75 * (classes - 1) / classes):
+        for name, values in learners.predict(transition(rate, spread)).items():
+            found = skill(_logs(values), given, frequencies)
+            skills[name] = max(found, skills.get(name, found))
+    proven = max(skills.values(), default=0.0) > _SIGNIFICANT
+    return [name for name, found in skills.items() if proven and found > 0]
+
+
 def skill(opinions: Floats, given: Labels, frequencies: Floats) -> float:
     """How far an expert predicts the given labels beyond their frequencies, in standard deviations.
 
-    The score test of w = 0 in p(y | x) ~ frequency(y) p_m(y | x)^w: under chance it is standard
-    normal, whatever the expert's calibration or its liking for one option.
+    The score test (Rao 1948) of w = 0 in p(y | x) ~ exp(b[y]) p_m(y | x)^w, b free: under chance it
+    is standard normal, whatever the expert's calibration. Its liking for one option, the same in
+    every record, tells nothing and is taken out: it would drown what it knows.
     """
+    opinions = opinions - opinions.mean(0)
     means = opinions @ frequencies
     gained = opinions[np.arange(len(given)), given] - means
     variance = float(((opinions - means[:, None]) ** 2 @ frequencies).sum())

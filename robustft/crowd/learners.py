@@ -92,6 +92,7 @@ class Learners:
             both = [sparse.csr_matrix(embeddings, dtype=np.float64), words]
             self.features["regression with words"] = sparse.hstack(both, format="csr")
         self._votes = neighbour_vote(index or CosineKNN(embeddings), given, classes)
+        self.names = (*self.features, "neighbours")
 
     @classmethod
     def of(
@@ -133,7 +134,7 @@ def _one_cut(
     features: Features, given: Labels, transition: Floats, seed: list[int], penalty: float
 ) -> Floats:
     rng = np.random.default_rng(seed)
-    fold = rng.permutation(len(given)) % min(_FOLDS, max(len(given), 1))
+    fold = _folds(given, rng)
     classes = len(transition)
     found = np.full((len(given), classes), 1.0 / classes)
     for number in range(int(fold.max(initial=-1)) + 1):
@@ -148,6 +149,19 @@ def _one_cut(
             rows = test[low : low + _CHUNK]
             found[rows] = softmax(_scores(features[rows], weights))
     return found
+
+
+def _folds(given: Labels, rng: np.random.Generator) -> Labels:
+    """[N] fold of each record, every label spread evenly over the folds.
+
+    Otherwise a label frequent in the fold left out is rare in what is learnt from: predictions
+    would run against the very labels that they are to predict.
+    """
+    order = rng.permutation(len(given))
+    order = order[np.argsort(given[order], kind="stable")]
+    fold = np.empty_like(order)
+    fold[order] = np.arange(len(order)) % _FOLDS
+    return fold
 
 
 def fit_regression(
