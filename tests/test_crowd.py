@@ -254,3 +254,16 @@ def test_partition_probabilities_sum_to_one() -> None:
     right = open_answers._evaluate(at, patterns)[2]
     assert all(0 < value < 1 for value in right)
     assert all(a != b for a, b in pairwise(right))
+
+
+def test_a_liking_for_one_option_neither_proves_nor_hides_what_an_expert_knows() -> None:
+    """Rows that lean to option 0 by 5 nats and know a little: seen; the leaning alone: not."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 600)
+    leaning = np.array([0.0, -5.0, -5.0])
+    knowing = 0.3 * np.eye(3)[labels] + rng.normal(0.0, 1.0, (600, 3))
+    frequencies = learners.label_frequencies(labels, 3)
+    alone = skill(rng.normal(0.0, 1.0, (600, 3)) + leaning, labels, frequencies)
+    both = skill(knowing + leaning, labels, frequencies)
+    assert abs(alone) < 2.6 < both
+    assert both == pytest.approx(skill(knowing, labels, frequencies))
