@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.files import atomic_file
 from robustft.finishing import Models, finish
-from robustft.pipeline import ShardRun, UnitStream, conclude, reopen
+from robustft.intake import intake_folder, take_in
+from robustft.pipeline import ShardRun, conclude, reopen
 from robustft.records import RecordSource, open_records, output_name
 from robustft.shards import Shard, conclusion_folder, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
@@ -95,27 +97,27 @@ def run_clean(
             f"{config.out}: holds the shards of a run; go on with --shard, --processes or --ray as "
             "before, finish with `robustft merge`, or choose another --out"
         )
-    with folder_lock(config.out), Store(config.out / "run.sqlite") as store:
+    with ExitStack() as stack:
+        stack.enter_context(folder_lock(config.out))
+        store = stack.enter_context(Store(config.out / "run.sqlite"))
         identity = identity_of(config, source)
         resumed = store.holds(identity)
-        total, rejects = store.get_meta("count") or count(source)
+        intake = stack.enter_context(take_in(source, intake_folder(config.out, identity)))
         engine, embedder = load(config, engine, embedder)
         models = Models.of(engine, embedder)
         # Only now: a run that failed for a wrong --model or --device leaves the folder free.
         store.claim(models.identity(), name="models")
         store.claim(identity)
-        store.set_meta("count", [total, rejects])
-        announce(Announcement(total, rejects, models, resumed))
-        shard = Shard(0, 1, 0, total, config.out)
+        announce(Announcement(intake.records, intake.rejects, models, resumed))
+        shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
         reopen(shard, store, target, published=False)
-        run = ShardRun(config, shard, UnitStream(source), engine, embedder, store)
+        run = ShardRun(config, shard, intake, engine, embedder, store)
         run.detect()
-        with Corpus([shard], config.threads) as corpus:
-            conclusion = conclude(config, [shard], target, corpus)
-            run.relabel(conclusion, corpus)
-            parts = iter([(shard, store)])
-            return finish(config, source, parts, corpus, conclusion, rejects, models, watch)
+        corpus = Corpus(intake, [shard], config.threads)
+        conclusion = conclude(config, [shard], target, corpus)
+        run.relabel(conclusion, corpus)
+        return finish(config, source, iter([(shard, store)]), corpus, conclusion, models, watch)
 
 
 def open_source(config: CleanConfig) -> RecordSource:
@@ -124,8 +126,6 @@ def open_source(config: CleanConfig) -> RecordSource:
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
     refuse_overwriting(config, source)
-    if config.threads:
-        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     return source
 
 
@@ -136,6 +136,8 @@ def load(
 
     Raises UserError where the engine cannot give what the method needs.
     """
+    if config.threads:
+        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     engine = engine or load_engine(config.engine)
     if not engine.abilities.nll and "selection" not in config.without:
         raise UserError(
@@ -151,15 +153,6 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     identity = config.fingerprint() | {"input": source.content_hash}
     del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
     return identity
-
-
-def count(source: RecordSource) -> tuple[int, int]:
-    """Records and rejects of an input; raises UserError where there is no record."""
-    records, rejects, first = source.count()
-    if records == 0:
-        why = f"; line {first.line}: {first.reason}" if first else ""
-        raise UserError(f"{source.path}: no readable record ({rejects} rejected{why})")
-    return records, rejects
 
 
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:

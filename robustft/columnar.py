@@ -92,13 +92,14 @@ class ColumnReader:
     identity: Callable[[], str]
     compression: str = "snappy"
     suffix: str = ".parquet"
+    size: int | None = None  # records, where they are counted
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The columns."""
         return tuple(self.schema.names)
 
-    def rows(self) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
+    def rows(self, *, parsed: bool = True) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
         """Yield (record number, row); a damaged part is one reject."""
         number = 0
         for item in self.batches():
@@ -207,13 +208,14 @@ def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
     """Open Parquet files of one schema as one input; raises `UserError`."""
     import pyarrow.parquet as pq
 
-    schema, compression = None, "snappy"
+    schema, compression, size = None, "snappy", 0
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
                 found, metadata = file.schema_arrow, file.metadata
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        size += metadata.num_rows
         if schema is None:
             schema = found
             if metadata.num_row_groups and metadata.num_columns:
@@ -228,6 +230,7 @@ def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
         lambda: _parquet_batches(files),
         lambda: hash_files(files),
         compression,
+        size=size,
     )
 
 

@@ -11,20 +11,21 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from robustft.cleaning import count, identity_of, load, open_source
+from robustft.cleaning import identity_of, load, open_source
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
 from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
 from robustft.finishing import Models, finish
-from robustft.pipeline import ShardRun, UnitStream, conclude, reopen
+from robustft.intake import Intake, intake_folder, take_in
+from robustft.pipeline import ShardRun, conclude, reopen
 from robustft.records import RecordSource
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
 from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
@@ -42,12 +43,15 @@ class Plan:
     identity: dict[str, Any]
     models: Models
     records: int
-    rejects: int
     of: int
 
     def shards(self) -> list[Shard]:
         """All shards, in input order; the last ones may be empty."""
         return split(self.records, self.of, self.config.out, self.identity["input"])
+
+    def intake(self, root: Path | None = None) -> Intake:
+        """The input as it was read; `root`: an output folder that has it."""
+        return Intake(intake_folder(root or self.config.out, self.identity))
 
     def agree(self) -> Plan:
         """Publish the plan, or find that an earlier one is the same; returns that one.
@@ -87,7 +91,7 @@ def read_plan(out: Path) -> Plan:
         models = Models(**{**facts["models"], "abilities": abilities})
         return Plan(
             CleanConfig(**{**config, **parts}), dict(facts["identity"]), models,
-            int(facts["records"]), int(facts["rejects"]), int(facts["of"]),
+            int(facts["records"]), int(facts["of"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: is not the plan of a run ({error!r:.200})") from error
@@ -104,16 +108,15 @@ def _plain(config: CleanConfig) -> dict[str, Any]:
 def make_plan(
     config: CleanConfig, source: RecordSource, models: Models, of: int | None = None
 ) -> Plan:
-    """The plan of a run in `of` shards (None: as many as there is, or `pieces` of the input)."""
-    folder = plan_folder(config.out)
-    facts: Mapping[str, Any] = Published(folder).facts if folder.is_dir() else {}
+    """Read the input; the plan of a run in `of` shards (None: as many as there is, or `pieces`)."""
     identity = identity_of(config, source)
-    if facts and facts["identity"].get("input") == identity["input"]:
-        records, rejects = facts["records"], facts["rejects"]  # counted by the first shard
+    if plan_folder(config.out).is_dir():
+        before = read_plan(config.out)
+        records, of = before.records, of or before.of
     else:
-        records, rejects = count(source)
-    wanted = of or facts.get("of") or pieces(records)
-    return Plan(config, identity, models, records, rejects, wanted).agree()
+        with take_in(source, intake_folder(config.out, identity)) as intake:
+            records = intake.records
+    return Plan(config, identity, models, records, of or pieces(records)).agree()
 
 
 def pieces(records: int) -> int:
@@ -150,10 +153,11 @@ def run_shard(
         with ExitStack() as stack:
             store = stack.enter_context(opened(shard, plan))
             reopen(shard, store, target, published=target.is_dir())
-            run = ShardRun(config, shard, UnitStream(source), engine, embedder, store)
+            intake = stack.enter_context(plan.intake())
+            run = ShardRun(config, shard, intake, engine, embedder, store)
             run.detect()
             wait_for(filled, "detected", shard.name, wait)
-            corpus = stack.enter_context(Corpus(filled, config.threads))
+            corpus = Corpus(intake, filled, config.threads)
             run.relabel(conclude(config, filled, target, corpus), corpus)
     return [one.number for one in filled if not one.phase("relabeled").is_dir()]
 
@@ -234,9 +238,10 @@ def merge(
             with opened(shard, plan) as store:
                 yield shard, store
 
-    with folder_lock(config.out), Corpus(shards, config.threads) as corpus:
+    with folder_lock(config.out), plan.intake(roots[0]) as intake:
+        corpus = Corpus(intake, shards, config.threads)
         conclusion = conclude(config, shards, target, corpus)
-        return finish(config, source, parts(), corpus, conclusion, plan.rejects, plan.models, watch)
+        return finish(config, source, parts(), corpus, conclusion, plan.models, watch)
 
 
 def _root(folder: Path) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from robustft.cleaning import count, load, run_clean
+from robustft.cleaning import load, run_clean
 from robustft.config import CleanConfig
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
@@ -64,7 +65,8 @@ def estimate(
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
-    records, rejects = count(source)
+    kinds = Counter(isinstance(item, Record) for item in source)
+    records, rejects = kinds[True], kinds[False]
     engine, embedder = load(config, engine, embedder)
     with tempfile.TemporaryDirectory(prefix="robustft-") as name:
         folder = Path(name)
@@ -83,7 +85,7 @@ def estimate(
         with Store(folder / "empty.sqlite"):
             pass
         fixed = (folder / "empty.sqlite").stat().st_size
-        files = [path for path in (folder / "out").iterdir() if path.is_file()]
+        files = [path for path in (folder / "out").rglob("*") if path.is_file()]
         grows = [path for path in files if path.name not in ("report.html", "manifest.json")]
         disk = sum(path.stat().st_size for path in grows) - fixed
     share = records / len(chosen)

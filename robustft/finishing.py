@@ -62,7 +62,6 @@ def finish(
     parts: Iterator[tuple[Shard, Store]],
     corpus: Corpus,
     conclusion: Conclusion,
-    rejects: int,
     models: Models,
     watch: Stopwatch,
 ) -> CleanResult:
@@ -92,8 +91,8 @@ def finish(
             truncated += facts["truncated"]
     result.seconds = {name: round(value, 3) for name, value in seconds.items()}
     result.seconds["write"] = round(writing.seconds(), 3)
-    result.counts["rejected"] = rejects
-    result.counts["input"] = len(conclusion.noisy) + rejects
+    result.counts["rejected"] = corpus.intake.rejects
+    result.counts["input"] = corpus.intake.records + corpus.intake.rejects
     for warning in conclusion.warnings:
         result.warn(warning)
     if not models.abilities.choose and config.experts.choice == "likelihood":

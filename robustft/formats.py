@@ -47,6 +47,35 @@ class TextRow(dict[str, Any]):
         self.raw = raw
 
 
+class RawRow(Mapping[str, Any]):
+    """A row of a JSON file as its bytes `raw`, known to be an object, parsed when it is needed."""
+
+    __slots__ = ("_values", "raw")
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self._values: TextRow | None = None
+
+    @property
+    def parsed(self) -> TextRow:
+        """The row."""
+        if self._values is None:
+            item = parse_json(0, self.raw)
+            if isinstance(item, Reject):
+                raise BadRowError(item.reason)
+            self._values = item[1]
+        return self._values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parsed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parsed)
+
+    def __len__(self) -> int:
+        return len(self.parsed)
+
+
 class RowWriter(Protocol):
     """Writes rows of one format, in order."""
 
@@ -72,8 +101,15 @@ class Reader(Protocol):
     def fields(self) -> tuple[str, ...]:
         """The columns, or () where every row may have its own."""
 
-    def rows(self) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        """Yield (line, row) or a reject, in input order; every call starts afresh."""
+    @property
+    def size(self) -> int | None:
+        """About how many records there are to read, where that can be told beforehand."""
+
+    def rows(self, *, parsed: bool = True) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
+        """Yield (line, row) or a reject, in input order; every call starts afresh.
+
+        Not `parsed`: for who knows which rows can be read; formats may leave that to first use.
+        """
 
     def writer(self, file: IO[bytes]) -> RowWriter:
         """Return a writer of this format, columns and compression on an open binary file."""
@@ -153,15 +189,26 @@ class TextReader:
     fields: tuple[str, ...] = ()
     header: bytes = b""
 
-    def rows(self) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        """Yield (line, row) or a reject, in input order."""
+    @property
+    def size(self) -> int | None:
+        """The lines, told from the size of the files and the first 128 KiB."""
+        if self.compression is not None or self.format == "json":
+            return None
+        start = next(read_chunks(self.files[0], None), b"")
+        lines = start.count(b"\n") or 1
+        return sum(path.stat().st_size for path in self.files) * lines // max(len(start), 1)
+
+    def rows(self, *, parsed: bool = True) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
+        """Yield (line, row) or a reject, in input order; rows of JSON not `parsed` if so wished."""
         for path in self.files:
-            for item in self._file_rows(path):
+            for item in self._file_rows(path, parsed=parsed):
                 if isinstance(item, Reject) and len(self.files) > 1:
                     item = Reject(item.line, f"{path.name}: {item.reason}", item.data, item.size)
                 yield item
 
-    def _file_rows(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
+    def _file_rows(
+        self, path: Path, *, parsed: bool
+    ) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
         chunks = without_bom(read_chunks(path, self.compression))
         if self.format == "csv":
             yield from self._csv_rows(path, chunks)
@@ -170,8 +217,8 @@ class TextReader:
         for item in split(chunks, self.limit):
             if isinstance(item, Reject):
                 yield item
-            elif self.format == "json" or item[1].strip():
-                yield parse_json(item[0], item[1].strip())
+            elif (data := item[1].strip()) or self.format == "json":
+                yield parse_json(item[0], data) if parsed else (item[0], RawRow(data))
 
     def _csv_rows(
         self, path: Path, chunks: Iterator[bytes]
@@ -246,9 +293,8 @@ class JsonWriter:
 
     def write(self, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         """Write one row with the fields of `changes` replaced."""
-        raw = row.raw if isinstance(row, TextRow) and not changes else b""
-        pretty = isinstance(row, TextRow) and b"\n" in row.raw
-        data = raw or dump_json({**row, **changes}, pretty=pretty)
+        raw = row.raw if isinstance(row, TextRow | RawRow) else b""
+        data = raw if raw and not changes else dump_json({**row, **changes}, pretty=b"\n" in raw)
         if self._array:
             self._file.write((b",\n" if self._count else b"[\n") + data)
         else:

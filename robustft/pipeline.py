@@ -1,5 +1,6 @@
 """The main job in phases: detect, conclude, relabel, select. Composition only.
 
+    take in   once         the input, read (`robustft.intake`)
     detect    each shard   every expert's opinion, and from it the evidence on each record
     conclude  once         the split into clean and noisy, from the evidence of all shards
     relabel   each shard   noisy records answered again, the clean ones of all shards in view
@@ -12,11 +13,10 @@ memory; a killed run finds what is finished in its store, and what a phase has p
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustft.config import CleanConfig
-from robustft.corpus import Corpus, CorpusWriter
+from robustft.corpus import Corpus, EmbeddingWriter
 from robustft.crowd import Estimate
 from robustft.detection import (
     Asked,
@@ -38,8 +38,9 @@ from robustft.detection import (
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.experts import Panel
+from robustft.intake import Intake
 from robustft.progress import Progress
-from robustft.records import Record, RecordSource, Reject
+from robustft.records import Record
 from robustft.relabeling import relabel
 from robustft.selection import select_confident
 from robustft.shards import Published, Shard, publish
@@ -48,46 +49,6 @@ from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
 
 Arrays = Mapping[str, NDArray[Any]]
-
-
-def units(
-    source: RecordSource, on_reject: Callable[[Reject], None] = lambda reject: None
-) -> Iterator[tuple[int, list[Record]]]:
-    """Numbered lists of UNIT_ROWS records (the last may hold fewer), in input order."""
-
-    def records() -> Iterator[Record]:
-        for item in source:
-            if isinstance(item, Reject):
-                on_reject(item)
-            else:
-                yield item
-
-    stream = records()
-    for unit in itertools.count():
-        chunk = list(itertools.islice(stream, UNIT_ROWS))
-        if not chunk:
-            return
-        yield unit, chunk
-
-
-class UnitStream:
-    """Units of an input by number; ranges that ascend cost one reading of the input together."""
-
-    def __init__(self, source: RecordSource) -> None:
-        self._source = source
-        self._stream: Iterator[tuple[int, list[Record]]] = iter(())
-        self._next = 0
-        self._begun = False
-
-    def of(self, wanted: range) -> Iterator[tuple[int, list[Record]]]:
-        """The units of a range, in order."""
-        if not self._begun or wanted.start < self._next:
-            self._stream, self._next, self._begun = units(self._source), 0, True
-        while self._next < wanted.stop:
-            unit, chunk = next(self._stream)
-            self._next = unit + 1
-            if unit >= wanted.start:
-                yield unit, chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +83,7 @@ class ShardRun:
         self,
         config: CleanConfig,
         shard: Shard,
-        stream: UnitStream,
+        intake: Intake,
         engine: Engine,
         embedder: TextEmbedder,
         store: Store,
@@ -132,7 +93,7 @@ class ShardRun:
         self.config = config
         self.quiet = quiet
         self.shard = shard
-        self.stream = stream
+        self.intake = intake
         self.engine = engine
         self.embedder = embedder
         self.store = store
@@ -155,13 +116,13 @@ class ShardRun:
         done = set(self.store.finished("detect"))
         held = min(len(self.store.finished("corpus")) * UNIT_ROWS, self.shard.rows)
         with (
-            CorpusWriter(self.shard.folder, self.embedder.dimensions, held) as corpus,
+            EmbeddingWriter(self.shard.folder, self.embedder.dimensions, held) as embeddings,
             self._shown("detect", self.shard.rows * self._effort.detect),
         ):
-            marks = _Marks(self.store, ("corpus", "detect"), corpus.sync)
-            for unit, chunk in self.stream.of(self.shard.units):
-                if chunk[-1].index - self.shard.start >= corpus.rows:
-                    corpus.append(chunk, self.embedder.encode([one.question for one in chunk]))
+            marks = _Marks(self.store, ("corpus", "detect"), embeddings.sync)
+            for unit, chunk in self.intake.units(self.shard):
+                if chunk[-1].index - self.shard.start >= embeddings.rows:
+                    embeddings.append(self.embedder.encode([one.question for one in chunk]))
                     marks.add("corpus", unit, {})
                 if unit in done:
                     self._skip(len(chunk) * self._effort.detect)

@@ -11,7 +11,9 @@ _SECONDS_BETWEEN_LINES = 15.0  # where stderr is a file
 
 
 class Progress:
-    """One bar of known total, in units of estimated work; `desc` says what is being done now.
+    """One bar over a total, in units of estimated work; `desc` says what is being done now.
+
+    Where nobody knows the total (None) it counts.
 
     A terminal shows a moving bar, anything else a line now and then. `done` is what an earlier run
     has done already; the estimate of what is left ignores it.
@@ -20,7 +22,7 @@ class Progress:
     def __init__(
         self,
         desc: str,
-        total: float,
+        total: float | None,
         *,
         done: float = 0,
         unit: str | None = None,
@@ -46,14 +48,15 @@ class Progress:
             and now - self._shown >= _SECONDS_BETWEEN_LINES
             and self._done > self._before
         ):
-            self._shown, elapsed = now, now - self._start
-            left = elapsed * max(self._total - self._done, 0) / (self._done - self._before)
-            print(
-                f"robustft: {desc}: {min(self._done / max(self._total, 1e-9), 1):.0%}, "
-                f"{_clock(elapsed)} elapsed, {_clock(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._shown = now
+            print(f"robustft: {desc}: {self._said(now - self._start)}", file=sys.stderr, flush=True)
+
+    def _said(self, elapsed: float) -> str:
+        if self._total is None:
+            return f"{self._done:,.0f}, {_clock(elapsed)} elapsed"
+        left = elapsed * max(self._total - self._done, 0) / (self._done - self._before)
+        share = min(self._done / max(self._total, 1e-9), 1)
+        return f"{share:.0%}, {_clock(elapsed)} elapsed, {_clock(left)} left"
 
     def skip(self, amount: float) -> None:
         """Advance by what an earlier run has done; the estimate of what is left ignores it."""
@@ -76,10 +79,13 @@ class Progress:
             self._bar.close()
 
 
-def _bar(desc: str, total: float, done: float, unit: str | None) -> Any:
+def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:
     from tqdm import tqdm
 
     count = "{n:.0f}/{total:.0f} " + unit + " " if unit else ""
+    known = (
+        "{desc}: {percentage:3.0f}% |{bar:20}| " + count + "[{elapsed} elapsed, {remaining} left]"
+    )
     return tqdm(
         total=total,
         initial=done,
@@ -88,9 +94,7 @@ def _bar(desc: str, total: float, done: float, unit: str | None) -> Any:
         delay=2.0,
         mininterval=0.2,
         dynamic_ncols=True,
-        bar_format="{desc}: {percentage:3.0f}% |{bar:20}| "
-        + count
-        + "[{elapsed} elapsed, {remaining} left]",
+        bar_format="{desc}: " + ("{n:.0f} [{elapsed} elapsed]" if total is None else known),
     )
 
 

@@ -24,7 +24,8 @@ from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.errors import UserError
 from robustft.finishing import Models
-from robustft.pipeline import Effort, ShardRun, UnitStream, conclude, reopen
+from robustft.intake import Intake
+from robustft.pipeline import Effort, ShardRun, conclude, reopen
 from robustft.progress import Progress
 from robustft.shards import Shard, conclusion_folder
 from robustft.store import Store
@@ -52,16 +53,16 @@ class Worker:
         return Path(path).exists()
 
     @cached_property
-    def _stream(self) -> UnitStream:
-        return UnitStream(open_source(self.config))
-
-    @cached_property
     def _shards(self) -> list[Shard]:
         return [shard for shard in self._plan.shards() if shard.rows]
 
     @cached_property
     def _corpus(self) -> Corpus:
-        return Corpus(self._shards, self.config.threads)
+        return Corpus(self._intake, self._shards, self.config.threads)
+
+    @cached_property
+    def _intake(self) -> Intake:
+        return self._plan.intake()
 
     def detect(self, plan: Plan, number: int) -> int:
         """Detect one shard; returns its records."""
@@ -75,6 +76,7 @@ class Worker:
         return self._work(plan, number, lambda run: run.relabel(found, self._corpus))
 
     def _work(self, plan: Plan, number: int, step: Callable[[ShardRun], None]) -> int:
+        self._plan = plan
         shard = plan.shards()[number]
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
@@ -84,7 +86,7 @@ class Worker:
                     published = conclusion_folder(plan.config.out)
                     reopen(shard, store, published, published=published.is_dir())
                     models = self.engine, self.embedder
-                    step(ShardRun(plan.config, shard, self._stream, *models, store, quiet=True))
+                    step(ShardRun(plan.config, shard, self._intake, *models, store, quiet=True))
                     store.set_meta("starts", 0)
                 return shard.rows
             except UserError as error:
@@ -135,7 +137,8 @@ def run_ray(
         shards = [shard for shard in plan.shards() if shard.rows]
         effort = Effort(config)
         _through(ray, pool, plan, shards, "detect", effort.detect)
-        with Corpus(shards, config.threads) as corpus:
+        with plan.intake() as intake:
+            corpus = Corpus(intake, shards, config.threads)
             found = conclude(config, shards, conclusion_folder(config.out), corpus)
             share_noisy = float(found.noisy.mean())
         _through(ray, pool, plan, shards, "relabel", effort.relabel * share_noisy)

@@ -123,27 +123,6 @@ class RecordSource:
                 break
         self.duplicate_ids = ids.duplicates
 
-    def count(self) -> tuple[int, int, Reject | None]:
-        """(records, rejects, first reject), as an iteration gives them, for less than one."""
-        records = rejects = 0
-        first: Reject | None = None
-        for item in self.reader.rows():
-            if not isinstance(item, Reject):
-                try:
-                    self.layout.parse(item[1])
-                    item[1].get("id")
-                except BadRowError as error:
-                    raw = item[1].raw if isinstance(item[1], TextRow) else _as_bytes(item[1])
-                    item = reject(item[0], str(error), raw)
-                else:
-                    records += 1
-                    if records == self._limit:
-                        break
-                    continue
-            rejects += 1
-            first = first or item
-        return records, rejects, first
-
     @property
     def content_hash(self) -> str:
         """Hexadecimal fingerprint of the input's bytes; its name and times do not matter."""
@@ -289,11 +268,14 @@ class RecordWriter:
 
         Raises `ValueError` for a letter the record does not have.
         """
+        self.write_row(record.row, None if answer == record.answer else answer)
+
+    def write_row(self, row: Mapping[str, Any], answer: str | None) -> None:
+        """Write one row with this answer; None: as it stands."""
         if self._writer is None:
             raise ValueError("RecordWriter.write: the writer is not open; use it in a with block")
-        same = answer == record.answer
-        changes = {} if same else self._source.layout.changes(record.row, answer)
-        self._writer.write(record.row, changes)
+        changes = {} if answer is None else self._source.layout.changes(row, answer)
+        self._writer.write(row, changes)
 
     def _close_writer(self, kind: object, error: object, trace: object) -> None:
         writer, self._writer = self._writer, None

@@ -83,26 +83,21 @@ def conclusion_folder(out: Path) -> Path:
     return out / "phases" / "conclusion"
 
 
-def publish(
-    folder: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any] | None = None
-) -> None:
-    """Make arrays and facts (JSON) appear as `folder`, unless it is there already.
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Make what the block writes appear as `folder`, unless it is there already by then.
 
-    Raises UserError where they cannot be written.
+    Yields a temporary folder to write to and a mapping to fill with facts (JSON). Raises UserError
+    where they cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    facts: dict[str, Any] = {}
     try:
         temporary.mkdir(parents=True)
-        for name, array in arrays.items():
-            with (temporary / f"{name}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        with (temporary / _FACTS).open("wb") as file:
-            file.write(orjson.dumps(facts or {}))
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(temporary)
+        yield temporary, facts
+        (temporary / _FACTS).write_bytes(orjson.dumps(facts))
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
         try:
             temporary.rename(folder)
         except OSError:
@@ -115,8 +110,19 @@ def publish(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def publish(
+    folder: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any] | None = None
+) -> None:
+    """Make arrays and facts appear as `folder`; see `publishing`."""
+    with publishing(folder) as (temporary, told):
+        told.update(facts or {})
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's list of files to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

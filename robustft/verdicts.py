@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import logging
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -23,10 +24,10 @@ from robustft.config import CleanConfig
 from robustft.corpus import Corpus
 from robustft.crowd import Estimate
 from robustft.detection import Asked, Conclusion, Detection, agrees
-from robustft.files import atomic_file
-from robustft.pipeline import Selection, opinion_of, units
+from robustft.files import atomic_file, replacing
+from robustft.pipeline import Selection, opinion_of
 from robustft.progress import Progress
-from robustft.records import Record, RecordSource, RecordWriter, Reject, output_name
+from robustft.records import Record, RecordSource, RecordWriter, output_name
 from robustft.relabeling import NewLabel, relabel
 from robustft.shards import Published, Shard
 from robustft.store import Opinion, Store
@@ -136,25 +137,20 @@ def write_outputs(
     )  # fmt: skip
     noisy = int(conclusion.noisy.sum())
     result.counts.update(clean=len(conclusion.noisy) - noisy, noisy=noisy)
+    result.reject_reasons = corpus.intake.reject_reasons
     suspicious: list[tuple[float, int, Judged]] = []
-    view = _Panels(config, parts, corpus, conclusion)
     with ExitStack() as stack:
         cleaned = stack.enter_context(RecordWriter(result.cleaned, source))
         verdicts = stack.enter_context(atomic_file(out / "verdicts.jsonl"))
-        rejects = stack.enter_context(atomic_file(out / "rejects.jsonl"))
         progress = stack.enter_context(Progress("write", len(conclusion.noisy), unit="records"))
-
-        def on_reject(reject: Reject) -> None:
-            rejects.write(_reject_line(reject))
-            result.reject_reasons[reject.reason] += 1
-
-        for unit, chunk in units(source, on_reject):
+        rows = corpus.intake.rows(source)
+        for judged in _judged(config, parts, corpus, conclusion):
             lines = []
-            for one in view.judge(unit, chunk):
+            for one, row in zip(judged, rows, strict=False):
                 settle(one, bool(selection.selected[one.record.index]))
                 _count(result, one)
                 if one.action != "drop":
-                    cleaned.write(one.record, one.answer)
+                    cleaned.write_row(row, one.answer if one.action == "relabel" else None)
                 lines.append(verdict_line(one))
                 entry = (one.detection.noise_score, -one.record.index, one)
                 if len(suspicious) < _SUSPICIOUS:
@@ -162,30 +158,42 @@ def write_outputs(
                 elif entry > suspicious[0]:
                     heapq.heapreplace(suspicious, entry)
             verdicts.write(b"".join(lines))
-            progress.update(len(chunk))
+            progress.update(len(judged))
+    with replacing(out / "rejects.jsonl") as temporary:
+        shutil.copyfile(corpus.intake.rejects_file, temporary)
     result.suspicious = [one for _, _, one in sorted(suspicious, reverse=True)]
     return result
 
 
+def _judged(
+    config: CleanConfig,
+    parts: Iterator[tuple[Shard, Store]],
+    corpus: Corpus,
+    conclusion: Conclusion,
+) -> Iterator[list[Judged]]:
+    """The records with all that was said of them, unit by unit, in input order."""
+    for shard, store in parts:
+        panels = _Panels(config, shard, store, corpus, conclusion)
+        for unit, chunk in corpus.intake.units(shard):
+            yield panels.judge(unit, chunk)
+
+
 class _Panels:
-    """The stored opinions on each unit, from the shard that asked for them."""
+    """The stored opinions on the units of one shard."""
 
     def __init__(
         self,
         config: CleanConfig,
-        parts: Iterator[tuple[Shard, Store]],
+        shard: Shard,
+        store: Store,
         corpus: Corpus,
         conclusion: Conclusion,
     ) -> None:
         self._without = config.without
+        self._store = store
         self._corpus = corpus
         self._conclusion = conclusion
-        self._parts = parts
-        self._shard, self._store = next(self._parts)
-        self._open()
-
-    def _open(self) -> None:
-        found = Published(self._shard.phase("relabeled"))
+        found = Published(shard.phase("relabeled"))
         self._again: Iterator[tuple[list[int], list[float]]] = zip(
             map(np.ndarray.tolist, found["ids"]), map(np.ndarray.tolist, found["cosines"]),
             strict=True,
@@ -193,9 +201,6 @@ class _Panels:
 
     def judge(self, unit: int, chunk: Sequence[Record]) -> list[Judged]:
         """The records of a unit, which follows the one before, with all that was said of them."""
-        while chunk[0].index >= self._shard.stop:
-            self._shard, self._store = next(self._parts)
-            self._open()
         said, failures = self._store.panel(unit)
         rows = range(len(chunk))
 
@@ -285,12 +290,6 @@ def _count(result: CleanResult, judged: Judged) -> None:
         result.answers_before[judged.record.answer] += 1
         if judged.action != "drop":
             result.answers_after[judged.answer] += 1
-
-
-def _reject_line(reject: Reject) -> bytes:
-    text = reject.data.decode("utf-8", "backslashreplace")
-    body = {"line": reject.line, "reason": reject.reason, "bytes": reject.size, "data": text}
-    return orjson.dumps(body) + b"\n"
 
 
 def verdict_line(judged: Judged) -> bytes:

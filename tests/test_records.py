@@ -441,19 +441,3 @@ def test_real_corpora(tmp_path: Path) -> None:
             assert rewrite(source, tmp_path / "o.csv") == path.read_bytes()
     with pytest.raises(UserError, match="ground_truth"):
         open_records(str(data_folder() / "gsm8k_solutions" / "solutions.jsonl"))
-
-
-@pytest.mark.parametrize("limit", [None, 1, 3, 4])
-def test_counting_is_iterating(tmp_path: Path, limit: int | None) -> None:
-    lines = [
-        b'{"question": "q?", "answer": "a"}', b"{broken", b'{"question": "q?"}',
-        b'{"question": "r?", "answer": "B"}', b'{"question": "s?", "answer": ""}',
-        b'{"question": "t?", "answer": "c"}', b"[]", b'{"question": "u?", "answer": "d"}', b"no",
-    ]  # fmt: skip
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    source = open_records(str(path), limit=limit)
-    items = list(source)
-    rejects = [item for item in items if isinstance(item, Reject)]
-    expected = (len(items) - len(rejects), len(rejects), rejects[0] if rejects else None)
-    assert source.count() == expected

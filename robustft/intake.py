@@ -1,0 +1,205 @@
+"""The input, read once: every record's text by position, and what could not be read.
+
+A folder that is there in full or not at all: `records.jsonl`, one line a record; `ends.i64`, where
+each line ends; `rejects.jsonl`; `rejected.i64`, which items of the input those were; the counts.
+Every later step takes its records from here by number, in whichever process; only the writer of
+the training set goes through the rows of the input once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from robustft.errors import UserError
+from robustft.progress import Progress
+from robustft.records import Record, RecordSource, Reject
+from robustft.shards import Published, Shard, publishing
+from robustft.store import UNIT_ROWS
+
+_REASONS = 1000  # kinds of rejects told apart; the rest are counted together
+
+
+def intake_folder(out: Path, identity: Mapping[str, Any]) -> Path:
+    """Where the intake of an input belongs; another input or another way to read it never fits."""
+    how = orjson.dumps([identity.get(name) for name in ("input", "schema", "split", "limit")])
+    return out / "phases" / f"input-{hashlib.blake2b(how, digest_size=8).hexdigest()}"
+
+
+def take_in(source: RecordSource, folder: Path, *, quiet: bool = False) -> Intake:
+    """Read the input unless that has been done; processes that share `folder` take turns.
+
+    Raises UserError where the input cannot be read or the folder not be written.
+    """
+    with _turn(folder):
+        if not folder.is_dir():
+            with publishing(folder) as (temporary, facts):
+                facts.update(_read(source, temporary, quiet=quiet))
+    return Intake(folder)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold the right to read the input, where the file system knows locks."""
+    handle = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder.parent / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    except OSError as error:
+        if handle is None:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:
+    """Write the files of an intake; returns its counts."""
+    reasons: Counter[str] = Counter()
+    records = rejects = end = 0
+    with contextlib.ExitStack() as stack:
+        lines, ends, refused, numbers = (
+            stack.enter_context((folder / name).open("wb"))
+            for name in ("records.jsonl", "ends.i64", "rejects.jsonl", "rejected.i64")
+        )
+        progress = stack.enter_context(
+            Progress("read", source.reader.size, unit="records", quiet=quiet)
+        )
+        written: list[bytes] = []
+
+        def flush() -> None:
+            nonlocal end
+            if written:
+                places = np.cumsum([len(line) for line in written], dtype="<i8") + end
+                lines.write(b"".join(written))
+                ends.write(places.tobytes())
+                end = int(places[-1])
+                progress.update(len(written))
+                written.clear()
+
+        for number, item in enumerate(source):
+            if isinstance(item, Record):
+                fields = (item.id, item.question, item.options, item.answer, item.context)
+                written.append(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
+                records += 1
+                if len(written) == UNIT_ROWS:
+                    flush()
+            else:
+                refused.write(_reject_line(item))
+                numbers.write(number.to_bytes(8, "little"))
+                rejects += 1
+                known = item.reason in reasons or len(reasons) < _REASONS
+                reasons[item.reason if known else "other reasons"] += 1
+        flush()
+    return {"records": records, "rejects": rejects, "reasons": dict(reasons)}
+
+
+def _reject_line(reject: Reject) -> bytes:
+    text = reject.data.decode("utf-8", "backslashreplace")
+    body = {"line": reject.line, "reason": reject.reason, "bytes": reject.size, "data": text}
+    return orjson.dumps(body) + b"\n"
+
+
+class Intake:
+    """The records of an input by position, from the folder that `take_in` has made.
+
+    Raises UserError where its files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        facts = Published(folder).facts
+        self.folder = folder
+        self.records = int(facts["records"])
+        self.rejects = int(facts["rejects"])
+        self.reject_reasons: Counter[str] = Counter(facts["reasons"])
+        self.rejects_file = folder / "rejects.jsonl"
+        try:
+            # As a plain array: every look into a memmap object costs a microsecond more.
+            self._ends = np.asarray(self._mapped("ends.i64", self.records))
+            self._lines = os.open(folder / "records.jsonl", os.O_RDONLY | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be read: {error}") from error
+
+    def _mapped(self, name: str, rows: int) -> NDArray[np.int64]:
+        if not rows:
+            return np.zeros(0, np.int64)
+        return np.memmap(self.folder / name, "<i8", "r", shape=(rows,))
+
+    def units(self, shard: Shard) -> Iterator[tuple[int, list[Record]]]:
+        """The units of a shard with their numbers, in input order."""
+        return ((unit, self.unit(unit)) for unit in shard.units)
+
+    def unit(self, number: int) -> list[Record]:
+        """The records of one unit, without the rows they came from."""
+        start = number * UNIT_ROWS
+        return self._between(start, min(start + UNIT_ROWS, self.records))
+
+    def record(self, position: int) -> Record:
+        """The record at a position, without the row it came from."""
+        return self._between(position, position + 1)[0]
+
+    def _between(self, start: int, stop: int) -> list[Record]:
+        low = int(self._ends[start - 1]) if start else 0
+        high = int(self._ends[stop - 1])
+        parts = []
+        while low < high and (part := os.pread(self._lines, high - low, low)):
+            parts.append(part)  # one read gives 2 GB at most
+            low += len(part)
+        try:
+            found = orjson.loads(b"[%b]" % b"".join(parts)[:-1].replace(b"\n", b","))
+            return [
+                Record(
+                    position, 0, id_, question, None if options is None else tuple(options), answer,
+                    tuple(map(tuple, context)), {},
+                )
+                for position, (id_, question, options, answer, context) in zip(
+                    range(start, stop), found, strict=True
+                )
+            ]  # fmt: skip
+        except (TypeError, ValueError) as error:
+            where = self.folder / "records.jsonl"
+            raise UserError(f"{where}, records {start} to {stop}: damaged ({error})") from error
+
+    def rows(self, source: RecordSource) -> Iterator[Mapping[str, Any]]:
+        """The row of every record, in input order; `source` must be what was taken in."""
+        refused = iter(self._mapped("rejected.i64", self.rejects))
+        skipped = next(refused, -1)
+        left = self.records
+        for number, item in enumerate(source.reader.rows(parsed=False)):
+            if number == skipped:
+                skipped = next(refused, -1)
+            elif left and not isinstance(item, Reject):
+                left -= 1
+                yield item[1]
+            else:
+                break
+        if left:
+            raise UserError(f"{source.path}: has changed since it was read")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._lines)
