@@ -37,8 +37,12 @@ constexpr float kOnes[kBlockRows] = {
     1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 constexpr float kZeros[kBlockRows] = {};
 
-constexpr std::size_t kFirstFloatSpan = 64;  // blocks before the 8-bit filter gets another try
-constexpr std::size_t kSlackRoom = 80;       // past the limit: a block's rows and a vector's width
+constexpr std::size_t kFirstFloatSpan = 256;  // blocks before the 8-bit filter gets another try
+// Trials of the 8-bit filter fail when it lets through more than this share of the rows, in 1/32:
+// at first without a floor to go by, later in fewer rows and with the floor found so far. A row
+// computed in fp64 costs about as much as 20 in the fp32 filter.
+constexpr std::size_t kShares = 32, kFirstShare = 28, kRetryShare = 2, kRetryRows = 256;
+constexpr std::size_t kSlackRoom = 80;  // past the limit: a block's rows and a vector's width
 // What is fetched of how many rows to come: the start of each; the hardware goes on by itself.
 constexpr std::size_t kPrefetchLines = 12, kPrefetchRows = 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -134,6 +138,7 @@ Scan::Scan(const Plan& plan, Batch& batch)
       raw_limit_(plan.raw_limit()),
       sieves_(batch.count()),
       queries_(batch.count()),
+      trial_left_(plan.adaptive ? 2 * plan.kept_limit() : 0),
       float_span_(kFirstFloatSpan) {
     const std::size_t room = raw_limit_ + kSlackRoom;
     if (tier_ != Tier::exact) {
@@ -186,17 +191,16 @@ std::uint64_t Scan::select(std::size_t block, std::uint32_t* positions) const {
 
 void Scan::run(std::size_t first_block, std::size_t last_block, Monitor& monitor) {
     std::uint64_t done = 0;
-    for (std::size_t block = first_block; block < last_block; ++block) {
+    trial_start_ = first_block;
+    for (std::size_t block = first_block; block < last_block;) {
         const std::uint64_t mask = select(block, positions_);
-        const std::size_t pairs = static_cast<std::size_t>(std::popcount(mask)) * batch_.count();
-        if (mask != 0) {
-            if (tier_ == Tier::exact) {
-                compute_all(mask);
-            } else {
-                filter(block, mask);
-                if (plan_.adaptive) choose_tier(block, pairs);
-            }
+        if (tier_ == Tier::exact) {
+            compute_all(mask);
+        } else if (mask != 0) {
+            filter(block, mask);
         }
+        block = plan_.adaptive ? next_block(block, static_cast<std::size_t>(std::popcount(mask)))
+                               : block + 1;
         done += kBlockRows * batch_.count();
         if (done >= 4096) {
             monitor.advance(done);
@@ -268,7 +272,9 @@ void Scan::filter(std::size_t block, std::uint64_t mask) {
     }
     if (!full) return;
     for (std::size_t q = 0; q < batch_.count(); ++q) {
-        if (sieves_[q].count > raw_limit_) probe_rescored_ += settle(q);
+        if (sieves_[q].count <= raw_limit_) continue;
+        trial_survivors_ += sieves_[q].count;
+        probe_rescored_ += settle(q);
     }
 }
 
@@ -306,7 +312,8 @@ std::size_t Scan::settle(std::size_t q) {
     }
     sieve.count = 0;
     tighten(q);
-    const std::size_t rescored = query.kept.size() > plan_.kept_limit() ? rescore(q) : 0;
+    const bool many = query.kept.size() > plan_.kept_limit() && trial_left_ == 0;
+    const std::size_t rescored = many ? rescore(q) : 0;
     double seen = shared.load(std::memory_order_relaxed);
     while (query.floor > seen &&
            !shared.compare_exchange_weak(seen, query.floor, std::memory_order_relaxed)) {
@@ -388,26 +395,60 @@ std::size_t Scan::rescore(std::size_t q) {
     return i;
 }
 
-// The 8-bit bound is useless where most cosines lie closer together than its error: almost every
-// row is then computed in fp64. Such stretches go through the fp32 filter, with a fresh try of the
-// 8-bit one at growing intervals.
-void Scan::choose_tier(std::size_t block, std::size_t pairs) {
-    const auto change = [&](Tier tier) {
-        for (std::size_t q = 0; q < batch_.count(); ++q) settle(q);
-        use(tier);
-    };
+// The 8-bit bound is useless where most cosines lie closer together than its error. Such stretches
+// go through the fp32 filter, with a fresh try of the 8-bit one at growing intervals. Every try
+// begins with a trial, during which nothing is computed in fp64: if it turns hardly any row away,
+// its rows are filtered again in fp32. Later, the rows computed are what tells.
+std::size_t Scan::next_block(std::size_t block, std::size_t rows) {
     if (tier_ == Tier::float32) {
-        if (block >= float_until_) {
+        if (block + 1 >= float_until_) {
             change(Tier::int8);
-            probe_pairs_ = probe_rescored_ = 0;
+            trial_start_ = block + 1;
+            trial_left_ = kRetryRows;
+            trial_rows_ = trial_survivors_ = 0;
         }
-        return;
+        return block + 1;
     }
-    probe_pairs_ += pairs;
-    if (probe_rescored_ > batch_.count() * plan_.kept_limit() / 2 + probe_pairs_ / 16) {
-        change(Tier::float32);
-        float_until_ = block + float_span_;
-        float_span_ *= 2;
+    if (trial_left_ != 0) {
+        trial_rows_ += rows;
+        trial_left_ -= std::min(trial_left_, rows);
+        if (trial_left_ != 0) return block + 1;
+        for (const Sieve& sieve : sieves_) trial_survivors_ += sieve.count;
+        const std::size_t share = float_span_ == kFirstFloatSpan ? kFirstShare : kRetryShare;
+        if (kShares * trial_survivors_ > share * trial_rows_ * batch_.count()) {
+            forget(trial_start_);
+            give_up(trial_start_);
+            return trial_start_;
+        }
+        probe_rows_ = probe_rescored_ = 0;
+        return block + 1;
+    }
+    probe_rows_ += rows;
+    if (probe_rescored_ > batch_.count() * (plan_.kept_limit() / 2 + probe_rows_ / kShares)) {
+        give_up(block);
+    }
+    return block + 1;
+}
+
+void Scan::change(Tier tier) {
+    for (std::size_t q = 0; q < batch_.count(); ++q) settle(q);
+    use(tier);
+}
+
+void Scan::give_up(std::size_t block) {
+    change(Tier::float32);
+    float_until_ = block + float_span_;
+    float_span_ *= 2;
+}
+
+// Drops what has survived of the rows from a block on: they will be filtered again. The floors that
+// they raised stay; see Scan::certified.
+void Scan::forget(std::size_t block) {
+    const std::size_t at = block * kBlockRows;
+    const std::size_t first = plan_.gather ? plan_.gathered[at] : at;
+    for (std::size_t q = 0; q < batch_.count(); ++q) {
+        sieves_[q].count = 0;
+        std::erase_if(queries_[q].kept, [&](const Candidate& c) { return c.row >= first; });
     }
 }
 

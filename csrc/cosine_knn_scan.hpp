@@ -113,7 +113,10 @@ class Scan {
     void rescore_one(std::size_t q, std::uint32_t row);
     void offer(std::size_t q, std::uint32_t row, double score);
     void lower_sieve(std::size_t q);
-    void choose_tier(std::size_t block, std::size_t pairs);
+    std::size_t next_block(std::size_t block, std::size_t rows);
+    void change(Tier tier);
+    void give_up(std::size_t block);
+    void forget(std::size_t block);
 
     const Plan& plan_;
     Batch& batch_;
@@ -131,9 +134,10 @@ class Scan {
     alignas(64) float gathered_error_[kBlockRows];
     alignas(64) std::uint32_t positions_[kBlockRows];
     std::uint64_t int8_pairs_ = 0, float_pairs_ = 0;
-    // How the 8-bit filter fares, since it was last taken up.
-    std::uint64_t probe_pairs_ = 0, probe_rescored_ = 0;
-    std::size_t float_until_ = 0, float_span_;
+    // How the 8-bit filter fares: in its trial, which lasts for so many more rows, and after it.
+    std::size_t trial_start_ = 0, trial_left_, trial_rows_ = 0, trial_survivors_ = 0;
+    std::size_t probe_rows_ = 0, probe_rescored_ = 0;
+    std::size_t float_until_ = 0, float_span_;  // blocks
 };
 
 }  // namespace robustft::knn

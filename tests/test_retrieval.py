@@ -134,6 +134,29 @@ def test_every_tier(isa: str, tier: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert_same(index.search(queries, 6), brute_force(rows, queries, 6))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("allowed", [1.0, 0.7, 0.3])
+def test_the_filter_changes_with_the_rows(
+    isa: str, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that defeat the 8-bit bound, rows that do not, and the former again."""
+    monkeypatch.setenv("ROBUSTFT_ISA", isa)
+    rng = np.random.default_rng(0)
+    tied = corpus("near-tied", 80_040, 24, rng)
+    rows = np.concatenate([tied[:40_000], gaussian(50_000, 24), tied[40_000:80_000]])
+    queries = np.concatenate([tied[80_000:], rows[:5], gaussian(5, 24, 1)])
+    mask = rng.random(len(rows)) < allowed
+    exclude = rng.integers(len(rows), size=len(queries))
+    expected = brute_force(rows, queries, 4, exclude=exclude, allowed=mask)
+    for threads in (1, 2):
+        index = CosineKNN(rows, threads=threads)
+        *found, counts = index._search(queries, "float32", 4, exclude, None, mask, None)
+        assert_same(found, expected)
+        assert counts["rescored"] < 0.02 * len(queries) * len(rows)
+        assert counts["float_pairs"] > 0
+        assert counts["int8_pairs"] > 0 or isa == "portable"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype(dtype: torch.dtype) -> None:
     rows = torch.from_numpy(gaussian(700, 37)).to(dtype)

@@ -89,11 +89,17 @@ def make_rows(kind: str, count: int, dim: int, seed: int) -> Floats:
     return rows
 
 
+def _held_out(count: int) -> int:
+    """How many of the real embeddings are queries, and no rows."""
+    return min(4096, count // 2)
+
+
 def _corpus(case: Case, real: Floats | None) -> tuple[Floats, Floats]:
     if case.kind == "real":
         assert real is not None
-        picked = np.random.default_rng(1).permutation(len(real))
-        return real, real[picked[np.arange(case.queries) % len(real)]]
+        order = np.random.default_rng(1).permutation(len(real))
+        held_out = _held_out(len(real))
+        return real[np.sort(order[held_out:])], real[order[np.arange(case.queries) % held_out]]
     return (
         make_rows(case.kind, case.rows, case.dim, 1),
         make_rows(case.kind, case.queries, case.dim, 2),
@@ -395,7 +401,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = itertools.product(options.kinds, options.rows, options.dims)
     for kind, count, dim in shapes:
         if kind == "real" and real is not None:
-            count, dim = real.shape
+            count, dim = len(real) - _held_out(len(real)), real.shape[1]
         for queries, k, threads in itertools.product(options.queries, options.ks, options.threads):
             case = Case(kind, count, dim, queries, k, threads)
             print(case, f"threads={threads}", file=sys.stderr)
