@@ -447,7 +447,14 @@ void Scan::forget(std::size_t block) {
     const std::size_t at = block * kBlockRows;
     const std::size_t first = plan_.gather ? plan_.gathered[at] : at;
     for (std::size_t q = 0; q < batch_.count(); ++q) {
-        sieves_[q].count = 0;
+        Sieve& sieve = sieves_[q];
+        std::uint32_t left = 0;
+        for (std::uint32_t i = 0; i < sieve.count; ++i) {
+            sieve.rows[left] = sieve.rows[i];
+            sieve.bounds[left] = sieve.bounds[i];
+            left += sieve.rows[i] < first;
+        }
+        sieve.count = left;
         std::erase_if(queries_[q].kept, [&](const Candidate& c) { return c.row >= first; });
     }
 }

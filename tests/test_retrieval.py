@@ -157,6 +157,14 @@ def test_the_filter_changes_with_the_rows(
         assert counts["int8_pairs"] > 0 or isa == "portable"
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_trial_may_end_in_another_stretch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUSTFT_ISA", isa)
+    tied = corpus("near-tied", 2760, 32, np.random.default_rng(0))
+    rows, queries = tied[60:], tied[:60]
+    assert_same(CosineKNN(rows, threads=2).search(queries, 20), brute_force(rows, queries, 20))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype(dtype: torch.dtype) -> None:
     rows = torch.from_numpy(gaussian(700, 37)).to(dtype)
