@@ -40,6 +40,7 @@ from robustft.retrieval import CosineKNN
 
 _PACKAGES = ("robustft", "numpy", "torch", "faiss-cpu", "usearch", "scikit-learn")
 _CHUNK = 1 << 28  # bytes of scores a peer that keeps them all may hold at a time
+_PAIRS = 1 << 29  # queries times rows that the slower of our own filters is given
 _CHECKED = 16  # queries compared with the brute force
 
 Floats = NDArray[np.float32]
@@ -117,8 +118,10 @@ def _unit(rows: Floats) -> Floats:
 def _ours(rows: Floats, case: Case, tier: str) -> Contender:
     index = CosineKNN(rows, threads=case.threads)
     index._tier = tier
-    name = "robustft" if tier == "auto" else f"robustft, {tier} filter only"
-    return Contender(name, lambda queries: index.search(queries, case.k))
+    name, most = "robustft", 1 << 30
+    if tier != "auto":
+        name, most = f"robustft, {tier} filter only", max(64, _PAIRS // case.rows)
+    return Contender(name, lambda queries: index.search(queries, case.k), most)
 
 
 def _faiss(rows: Floats, case: Case) -> Iterator[Contender]:
