@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import torch
 
+from robustft.approximate import require_retriever
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
 from robustft.corpus import Corpus
 from robustft.embedding import Embedder, TextEmbedder
@@ -91,6 +92,7 @@ def run_clean(
 ) -> CleanResult:
     """Run `config` from the input file to the report; see `clean` for errors."""
     watch = Stopwatch()
+    require_retriever(config.retriever)
     source = open_source(config)
     if plan_folder(config.out).is_dir():
         raise UserError(
@@ -114,7 +116,7 @@ def run_clean(
         reopen(shard, store, target, published=False)
         run = ShardRun(config, shard, intake, engine, embedder, store)
         run.detect()
-        corpus = Corpus(intake, [shard], config.threads)
+        corpus = Corpus(intake, [shard], config.threads, config.retriever)
         conclusion = conclude(config, [shard], target, corpus)
         run.relabel(conclusion, corpus)
         return finish(config, source, iter([(shard, store)]), corpus, conclusion, models, watch)
@@ -136,6 +138,7 @@ def load(
 
     Raises UserError where the engine cannot give what the method needs.
     """
+    require_retriever(config.retriever)
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     engine = engine or load_engine(config.engine)

@@ -113,6 +113,7 @@ def _clean_config(options: argparse.Namespace) -> Any:
         beta=options.beta,
         without=frozenset(options.without),
         embedder=options.embedder,
+        retriever=options.retriever,
         threads=options.threads,
         dataset_info=options.dataset_info,
         engine=_engine_config(options),

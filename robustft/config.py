@@ -13,6 +13,7 @@ from robustft.errors import UserError
 ABLATIONS = ("selection", "checker", "reviewer", "cer", "rel")
 ENGINES = ("transformers", "openai", "vllm")
 DETECTORS = ("crowd", "paper")
+RETRIEVERS = ("exact", "approximate")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -100,6 +101,7 @@ class CleanConfig:
     beta: float = 0.5  # share of the denoised records kept (eq. 8)
     without: frozenset[str] = frozenset()  # ablations of the paper's table 3
     embedder: str | None = None  # sentence-embedding model; None: the embedded MiniLM
+    retriever: str = "exact"  # how neighbours are found; "approximate" needs faiss
     threads: int | None = None
     dataset_info: bool = False  # also write messages.jsonl and dataset_info.json
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -112,6 +114,8 @@ class CleanConfig:
         _require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
         known = f"one of {', '.join(DETECTORS)}"
         _require(self.detector in DETECTORS, "detector", known, self.detector)
+        known = f"one of {', '.join(RETRIEVERS)}"
+        _require(self.retriever in RETRIEVERS, "retriever", known, self.retriever)
         for name in self.without:
             _require(name in ABLATIONS, "without", f"one of {', '.join(ABLATIONS)}", name)
 

@@ -17,10 +17,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from robustft.approximate import ApproximateKNN
 from robustft.errors import UserError
 from robustft.intake import Intake
 from robustft.records import Record
-from robustft.retrieval import CosineKNN
+from robustft.retrieval import CosineKNN, NeighbourIndex
 from robustft.shards import Shard
 
 _NAME = "embeddings.f32"
@@ -85,15 +86,23 @@ class Corpus:
     """The records of all shards together, by position in the input; files are mapped, not loaded.
 
     `shards`: all of them, in input order, none empty.
+    `retriever`: one of `robustft.config.RETRIEVERS`.
     """
 
-    def __init__(self, intake: Intake, shards: Sequence[Shard], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        shards: Sequence[Shard],
+        threads: int | None = None,
+        retriever: str = "exact",
+    ) -> None:
         self.intake = intake
         self.shards = shards
         self._parts = [_embeddings(shard) for shard in shards]
         self._starts = np.array([shard.start for shard in shards])
         self._threads = threads
-        self._index: CosineKNN | None = None
+        self._retriever = retriever
+        self._index: NeighbourIndex | None = None
 
     def record(self, position: int) -> Record:
         """The record at a position, without the row it came from."""
@@ -112,14 +121,20 @@ class Corpus:
             found[mine] = self._parts[number][positions[mine] - self._starts[number]]
         return found
 
-    def index(self) -> CosineKNN:
+    def index(self) -> NeighbourIndex:
         """An index of all records, each found under its position; made once."""
         if self._index is None:
-            first, *others = self._parts
-            self._index = CosineKNN(first, threads=self._threads)
-            for rows in others:
-                self._index.add(rows, copy=False)
+            self._index = self._make_index()
         return self._index
+
+    def _make_index(self) -> NeighbourIndex:
+        if self._retriever == "approximate":
+            return ApproximateKNN(self._parts, threads=self._threads)
+        first, *others = self._parts
+        index = CosineKNN(first, threads=self._threads)
+        for rows in others:
+            index.add(rows, copy=False)
+        return index
 
 
 def _embeddings(shard: Shard) -> NDArray[np.float32]:

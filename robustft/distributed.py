@@ -157,7 +157,7 @@ def run_shard(
             run = ShardRun(config, shard, intake, engine, embedder, store)
             run.detect()
             wait_for(filled, "detected", shard.name, wait)
-            corpus = Corpus(intake, filled, config.threads)
+            corpus = Corpus(intake, filled, config.threads, config.retriever)
             run.relabel(conclude(config, filled, target, corpus), corpus)
     return [one.number for one in filled if not one.phase("relabeled").is_dir()]
 
@@ -239,7 +239,7 @@ def merge(
                 yield shard, store
 
     with folder_lock(config.out), plan.intake(roots[0]) as intake:
-        corpus = Corpus(intake, shards, config.threads)
+        corpus = Corpus(intake, shards, config.threads, config.retriever)
         conclusion = conclude(config, shards, target, corpus)
         return finish(config, source, parts(), corpus, conclusion, plan.models, watch)
 

@@ -262,6 +262,11 @@ def _add_expert_options(parser: Parser) -> None:
         help="sentence-embedding model, hub id or folder (default: the embedded MiniLM)",
     )  # fmt: skip
     group.add_argument(
+        "--retriever", default="exact", metavar="NAME",
+        help="how neighbours are found: exact, or approximate (faiss HNSW: may miss some, and the "
+        "ones it misses may differ from run to run)",
+    )  # fmt: skip
+    group.add_argument(
         "--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)"
     )
 

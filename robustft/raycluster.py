@@ -58,7 +58,7 @@ class Worker:
 
     @cached_property
     def _corpus(self) -> Corpus:
-        return Corpus(self._intake, self._shards, self.config.threads)
+        return Corpus(self._intake, self._shards, self.config.threads, self.config.retriever)
 
     @cached_property
     def _intake(self) -> Intake:
@@ -138,7 +138,7 @@ def run_ray(
         effort = Effort(config)
         _through(ray, pool, plan, shards, "detect", effort.detect)
         with plan.intake() as intake:
-            corpus = Corpus(intake, shards, config.threads)
+            corpus = Corpus(intake, shards, config.threads, config.retriever)
             found = conclude(config, shards, conclusion_folder(config.out), corpus)
             share_noisy = float(found.noisy.mean())
         _through(ray, pool, plan, shards, "relabel", effort.relabel * share_noisy)

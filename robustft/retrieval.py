@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,8 +26,24 @@ if TYPE_CHECKING:
 Embeddings: TypeAlias = "ArrayLike | torch.Tensor"
 Progress: TypeAlias = Callable[[int, int], object]
 
+Found: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
+
 _FIRST_TAIL = 1024  # rows of the first buffer `add` copies into; later ones double
 _LARGEST_TAIL = 1 << 16
+
+
+class NeighbourIndex(Protocol):
+    """What `clean` asks of a retriever; see `CosineKNN` for what comes back."""
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, *, allowed: NDArray[np.bool_] | None = None
+    ) -> Found:
+        """Ids and cosines [Q, k] of the nearest rows, those `allowed` [N] only."""
+        ...
+
+    def self_search(self, k: int) -> Found:
+        """Ids and cosines [N, k] of every row's nearest other rows."""
+        ...
 
 
 class CosineKNN:
@@ -110,7 +126,7 @@ class CosineKNN:
         threshold: float | None = None,
         allowed: ArrayLike | Iterable[int] | None = None,
         progress: Progress | None = None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    ) -> Found:
         """Find the k rows of highest cosine for each query.
 
         Args:
@@ -141,7 +157,7 @@ class CosineKNN:
         threshold: float | None = None,
         allowed: ArrayLike | Iterable[int] | None = None,
         progress: Progress | None = None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    ) -> Found:
         """Search every row among all others: `search(rows, k, exclude=ids)`, [N, k] each."""
         found = []
         ids = self.ids

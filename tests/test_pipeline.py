@@ -133,6 +133,17 @@ def test_beta_zero_and_one(tmp_path: Path, beta: float) -> None:
     assert result.counts["drop"] == (noisy if beta == 0 else 0)
 
 
+def test_approximate_retrieval_shows_clean_neighbours_too(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(60))
+    run(source, tmp_path / "out", retriever="approximate")
+    verdicts = read_jsonl(tmp_path / "out" / "verdicts.jsonl")
+    clean_ids = {v["id"] for v in verdicts if v["verdict"] == "clean"}
+    shown = [n["id"] for v in verdicts for n in v["neighbours"]]
+    assert shown
+    assert set(shown) <= clean_ids
+
+
 def test_an_all_noisy_corpus_and_so_an_empty_clean_set(tmp_path: Path) -> None:
     engine = ScriptedEngine(choose=all_doubt)
     result = run(write_jsonl(tmp_path / "in.jsonl", choice_rows(20)), tmp_path / "out", engine)

@@ -16,7 +16,7 @@ from scipy import sparse
 from scipy.optimize import minimize
 
 from robustft.crowd.judgement import Floats
-from robustft.retrieval import CosineKNN
+from robustft.retrieval import CosineKNN, NeighbourIndex
 
 _FOLDS = 5
 _CUTS = 2
@@ -39,7 +39,7 @@ class Corpus(Protocol):
         """Gather embeddings [len(positions), d]."""
         ...
 
-    def index(self) -> CosineKNN:
+    def index(self) -> NeighbourIndex:
         """Return an index of all embeddings, each found under its position."""
         ...
 
@@ -84,7 +84,7 @@ class Learners:
 
     def __init__(
         self, embeddings: NDArray[np.float32], given: Labels, classes: int,
-        words: Features | None = None, *, index: CosineKNN | None = None, seed: int = 0,
+        words: Features | None = None, *, index: NeighbourIndex | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self._given, self._seed = given, seed
         self.features: dict[str, Features] = {"regression": embeddings}
@@ -197,7 +197,7 @@ def fit_regression(
     return np.asarray(found.x).reshape(classes, width + 1)
 
 
-def neighbour_vote(index: CosineKNN, given: Labels, classes: int) -> Floats:
+def neighbour_vote(index: NeighbourIndex, given: Labels, classes: int) -> Floats:
     """[N, C] cosine-weighted votes of each row's nearest other rows, smoothed by one vote."""
     ids, cosines = index.self_search(min(_VOTERS, max(len(given) - 1, 1)))
     votes = np.tile(label_frequencies(given, classes), (len(given), 1))
