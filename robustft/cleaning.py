@@ -22,7 +22,7 @@ from robustft.errors import UserError
 from robustft.files import atomic_file
 from robustft.finishing import Models, finish
 from robustft.intake import intake_folder, take_in
-from robustft.pipeline import ShardRun, conclude, reopen
+from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
 from robustft.shards import Shard, conclusion_folder, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
@@ -110,6 +110,7 @@ def run_clean(
         # Only now: a run that failed for a wrong --model or --device leaves the folder free.
         store.claim(models.identity(), name="models")
         store.claim(identity)
+        stack.enter_context(long_lived())
         announce(Announcement(intake.records, intake.rejects, models, resumed))
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)

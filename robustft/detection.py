@@ -291,26 +291,29 @@ def paper_rule(asked: Asked) -> Detection:
     probability each gives to the answer being wrong.
     """
     record, checker = asked.record, asked.checker
-    predictions = {"base": asked.base, "reasoned": asked.reasoned}
-    experts = {name: said for name, said in predictions.items() if said is not None}
-    doubts = [doubt(record, said) for said in experts.values()]
-    agreeing = [name for name, said in experts.items() if agrees(record, said)]
+    doubts, sides = [], []
+    unanimous = True
+    for name, prediction in (("base", asked.base), ("reasoned", asked.reasoned)):
+        if prediction is not None:
+            agreeing = agrees(record, prediction)
+            unanimous = unanimous and agreeing
+            doubts.append(doubt(record, prediction))
+            sides.append(f"{name} {'agrees' if agreeing else 'disagrees'}")
     if checker is not None and checker.answer is not None:
         probabilities = checker.probabilities or (0.5, 0.5)
         doubts.append(probabilities[1])
         noisy = checker.answer == "no"
         said = f"checker: {'no' if noisy else 'yes'} (p(no) {probabilities[1]:.2f})"
     else:
-        noisy = len(agreeing) < len(experts)
+        noisy = not unanimous
         said = "no checker: all predictions must agree"
-    sides = [f"{name} {'agrees' if name in agreeing else 'disagrees'}" for name in experts]
     return Detection(noisy, sum(doubts) / len(doubts), "; ".join([said, *sides]))
 
 
 def unjudged(asked: Asked) -> Detection | None:
     """The verdict where an expert could not be reached: kept as given, with the reason."""
-    experts = {"base": asked.base, "reasoned": asked.reasoned, "checker": asked.checker}
-    for name, said in experts.items():
+    for name in ("base", "reasoned", "checker"):
+        said: Opinion | None = getattr(asked, name)
         if said is not None and said.failure:
             return Detection(False, 0.5, f"not judged: {name}: {said.failure}")
     return None

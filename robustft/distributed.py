@@ -25,7 +25,7 @@ from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
 from robustft.finishing import Models, finish
 from robustft.intake import Intake, intake_folder, take_in
-from robustft.pipeline import ShardRun, conclude, reopen
+from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
 from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
@@ -154,6 +154,7 @@ def run_shard(
             store = stack.enter_context(opened(shard, plan))
             reopen(shard, store, target, published=target.is_dir())
             intake = stack.enter_context(plan.intake())
+            stack.enter_context(long_lived())
             run = ShardRun(config, shard, intake, engine, embedder, store)
             run.detect()
             wait_for(filled, "detected", shard.name, wait)
@@ -238,7 +239,7 @@ def merge(
             with opened(shard, plan) as store:
                 yield shard, store
 
-    with folder_lock(config.out), plan.intake(roots[0]) as intake:
+    with folder_lock(config.out), plan.intake(roots[0]) as intake, long_lived():
         corpus = Corpus(intake, shards, config.threads, config.retriever)
         conclusion = conclude(config, shards, target, corpus)
         return finish(config, source, parts(), corpus, conclusion, plan.models, watch)

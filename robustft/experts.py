@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
@@ -22,22 +23,30 @@ from robustft.records import Record
 from robustft.store import UNIT_ROWS, Opinion, Said, Stopwatch, Store
 
 Neighbour = tuple[str, Sequence[str] | None, str]  # question, options, answer
+_Neutral = tuple[Prompt, tuple[str, ...]]  # a content-free prompt and its candidates
 _SHORT_ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One thing to ask, read from a prefill or from generated text; equal ones are asked once."""
+    """One thing to ask, read from a prefill or from generated text; equal ones are asked once.
+
+    The hash is that of the prompt, which settles most of the rest.
+    """
 
     prompt: Prompt
-    candidates: tuple[str, ...] = ()  # allowed continuations
-    read: bool = False  # candidates are chosen by likelihood; otherwise text is generated
-    names: tuple[str, ...] = ()  # the answer each candidate stands for
-    neutral: Prompt | None = None  # the content-free prompt to calibrate with
-    max_tokens: int = 0
-    kind: Kind | None = None  # how to parse generated text; None: the text itself is wanted
-    options: tuple[str, ...] | None = None
-    basis: str = ""  # a digest of the prompt, where the record alone does not settle it
+    candidates: tuple[str, ...] = field(default=(), hash=False)  # allowed continuations
+    # Candidates are chosen by likelihood; otherwise text is generated.
+    read: bool = field(default=False, hash=False)
+    names: tuple[str, ...] = field(default=(), hash=False)  # the answer each candidate stands for
+    # The content-free prompt to calibrate with.
+    neutral: Prompt | None = field(default=None, hash=False)
+    max_tokens: int = field(default=0, hash=False)
+    # How to parse generated text; None: the text itself is wanted.
+    kind: Kind | None = field(default=None, hash=False)
+    options: tuple[str, ...] | None = field(default=None, hash=False)
+    # A digest of the prompt, where the record alone does not settle it.
+    basis: str = field(default="", hash=False)
     blocked: str = field(default="", compare=False)  # why it cannot be asked: a failure before it
 
 
@@ -69,7 +78,7 @@ class Panel:
         self._config = config
         self._seed = seed
         self._progress = progress
-        self._priors: dict[tuple[Prompt, tuple[str, ...]], np.ndarray] = {}
+        self._priors: dict[_Neutral, np.ndarray] = {}
         self.unit = 0
 
     # --- the experts -----------------------------------------------------------------------
@@ -216,94 +225,95 @@ class Panel:
     ) -> list[Opinion]:
         """One opinion a record, from the store or from the engine."""
         stored = self._store.opinions(self.unit, expert, round_)
-        rows: dict[_Question, list[int]] = {}  # whose question it is
+        numbers: dict[_Question, int] = {}
+        rows: list[list[int]] = []  # of the unit, whose question it is
+        mine = []
         for record, question in zip(records, questions, strict=True):
-            rows.setdefault(question, []).append(record.index % UNIT_ROWS)
-        opinions: dict[_Question, Opinion] = {}
-        for question, mine in rows.items():
-            kept = [stored[row] for row in mine if row in stored]
-            if len(kept) == len(mine) and all(one.basis == question.basis for one in kept):
-                opinions[question] = kept[0].opinion
+            number = numbers.setdefault(question, len(rows))
+            if number == len(rows):
+                rows.append([])
+            rows[number].append(record.index % UNIT_ROWS)
+            mine.append(number)
+        asked = list(numbers)
+        opinions: dict[int, Opinion] = {}
+        for number, question in enumerate(asked):
+            kept = [stored[row] for row in rows[number] if row in stored] if stored else []
+            if len(kept) == len(rows[number]) and all(o.basis == question.basis for o in kept):
+                opinions[number] = kept[0].opinion
             elif question.blocked:
-                opinions[question] = Opinion(None, failure=question.blocked)
+                opinions[number] = Opinion(None, failure=question.blocked)
         before = len(opinions)
-        if before < len(rows):
+        if before < len(asked):
             # Batches are formed of everything this unit asks, done or not, so that a resumed run
             # forms the batches of the run it resumes.
             for read in (True, False):
-                group = [question for question in rows if question.read == read]
-                limit = max((question.max_tokens for question in group), default=0)
-                for batch in self._engine.plan([question.prompt for question in group], limit):
+                group = [number for number, one in enumerate(asked) if one.read == read]
+                limit = max((asked[number].max_tokens for number in group), default=0)
+                prompts_ = [asked[number].prompt for number in group]
+                for batch in self._engine.plan(prompts_, limit):
                     todo = [group[i] for i in batch if group[i] not in opinions]
                     if todo:
-                        opinions.update(self._ask_batch(expert, round_, todo, rows))
+                        chosen = [asked[number] for number in todo]
+                        whose = [rows[number] for number in todo]
+                        said = self._ask_batch(expert, round_, chosen, whose)
+                        opinions.update(zip(todo, said, strict=True))
                         self._progress(expert, len(todo))
-        self._progress(expert, len(questions) - (len(rows) - before))
-        return [opinions[question] for question in questions]
+        self._progress(expert, len(questions) - (len(asked) - before))
+        return [opinions[number] for number in mine]
 
     def _ask_batch(
         self,
         expert: str,
         round_: int,
         batch: Sequence[_Question],
-        rows: Mapping[_Question, Sequence[int]],
-    ) -> dict[_Question, Opinion]:
+        rows: Sequence[Sequence[int]],
+    ) -> list[Opinion]:
+        """The opinion on each question, which is that on all of its `rows`."""
         watch = Stopwatch()
         asked = [question.prompt for question in batch]
-        said: list[Opinion]
         if batch[0].read:
             choices = self._engine.choose(asked, [question.candidates for question in batch])
-            priors = self._neutral_logprobs(batch)
-            said = [
-                _read_choice(question, choice, prior)
-                for question, choice, prior in zip(batch, choices, priors, strict=True)
-            ]
+            said = _read_choices(batch, choices, self._neutral_logprobs(batch))
         else:
             seeds = [self._sampling_seed(expert, round_, prompt) for prompt in asked]
             limit = max(question.max_tokens for question in batch)
             replies = self._engine.generate(asked, limit, seeds)
             said = [_read_text(*pair) for pair in zip(batch, replies, strict=True)]
-        done = dict(zip(batch, said, strict=True))
-        kept = [Said(rows[question][0], question.basis, done[question]) for question in batch]
-        for question in batch:
-            others = rows[question][1:]
-            kept += [Said(row, question.basis, done[question]) for row in others]
+        triples = list(zip(batch, said, rows, strict=True))
+        kept = [Said(mine[0], question.basis, one) for question, one, mine in triples]
+        for question, one, mine in triples:
+            kept += [Said(row, question.basis, one) for row in mine[1:]]
         self._store.add(self.unit, expert, round_, kept, watch.seconds(), questions=len(batch))
-        return done
+        return said
 
     def _neutral_logprobs(self, batch: Sequence[_Question]) -> list[np.ndarray | Failure | None]:
         """Log-probabilities of each question's candidates after its content-free prompt."""
-        failed: dict[tuple[Prompt, tuple[str, ...]], Failure] = {}
-        wanted = {
-            (question.neutral, question.candidates)
+        failed: dict[_Neutral, Failure] = {}
+        # Most questions share their content-free prompt, and hashing it takes long.
+        shared = {
+            (id(question.neutral), question.candidates): (question.neutral, question.candidates)
             for question in batch
             if question.neutral is not None
         }
-        missing = [
-            pair for pair in sorted(wanted - self._priors.keys(), key=repr) if pair[0] is not None
-        ]
+        wanted = set(shared.values())
         if len(self._priors) > 10_000:
             self._priors.clear()
-            missing = sorted(wanted, key=repr)
-        texts = [prompt for prompt, _ in missing if prompt is not None]
+        missing = sorted(wanted - self._priors.keys(), key=repr)
+        texts = [prompt for prompt, _ in missing]
         for rows in self._engine.plan(texts):
             choices = self._engine.choose(
                 [texts[row] for row in rows], [missing[row][1] for row in rows]
             )
             for row, choice in zip(rows, choices, strict=True):
-                pair = texts[row], missing[row][1]
                 if isinstance(choice, Failure):
-                    failed[pair] = choice
+                    failed[missing[row]] = choice
                 else:
-                    self._priors[pair] = choice.logprobs.astype(np.float64)
-        found: list[np.ndarray | Failure | None] = []
-        for question in batch:
-            if question.neutral is None:
-                found.append(None)
-            else:
-                pair = question.neutral, question.candidates
-                found.append(failed[pair] if pair in failed else self._priors[pair])
-        return found
+                    self._priors[missing[row]] = choice.logprobs.astype(np.float64)
+        found = {
+            key: failed[pair] if pair in failed else self._priors[pair]
+            for key, pair in shared.items()
+        }
+        return [found.get((id(question.neutral), question.candidates)) for question in batch]
 
     def _sampling_seed(self, expert: str, round_: int, prompt: Prompt) -> int:
         text = f"{self._seed}/{expert}/{round_}/{prompt!r}".encode(errors="surrogatepass")
@@ -325,26 +335,41 @@ def _failure(opinions: Sequence[Opinion]) -> str:
     return next((said.failure for said in opinions if said.failure), "")
 
 
-def _read_choice(
-    question: _Question, choice: Choice | Failure, prior: np.ndarray | Failure | None
-) -> Opinion:
-    if isinstance(choice, Failure):
-        return Opinion(None, failure=choice.reason)
-    if isinstance(prior, Failure):
-        return Opinion(None, failure=prior.reason)
-    logprobs = choice.logprobs.astype(np.float64)
-    weights = logprobs if prior is None else logprobs - prior
-    weights = np.exp(weights - weights.max())
-    probabilities = weights / weights.sum()
-    best = int(probabilities.argmax())
-    return Opinion(
-        answer=question.names[best] or None,
-        nll=-float(logprobs[best]),
-        entropy=choice.entropy,
-        probabilities=tuple(round(float(p), 6) for p in probabilities),
-        prompt_tokens=choice.prompt_tokens,
-        new_tokens=1,
-    )
+def _read_choices(
+    questions: Sequence[_Question],
+    choices: Sequence[Choice | Failure],
+    priors: Sequence[np.ndarray | Failure | None],
+) -> list[Opinion]:
+    said: dict[int, Opinion] = {}
+    alike: dict[int, list[int]] = {}  # number of candidates -> rows, to be read as one matrix
+    for row, (choice, prior) in enumerate(zip(choices, priors, strict=True)):
+        if isinstance(choice, Failure):
+            said[row] = Opinion(None, failure=choice.reason)
+        elif isinstance(prior, Failure):
+            said[row] = Opinion(None, failure=prior.reason)
+        else:
+            alike.setdefault(len(choice.logprobs), []).append(row)
+    for width, rows in alike.items():
+        got = [cast(Choice, choices[row]) for row in rows]
+        logprobs = np.array([one.logprobs for one in got], np.float64)
+        nothing = np.zeros(width)
+        weights = logprobs - [nothing if priors[row] is None else priors[row] for row in rows]
+        weights = np.exp(weights - weights.max(axis=1, keepdims=True))
+        probabilities = weights / weights.sum(axis=1, keepdims=True)
+        best = probabilities.argmax(axis=1)
+        nll = -logprobs[np.arange(len(rows)), best]
+        for row, choice, place, value, shares in zip(
+            rows, got, best.tolist(), nll.tolist(), probabilities.tolist(), strict=True
+        ):
+            said[row] = Opinion(
+                answer=questions[row].names[place] or None,
+                nll=value,
+                entropy=choice.entropy,
+                probabilities=tuple([round(share, 6) for share in shares]),
+                prompt_tokens=choice.prompt_tokens,
+                new_tokens=1,
+            )
+    return [said[row] for row in range(len(questions))]
 
 
 def _read_text(question: _Question, reply: Generation | Failure) -> Opinion:

@@ -13,10 +13,12 @@ memory; a killed run finds what is finished in its store, and what a phase has p
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,19 @@ class Effort:
         """Work of relabeling a noisy record."""
         parts = {"cer": "context", "reviewer": "review"}
         return sum(self.of(e) for part, e in parts.items() if part not in self.config.without)
+
+
+@contextlib.contextmanager
+def long_lived() -> Iterator[None]:
+    """Spare the garbage collector what exists by now: modules and models.
+
+    It would walk over all of them again and again, for a quarter of the time beside the model.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class ShardRun:
@@ -167,7 +182,8 @@ class ShardRun:
                 if unit in done:
                     self._skip((high - low) * self._effort.relabel)
                     continue
-                records = [corpus.record(position) for position in noisy[low:high].tolist()]
+                chunk = self.intake.unit(unit) if high > low else []
+                records = [chunk[position % UNIT_ROWS] for position in noisy[low:high].tolist()]
                 marks.add("relabel", unit, self._relabel_unit(unit, records, conclusion, corpus))
             marks.flush()
         publish(target, stacked(list(self.store.arrays("relabel"))), self._facts(watch))

@@ -6,6 +6,7 @@ is the same for every record costs prefill time on each of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from robustft.answers import Kind
@@ -13,6 +14,7 @@ from robustft.engines import Message, Prompt
 from robustft.records import Record
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTERS = tuple(f" {letter}" for letter in LETTERS)
 CHECKER_WORDS = (" Yes", " No")
 REVIEW_WORDS = (" 1", " 2")
 SELECT_WORDS = (" Y", " N")
@@ -29,7 +31,7 @@ _HOW = {
 
 def letters(options: Sequence[str]) -> tuple[str, ...]:
     """The candidate continuations of "Answer:" for lettered options: " A", " B" and so on."""
-    return tuple(f" {letter}" for letter in LETTERS[: len(options)])
+    return _LETTERS[: len(options)]
 
 
 def question_text(question: str, options: Sequence[str] | None) -> str:
@@ -74,7 +76,12 @@ def answer_prompt(record: Record, kind: Kind, how: str | None = None) -> Prompt:
 
 def neutral_prompt(record: Record) -> Prompt:
     """The base question with its content taken out: what the options alone make the model say."""
-    text = question_text(_NOTHING, record.options)
+    return _neutral(record.options)
+
+
+@functools.lru_cache(maxsize=1024)
+def _neutral(options: tuple[str, ...] | None) -> Prompt:
+    text = question_text(_NOTHING, options)
     return Prompt((Message("user", f"{text}\n\n{_HOW['choice']}"),), _ANSWER)
 
 
@@ -125,6 +132,7 @@ def checker_prompt(record: Record, predictions: Sequence[str | None]) -> Prompt:
     return _prompt(record, text, prefix=_ANSWER)
 
 
+@functools.lru_cache(maxsize=16)
 def neutral_checker_prompt(experts: int) -> Prompt:
     """The checker's question without content."""
     said = "\n".join(f"Expert {number}: {_NOTHING}" for number in range(1, experts + 1))

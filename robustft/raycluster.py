@@ -25,7 +25,7 @@ from robustft.engines import Engine
 from robustft.errors import UserError
 from robustft.finishing import Models
 from robustft.intake import Intake
-from robustft.pipeline import Effort, ShardRun, conclude, reopen
+from robustft.pipeline import Effort, ShardRun, conclude, long_lived, reopen
 from robustft.progress import Progress
 from robustft.shards import Shard, conclusion_folder
 from robustft.store import Store
@@ -81,7 +81,7 @@ class Worker:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
-                with opened(shard, plan) as store:
+                with opened(shard, plan) as store, long_lived():
                     _note_start(shard, store)
                     published = conclusion_folder(plan.config.out)
                     reopen(shard, store, published, published=published.is_dir())

@@ -180,8 +180,9 @@ class _UniqueIds:
         return self._insert(name)
 
     def _insert(self, name: str) -> bool:
-        data = name.encode(errors="surrogatepass")
-        value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
+        value = (
+            hash(name) & (1 << 64) - 1 or 1
+        )  # salted anew by every process: none can be aimed at
         if self._used * 2 >= len(self._table):
             old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
             for entry in old:

@@ -25,20 +25,22 @@ def relabel(
     else the reasoned one, else the base model's. Confidence is the response entropy of the
     context-enhanced answer (eq. 7), or of the answer that stands in for it in an ablation.
     """
-    ranked = (
-        ("reviewer", review),
-        ("context", context),
-        ("reasoned", reasoned),
-        ("base", base),
-    )
-    source, chosen = next((name, said) for name, said in ranked if said is not None)
-    failure = next((said.failure for _, said in ranked if said is not None and said.failure), "")
-    if failure:
-        return NewLabel(None, float("nan"), f"not answered again: {failure}")
-    if chosen.answer is None:  # the reviewer settled on an expert that gave no answer
-        given = [(name, said) for name, said in ranked if said is not None and said.answer]
-        if not given:
-            return NewLabel(None, float("nan"), "no expert gave an answer")
-        source, chosen = given[0]
+    ranked = [
+        (name, said)
+        for name, said in (
+            ("reviewer", review),
+            ("context", context),
+            ("reasoned", reasoned),
+            ("base", base),
+        )
+        if said is not None
+    ]
+    for _, said in ranked:
+        if said.failure:
+            return NewLabel(None, float("nan"), f"not answered again: {said.failure}")
+    # A reviewer may settle on an expert that gave no answer.
+    source, chosen = next((one for one in ranked if one[1].answer), (None, None))
+    if chosen is None:
+        return NewLabel(None, float("nan"), "no expert gave an answer")
     measured = context or reasoned or base
     return NewLabel(chosen.answer, measured.nll, f"label from {source}")

@@ -74,8 +74,17 @@ def text(value: Any, name: str) -> str:
     return value
 
 
+def _plain(values: Sequence[Any]) -> bool:
+    """Whether all of these are texts with which nothing is wrong."""
+    try:
+        joined = "".join(values)
+    except TypeError:
+        return False
+    return len(joined) <= MAX_LINE_BYTES and "\0" not in joined
+
+
 def _filled(value: str, what: str, name: str) -> str:
-    if not value.strip():
+    if not value or value.isspace():
         raise BadRowError(f"empty {what} (field {name!r})")
     return value
 
@@ -220,6 +229,8 @@ class ChoiceSchema:
 
     def _options(self, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return (labels, texts); labels are () when the options have none."""
+        if type(value) is list and 2 <= len(value) <= len(LETTERS) and _plain(value):
+            return (), tuple(value)  # the usual case; what follows says the same of it
         if isinstance(value, str):
             value = _json_list(value, self.options)
         labels: Sequence[Any] = ()

@@ -89,6 +89,11 @@ def pack(said: Sequence[Said]) -> bytes:
 
 def unpack(body: bytes) -> Iterator[Said]:
     """The inverse of `pack`."""
+    return map(Said, *_columns(body))
+
+
+def _columns(body: bytes) -> tuple[list[int], list[str], Iterator[Opinion]]:
+    """Rows of the unit, bases and opinions."""
     rows, bases, answers, texts, nll, entropy, probabilities, *tokens = orjson.loads(body)
     columns = (
         answers,
@@ -99,8 +104,7 @@ def unpack(body: bytes) -> Iterator[Said]:
         *tokens,
         [""] * len(rows),
     )
-    opinions = map(Opinion._make, zip(*columns, strict=True))
-    return map(Said, rows, bases, opinions)
+    return rows, bases, map(Opinion._make, zip(*columns, strict=True))
 
 
 @contextlib.contextmanager
@@ -247,7 +251,8 @@ class Store:
             (unit,),
         )
         for expert, body in rows:
-            found[expert].update((said.row, said.opinion) for said in unpack(body))
+            places, _, opinions = _columns(body)
+            found[expert].update(zip(places, opinions, strict=True))
         failures = self._db.execute(
             "SELECT row, reason FROM failures WHERE unit = ? ORDER BY rowid DESC", (unit,)
         )

@@ -42,12 +42,8 @@ class Judged:
     """One record with everything that was said about it, and what became of it."""
 
     record: Record
-    base: Opinion
-    reasoned: Opinion | None
-    checker: Opinion | None
+    opinions: dict[str, Opinion]  # of the experts that were asked, in the order they were
     detection: Detection
-    context: Opinion | None = None
-    review: Opinion | None = None
     label: NewLabel | None = None
     neighbours: tuple[tuple[float, Record], ...] = ()  # cosine and record, nearest first
     action: str = "keep"  # keep, relabel, drop
@@ -57,21 +53,8 @@ class Judged:
 
     @property
     def failed(self) -> bool:
-        """Whether detection lacks an opinion because the engine could not be reached."""
-        asked = (self.base, self.reasoned, self.checker)
-        return any(said is not None and bool(said.failure) for said in asked)
-
-    @property
-    def opinions(self) -> dict[str, Opinion]:
-        """The experts that were asked, in the order they were."""
-        named = {
-            "base": self.base,
-            "reasoned": self.reasoned,
-            "checker": self.checker,
-            "context": self.context,
-            "review": self.review,
-        }
-        return {name: opinion for name, opinion in named.items() if opinion is not None}
+        """Whether an opinion is lacking because the engine could not be reached."""
+        return any([said.failure for said in self.opinions.values()])
 
 
 @dataclass(slots=True)
@@ -148,7 +131,6 @@ def write_outputs(
             lines = []
             for one, row in zip(judged, rows, strict=False):
                 settle(one, bool(selection.selected[one.record.index]))
-                _count(result, one)
                 if one.action != "drop":
                     cleaned.write_row(row, one.answer if one.action == "relabel" else None)
                 lines.append(verdict_line(one))
@@ -157,6 +139,7 @@ def write_outputs(
                     heapq.heappush(suspicious, entry)
                 elif entry > suspicious[0]:
                     heapq.heapreplace(suspicious, entry)
+            _count(result, judged)
             verdicts.write(b"".join(lines))
             progress.update(len(judged))
     with replacing(out / "rejects.jsonl") as temporary:
@@ -203,22 +186,19 @@ class _Panels:
         """The records of a unit, which follows the one before, with all that was said of them."""
         said, failures = self._store.panel(unit)
         rows = range(len(chunk))
-
-        def everyone(expert: str) -> list[Opinion]:
-            return [opinion_of(said[expert], row, failures) for row in rows]
-
+        parts = {"base": "base", "reasoned": "rel", "checker": "checker"}
+        panel = {
+            name: [opinion_of(said[name], row, failures) for row in rows]
+            for name, part in parts.items()
+            if part not in self._without
+        }
         nobody: list[None] = [None] * len(chunk)
-        reasoned = nobody if "rel" in self._without else everyone("reasoned")
-        checker = nobody if "checker" in self._without else everyone("checker")
-        asked = list(map(Asked, chunk, everyone("base"), reasoned, checker))
-        judged = []
-        for row, one, detection in zip(
-            rows, asked, self._conclusion.detections(asked), strict=True
-        ):
-            found = Judged(one.record, one.base, one.reasoned, one.checker, detection)
-            if detection.noisy:
-                self._add_label(found, said, row, failures)
-            judged.append(found)
+        asked = list(map(Asked, chunk, *(panel.get(name, nobody) for name in parts)))
+        opinions = [dict(zip(panel, row, strict=True)) for row in zip(*panel.values(), strict=True)]
+        judged = list(map(Judged, chunk, opinions, self._conclusion.detections(asked)))
+        for row, one in zip(rows, judged, strict=True):
+            if one.detection.noisy:
+                self._add_label(one, said, row, failures)
         return judged
 
     def _add_label(
@@ -233,28 +213,32 @@ class _Panels:
         if own is not None:
             judged.label = NewLabel(own[0], own[1], "label from the crowd")
             return
+        opinions = judged.opinions
         if "cer" not in self._without:
-            judged.context = opinion_of(said["context"], row, failures)
+            opinions["context"] = opinion_of(said["context"], row, failures)
         if "reviewer" not in self._without:
-            judged.review = opinion_of(said["review"], row, failures)
+            opinions["review"] = opinion_of(said["review"], row, failures)
         judged.neighbours = tuple(
             (cosine, self._corpus.record(position))
             for position, cosine in zip(ids, cosines, strict=True)
             if position >= 0
         )
-        judged.label = relabel(judged.reasoned, judged.base, judged.context, judged.review)
+        judged.label = relabel(
+            opinions.get("reasoned"), opinions["base"], opinions.get("context"),
+            opinions.get("review"),
+        )  # fmt: skip
 
 
 def settle(judged: Judged, selected: bool) -> None:
     """The final action on one record, with its cause."""
     judged.answer, judged.cause = judged.record.answer, "found clean"
-    if judged.failed:
-        judged.cause = "not judged"
     label = judged.label
+    if label is None and judged.failed:
+        judged.cause = "not judged"
     if label is not None:
         if label.answer is None:
             judged.action, judged.cause = "drop", "no expert gave an answer"
-            if any(said.failure for said in judged.opinions.values()):
+            if judged.failed:
                 judged.cause = "not answered again"
         elif not selected:
             judged.action = "drop"
@@ -272,24 +256,24 @@ def settle(judged: Judged, selected: bool) -> None:
     judged.reason = "; ".join(parts)
 
 
-def _count(result: CleanResult, judged: Judged) -> None:
-    result.counts[judged.action] += 1
-    result.reasons[f"{judged.action}: {judged.cause}"] += 1
-    score = judged.detection.noise_score
-    bin_ = min(int(score * _SCORE_BINS), _SCORE_BINS - 1)
-    result.score_counts[int(judged.detection.noisy), bin_] += 1
-    failed = False
-    for name, said in judged.opinions.items():
-        result.tallies[name, "asked"] += 1
-        result.tallies[name, "answered"] += said.answer is not None
-        agreed = said.answer == "yes" if name == "checker" else agrees(judged.record, said)
-        result.tallies[name, "agreed"] += agreed
-        failed = failed or bool(said.failure)
-    result.unanswered += failed
-    if judged.record.options is not None:
-        result.answers_before[judged.record.answer] += 1
-        if judged.action != "drop":
-            result.answers_after[judged.answer] += 1
+def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
+    """Add the records of a unit up."""
+    result.counts.update(one.action for one in judged)
+    result.reasons.update(f"{one.action}: {one.cause}" for one in judged)
+    scores = np.array([one.detection.noise_score for one in judged])
+    bins = np.minimum((scores * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)
+    noisy = np.array([one.detection.noisy for one in judged], np.int64)
+    np.add.at(result.score_counts, (noisy, bins), 1)
+    for one in judged:
+        for name, said in one.opinions.items():
+            agreed = said.answer == "yes" if name == "checker" else agrees(one.record, said)
+            result.tallies[name, "asked"] += 1
+            result.tallies[name, "answered"] += said.answer is not None
+            result.tallies[name, "agreed"] += agreed
+    result.unanswered += sum(one.failed for one in judged)
+    lettered = [one for one in judged if one.record.options is not None]
+    result.answers_before.update(one.record.answer for one in lettered)
+    result.answers_after.update(one.answer for one in lettered if one.action != "drop")
 
 
 def verdict_line(judged: Judged) -> bytes:
