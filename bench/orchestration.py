@@ -1,11 +1,14 @@
 """What `clean` costs beside its models: read, ask a stub, store, select, write.
 
     python bench/orchestration.py [--records 20000 100000] [--out bench/results/orchestration.csv]
+    python bench/orchestration.py --default-model --records 1000 --panel "no reasoning" [--out …]
 
 The stub answers from a hash and the embedder from a table, so nearly all that is timed is robustft.
 Each size runs in a process of its own, for its peak memory. `one expert` asks the base model alone
-(`--without` everything else); `full panel` all of them, two rounds of reasoning included. Every
-run is checked: one verdict a record, in order, and keep + relabel + drop = records.
+(`--without` everything else); `no reasoning` adds checker, context and reviewer; `full panel` all
+of them, two rounds of reasoning included. Every run is checked: one verdict a record, in order, and
+keep + relabel + drop = records. With `--default-model` the embedded models answer, and what is told
+is the share of the wall time, models loaded, that was not spent in them.
 """
 
 from __future__ import annotations
@@ -27,11 +30,15 @@ from typing import Any
 import numpy as np
 
 from robustft.benchmarks.measure import Row, append_rows, commit, cpu_name, table, versions
-from robustft.cleaning import run_clean
+from robustft.cleaning import load, run_clean
 from robustft.config import CleanConfig
 from robustft.engines import Abilities, Choice, Generation, Prompt
 
-PANELS = {"one expert": ("rel", "checker", "cer", "reviewer"), "full panel": ()}
+PANELS = {
+    "one expert": ("rel", "checker", "cer", "reviewer"),
+    "no reasoning": ("rel",),
+    "full panel": (),
+}
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "jade")
 
 
@@ -94,22 +101,51 @@ def make_input(path: Path, records: int) -> None:
             file.write(json.dumps(row | {"answer": rng.choice("ABC")}) + "\n")
 
 
-def measure(records: int, panel: str) -> dict[str, float]:
+class Timed:
+    """Another engine or embedder, and the time spent in it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.wall = self.cpu = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.inner, name)
+        if name not in ("plan", "choose", "generate", "encode"):
+            return found
+
+        def call(*given: Any, **named: Any) -> Any:
+            wall, cpu = time.perf_counter(), time.process_time()
+            try:
+                return found(*given, **named)
+            finally:
+                self.wall += time.perf_counter() - wall
+                self.cpu += time.process_time() - cpu
+
+        return call
+
+
+def measure(records: int, panel: str, *, default_model: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "in.jsonl", Path(folder) / "out"
         make_input(path, records)
-        without = frozenset(PANELS[panel])
-        config = CleanConfig(input=str(path), out=out, detector="paper", without=without)
-        begin = time.perf_counter()
-        result = run_clean(config, engine=Stub(), embedder=Table())
-        seconds = time.perf_counter() - begin
+        config = CleanConfig(
+            input=str(path), out=out, without=frozenset(PANELS[panel]),
+            detector="crowd" if default_model else "paper",
+        )  # fmt: skip
+        models = [Timed(one) for one in (load(config) if default_model else (Stub(), Table()))]
+        begin, cpu = time.perf_counter(), time.process_time()
+        result = run_clean(config, engine=models[0], embedder=models[1])  # type: ignore[arg-type]
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         with (out / "verdicts.jsonl").open("rb") as file:
             for number, line in enumerate(file):
                 assert line.startswith(b'{"id":"r%d",' % number), line
         assert number + 1 == records
         assert sum(result.counts[name] for name in ("keep", "relabel", "drop")) == records
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"seconds": seconds, "peak": peak}
+    own, own_cpu = (total - sum(spent) for total, spent in (
+        (seconds, [one.wall for one in models]), (cpu, [one.cpu for one in models]),
+    ))  # fmt: skip
+    return {"seconds": seconds, "peak": peak, "own": own, "own_cpu": own_cpu, "cpu": cpu}
 
 
 def main() -> None:
@@ -117,31 +153,41 @@ def main() -> None:
     parser.add_argument("--records", type=int, nargs="+", default=[20_000])
     parser.add_argument("--panel", nargs="+", default=list(PANELS), choices=list(PANELS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--default-model", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.records[0], options.panel[0])))
+        records, panel = options.records[0], options.panel[0]
+        print(json.dumps(measure(records, panel, default_model=options.default_model)))
         return
+    environment = {"OMP_NUM_THREADS": "1"} if not options.default_model else {}
     rows = []
     for panel in options.panel:
         for records in options.records:
             command = [sys.executable, __file__, "--one", "--records", str(records)]
+            command += ["--default-model"] if options.default_model else []
             runs = [
                 json.loads(
                     subprocess.run(
                         [*command, "--panel", panel], check=True, capture_output=True, text=True,
-                        env=os.environ | {"OMP_NUM_THREADS": "1"},
+                        env=os.environ | environment,
                     ).stdout
                 )
                 for _ in range(options.repeats)
             ]  # fmt: skip
-            times = sorted(run["seconds"] for run in runs)
+            times = sorted(run["own" if options.default_model else "seconds"] for run in runs)
             p20, p50, p80 = (times[round(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8))
             case = f"{records} records, {panel}, peak {max(run['peak'] for run in runs)} MB"
+            rate, unit = records / p50, "records/s"
+            if options.default_model:
+                shares = sorted(run["own"] / run["seconds"] for run in runs)
+                rate, unit = 100 * shares[len(shares) // 2], "% of the wall time beside the models"
+                case += f", default model, {runs[0]['seconds']:.0f} s"
+                print(f"CPU: {100 * runs[0]['own_cpu'] / runs[0]['cpu']:.2f} % beside the models")
             row = Row(
                 "orchestration", case, "robustft", 1, p20 * 1e3, p50 * 1e3, p80 * 1e3,
-                records / p50, "records/s", "every record has its verdict, in order", cpu_name(),
+                rate, unit, "every record has its verdict, in order", cpu_name(),
                 versions(("robustft", "numpy", "orjson")), commit(),
             )  # fmt: skip
             rows.append(row)

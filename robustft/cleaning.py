@@ -24,6 +24,7 @@ from robustft.finishing import Models, finish
 from robustft.intake import intake_folder, take_in
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
+from robustft.remote import output_folder
 from robustft.shards import Shard, conclusion_folder, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.verdicts import CleanResult
@@ -43,8 +44,10 @@ def clean(
 
     Parameters
     ----------
-    data: a file (JSONL, JSON, CSV, Parquet, .gz, .zst), a hub dataset id, or rows as mappings.
-    out: the output folder; a folder with an unfinished run is resumed.
+    data: a file (JSONL, JSON, CSV, Parquet, .gz, .zst; here, or s3:// and the like), a hub dataset
+        id, or rows as mappings.
+    out: the output folder (see `robustft.remote` for s3:// and the like); an unfinished run in it
+        is resumed.
     model: hub id, folder or .gguf file; None is the embedded small model.
     engine: a ready `robustft.engines.Engine` instead of `model`.
     embedder: a sentence-embedding model by name, or a ready one; None is the embedded MiniLM.
@@ -54,23 +57,22 @@ def clean(
     ------
     UserError (a ValueError) with one clear line where the input or an argument is wrong.
     """
-    folder = Path(out)
-    if not isinstance(data, str | Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "input.jsonl"
-        with atomic_file(path) as handle:
-            handle.writelines(orjson.dumps(dict(row)) + b"\n" for row in data)
-        data = path
-    config = CleanConfig(
-        input=str(data),
-        out=folder,
-        engine=EngineConfig(model=model),
-        embedder=embedder if isinstance(embedder, str) else None,
-        experts=experts or ExpertConfig(),
-        **settings,
-    )
-    ready = None if isinstance(embedder, str) else embedder
-    return run_clean(config, engine=engine, embedder=ready)
+    with output_folder(out) as folder:
+        if not isinstance(data, str | Path):
+            path = folder / "input.jsonl"
+            with atomic_file(path) as handle:
+                handle.writelines(orjson.dumps(dict(row)) + b"\n" for row in data)
+            data = path
+        config = CleanConfig(
+            input=str(data),
+            out=folder,
+            engine=EngineConfig(model=model),
+            embedder=embedder if isinstance(embedder, str) else None,
+            experts=experts or ExpertConfig(),
+            **settings,
+        )
+        ready = None if isinstance(embedder, str) else embedder
+        return run_clean(config, engine=engine, embedder=ready)
 
 
 @dataclass(frozen=True, slots=True)

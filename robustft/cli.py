@@ -30,6 +30,20 @@ def _engine_config(options: argparse.Namespace) -> Any:
 
 
 def _run_clean(options: argparse.Namespace) -> int:
+    from robustft.remote import is_remote, output_folder
+
+    many = options.ray or options.shard or options.processes > 1 or options.gpus > 1
+    if is_remote(options.out) and many:
+        raise UserError(
+            f"--out {options.out}: shards work in a folder that all of them share; choose one on a "
+            "mounted file system"
+        )
+    with output_folder(options.out) as folder:
+        options.out = str(folder)
+        return _clean_into_folder(options)
+
+
+def _clean_into_folder(options: argparse.Namespace) -> int:
     from robustft.cleaning import run_clean
     from robustft.console import (
         print_announcement,

@@ -22,6 +22,7 @@ from robustft.framing import (
     system_error,
     without_bom,
 )
+from robustft.remote import fetched, is_remote
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -46,12 +47,12 @@ def split_suffix(path: Path) -> tuple[str, str]:
 
 
 def open_reader(path: str, split: str, limit: int) -> Reader:
-    """Return the reader of a file, folder or dataset id; raises `UserError`."""
-    file = Path(path)
+    """Return the reader of a file (remote ones too), folder or dataset id; raises `UserError`."""
+    hub = path.removeprefix("hf://datasets/")
+    file = fetched(path) if is_remote(path) and not HUB_ID.fullmatch(hub) else Path(path)
     try:
         mode = file.stat().st_mode
     except FileNotFoundError as error:
-        hub = path.removeprefix("hf://datasets/")
         suffix = split_suffix(file)[0]
         local = suffix in FORMATS or suffix == ".parquet" or file.parent.is_dir()
         if HUB_ID.fullmatch(hub) and (hub != path or not local):
