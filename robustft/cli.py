@@ -258,16 +258,27 @@ def _run_reproduce(options: argparse.Namespace) -> int:
     return _DONE
 
 
+_BENCH_OPTIONS = {
+    "vllm-python": ("pipeline",),
+    "only": ("token-stats", "linear-token-stats"),
+    "data": ("score",),
+    "model": ("score",),
+}
+
+
 def _run_bench(options: argparse.Namespace) -> int:
     import importlib
 
     module = importlib.import_module("robustft.benchmarks." + options.what.replace("-", "_"))
     arguments = ["--quick"] if options.quick else []
     arguments += ["--out", options.out] if options.out else []
-    if options.vllm_python:
-        if options.what != "pipeline":
-            raise UserError(f"--vllm-python belongs to bench pipeline, not to {options.what}")
-        arguments += ["--vllm-python", options.vllm_python]
+    for name, owners in _BENCH_OPTIONS.items():
+        value = getattr(options, name.replace("-", "_"))
+        if value is not None:
+            if options.what not in owners:
+                owner = " and ".join(owners)
+                raise UserError(f"--{name} belongs to bench {owner}, not to {options.what}")
+            arguments += [f"--{name}", value]
     return int(module.main(arguments) or _DONE)
 
 

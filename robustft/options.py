@@ -528,3 +528,9 @@ def _add_bench(commands: Any) -> None:
         "--vllm-python", metavar="PATH",
         help="pipeline: an interpreter that has vLLM, as a peer (default: left out)",
     )  # fmt: skip
+    parser.add_argument("--only", metavar="TEXT", help="token-stats, linear-token-stats: the cases "
+                        "whose name holds this, 'V=49152 float32' say (default: all)")  # fmt: skip
+    parser.add_argument("--data", metavar="FILE",
+                        help="score: records to score (default: the bundled corpus)")  # fmt: skip
+    parser.add_argument("--model", metavar="MODEL",
+                        help="score: as for robustft score (default: the embedded one)")  # fmt: skip

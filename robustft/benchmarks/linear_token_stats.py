@@ -1,6 +1,7 @@
 """Token statistics from hidden states [N, D] and lm_head [V, D], in GFLOP/s of the product.
 
-The limit is the bare matrix product `hidden @ weight.T` in the same run.
+The limit is the bare matrix product `hidden @ weight.T` in the same run, into memory that is
+already there.
 """
 
 from __future__ import annotations
@@ -12,17 +13,8 @@ import torch
 from torch import Tensor
 
 from robustft.benchmarks import token_peers
-from robustft.benchmarks.measure import (
-    Row,
-    append_rows,
-    commit,
-    device_name,
-    extra_mib,
-    table,
-    timed_together,
-    versions,
-)
-from robustft.benchmarks.token_stats import PACKAGES, TYPES, arguments_of, verdict
+from robustft.benchmarks.measure import Row, compare, rows_of, timed_together
+from robustft.benchmarks.token_stats import PACKAGES, TYPES
 from robustft_kernels import linear_token_stats
 from robustft_kernels.reference import token_stats_reference
 from robustft_kernels.testing import violations
@@ -87,11 +79,14 @@ def gate(hidden: Tensor, weight: Tensor, ids: Tensor, design: str) -> str:
     return "NO" if [p for p in problems if not p.startswith(("argmax", "rank"))] else "yes"
 
 
-def contenders(case: Case, device: str, quick: bool) -> tuple[token_peers.Calls, dict[str, str]]:
+def contenders(
+    hidden: Tensor, weight: Tensor, ids: Tensor, quick: bool
+) -> tuple[token_peers.Calls, dict[str, str]]:
     """What runs on one case, the limit first; and why the others do not."""
-    hidden, weight, ids = inputs(case, device)
+    device = hidden.device.type
+    product = hidden.new_empty(hidden.shape[0], weight.shape[0])
     calls: token_peers.Calls = {
-        LIMIT: lambda: hidden @ weight.T,
+        LIMIT: lambda: torch.mm(hidden, weight.T, out=product),
         OURS: lambda: linear_token_stats(hidden, weight, ids),
         "torch eager": lambda: token_peers.eager(hidden @ weight.T, ids),
     }
@@ -125,51 +120,28 @@ def _fused(hidden: Tensor, weight: Tensor, ids: Tensor, tile: dict[str, int]) ->
 
 def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, str]]:
     """The rows of one case, and the peers that could not run."""
-    calls, refused = contenders(case, device, quick)
     hidden, weight, ids = inputs(case, device)
+    calls, refused = contenders(hidden, weight, ids, quick)
+    correct = {OURS: gate(hidden, weight, ids, "auto")}
+    for design in ("chunked", "fused"):
+        if f"robustft, {design}" in calls:
+            correct[f"robustft, {design}"] = gate(hidden, weight, ids, design)
     budget = 6.0 if quick else 25.0
     timings = timed_together(calls, device=device, repeats=9, budget=budget)
-    rows = []
-    for name, timing in timings.items():
-        design = name.removeprefix("robustft, ")
-        checked = name == OURS or design in ("chunked", "fused")
-        rows.append(
-            Row(
-                benchmark="linear-token-stats",
-                case=str(case),
-                contender=name,
-                threads=0 if device == "cuda" else torch.get_num_threads(),
-                ms_p20=timing.p20,
-                ms_p50=timing.p50,
-                ms_p80=timing.p80,
-                rate=2e-6 * case.rows * case.width * case.vocab / timing.p50,
-                unit="GFLOP/s",
-                correct=gate(hidden, weight, ids, design if name != OURS else "auto")
-                if checked
-                else "-",
-                device=device_name(device),
-                versions=versions(PACKAGES),
-                commit=commit(),
-                extra_mib=extra_mib(calls[name], device),
-            )
-        )
+    rows = rows_of(
+        "linear-token-stats",
+        case,
+        calls,
+        timings,
+        rate=lambda ms: 2e-6 * case.rows * case.width * case.vocab / ms,
+        unit="GFLOP/s",
+        correct=correct,
+        device=device,
+        packages=PACKAGES,
+    )
     return rows, refused
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, append it to --out; status 1 when a gate failed."""
-    options = arguments_of(__doc__, arguments)
-    rows: list[Row] = []
-    refused: dict[str, str] = {}
-    with torch.inference_mode():
-        for case in cases(options.device, options.quick):
-            made, unable = measure(case, options.device, options.quick)
-            rows += made
-            refused |= unable
-    print(table(rows))
-    print(verdict(rows, OURS, LIMIT))
-    for name, reason in refused.items():
-        print(f"not run: {name}: {reason}")
-    if options.out:
-        append_rows(options.out, rows)
-    return int(any(row.correct == "NO" for row in rows))
+    return compare(__doc__, arguments, cases=cases, measure=measure, ours=OURS)

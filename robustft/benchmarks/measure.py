@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from robustft.errors import UserError
+
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,92 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "release"
     return head + ("+" if changed else "")
+
+
+def rows_of(
+    benchmark: str,
+    case: object,
+    calls: Mapping[str, Callable[[], object]],
+    timings: Mapping[str, Timing],
+    *,
+    rate: Callable[[float], float],
+    unit: str,
+    correct: Mapping[str, str],
+    device: str,
+    packages: Sequence[str],
+) -> list[Row]:
+    """Rows of torch calls that were timed together; measures the memory of each.
+
+    `rate` turns milliseconds a call into `unit`, `correct` maps contenders to their gates (those
+    without one get "-"), `packages` are those whose versions are noted.
+    """
+    import torch
+
+    threads = 0 if device == "cuda" else torch.get_num_threads()
+    common = (device_name(device), versions(packages), commit())
+    rows = []
+    for name, timing in timings.items():
+        times = (timing.p20, timing.p50, timing.p80)
+        judged = (rate(timing.p50), unit, correct.get(name, "-"))
+        memory = extra_mib(calls[name], device)
+        rows.append(Row(benchmark, str(case), name, threads, *times, *judged, *common, memory))
+    return rows
+
+
+def compare(
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    cases: Callable[[str, bool], Sequence[Case]],
+    measure: Callable[[Case, str, bool], tuple[list[Row], dict[str, str]]],
+    ours: str,
+) -> int:
+    """A benchmark's command: every case's verdict and CSV rows as soon as it is done, then a table.
+
+    `cases` says what to measure, given the device ("cpu" or "cuda") and whether to be quick;
+    `measure` returns a case's rows, and for each peer that was not run the reason. The contender
+    `ours` is compared with the others, of which one is named "limit: ...".
+
+    Returns 1 when a gate failed.
+    """
+    import torch
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, under a minute")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path, help="append CSV rows to this file")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
+    options = parser.parse_args(arguments)
+    chosen = [c for c in cases(options.device, options.quick) if options.only in str(c)]
+    if not chosen:
+        names = "; ".join(map(str, cases(options.device, options.quick)))
+        raise UserError(f"--only: expected text from one of {names}, found {options.only!r}")
+    rows: list[Row] = []
+    refused: dict[str, str] = {}
+    for case in chosen:
+        print(case, file=sys.stderr, flush=True)
+        with torch.inference_mode():
+            made, unable = measure(case, options.device, options.quick)
+        print(verdict(made, ours), flush=True)
+        if options.out:
+            append_rows(options.out, made)
+        rows += made
+        refused |= unable
+    print(table(rows))
+    for name, reason in refused.items():
+        print(f"not run: {name}: {reason}")
+    return int(any(row.correct == "NO" for row in rows))
+
+
+def verdict(rows: Sequence[Row], ours: str) -> str:
+    """One line on a case: our share of the limit and how many times faster than each peer."""
+    own = next(row for row in rows if row.contender == ours)
+    limit = next(row for row in rows if row.contender.startswith("limit"))
+    share = limit.ms_p50 / own.ms_p50
+    peers = [row for row in rows if row is not own and row is not limit]
+    ratios = ", ".join(f"{row.ms_p50 / own.ms_p50:.2f}x {row.contender}" for row in peers)
+    return f"{own.case}: {share:.0%} of the limit; speed {ratios}; correct: {own.correct}"
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:

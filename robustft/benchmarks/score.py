@@ -13,16 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robustft.benchmarks.measure import (
-    Row,
-    append_rows,
-    commit,
-    device_name,
-    extra_mib,
-    table,
-    timed_together,
-    versions,
-)
+from robustft.benchmarks.measure import Row, append_rows, rows_of, table, timed_together
 from robustft.config import EngineConfig
 from robustft.engines import Prompt, TokenValues
 from robustft.engines.transformers import TransformersEngine
@@ -84,27 +75,18 @@ def run(path: str, limit: int, model: str | None, rounds: int) -> list[Row]:
     # In 16 bits either way is up to about 0.1 nats away from float32, in its own direction.
     coarse = engine.model.dtype != torch.float32
     gate = "yes" if difference < (0.2 if coarse else 1e-3) else "NO"
-    device = engine.device.type
     timings = timed_together(calls, device="cpu", repeats=rounds, budget=60.0)
-    return [
-        Row(
-            benchmark="score",
-            case=f"{Path(path).name} {len(records)} records {engine.model_id} {engine.model.dtype}",
-            contender=name,
-            threads=torch.get_num_threads(),
-            ms_p20=timing.p20,
-            ms_p50=timing.p50,
-            ms_p80=timing.p80,
-            rate=tokens / timing.p50 * 1e3,
-            unit="tokens/s",
-            correct=gate,
-            device=device_name(device),
-            versions=versions(("robustft", "torch", "transformers")),
-            commit=commit(),
-            extra_mib=extra_mib(calls[name], device),
-        )
-        for name, timing in timings.items()
-    ]
+    return rows_of(
+        "score",
+        f"{Path(path).name} {len(records)} records {engine.model_id} {engine.model.dtype}",
+        calls,
+        timings,
+        rate=lambda ms: tokens / ms * 1e3,
+        unit="tokens/s",
+        correct=dict.fromkeys(calls, gate),
+        device=engine.device.type,
+        packages=("robustft", "torch", "transformers"),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -87,7 +87,8 @@ def packages_from_hidden(
     def cut() -> Callable[[], Any]:
         from cut_cross_entropy import linear_cross_entropy as call
 
-        return lambda: call(hidden, weight, ids, reduction="none", impl="cce")
+        impl = "cce" if hidden.is_cuda else "torch_compile"  # its Triton kernels need a GPU
+        return lambda: call(hidden, weight, ids, reduction="none", impl=impl)
 
     def liger() -> Callable[[], Any]:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as call
