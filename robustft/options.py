@@ -533,4 +533,4 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--data", metavar="FILE",
                         help="score: records to score (default: the bundled corpus)")  # fmt: skip
     parser.add_argument("--model", metavar="MODEL",
-                        help="score: as for robustft score (default: the embedded one)")  # fmt: skip
+                        help="score: as for robustft score (default: embedded)")  # fmt: skip
