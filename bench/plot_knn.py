@@ -16,16 +16,23 @@ def main(source: Path, target: Path) -> None:
     with source.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["unit"] == "queries/s"]
     rows = [row for row in rows if not row["case"].startswith("mapped")]
-    latest = {(r["case"], r["threads"], r["contender"]): float(r["rate"]) for r in rows}
-    cases = list(dict.fromkeys((case, threads) for case, threads, _ in latest))
-    names = list(dict.fromkeys(name for _, _, name in latest if name != "robustft"))
+    ours: dict[tuple[str, str], float] = {}
+    ratios: dict[tuple[str, str, str], float] = {}
+    for row in rows:  # in a run, robustft comes before its peers
+        case, rate = (row["case"], row["threads"]), float(row["rate"])
+        if row["contender"] == "robustft":
+            ours[case] = rate
+        else:
+            ratios[*case, row["contender"]] = ours[case] / rate
+    cases = list(ours)
+    names = list(dict.fromkeys(name for _, _, name in ratios))
     figure, axes = plt.subplots(figsize=(9, 0.9 * len(cases) + 1.5), layout="constrained")
     height = 0.8 / len(names)
     for place, name in enumerate(names):
         bars = [
-            (line - 0.4 + place * height, latest[*case, "robustft"] / latest[*case, name])
+            (line - 0.4 + place * height, ratios[*case, name])
             for line, case in enumerate(cases)
-            if (*case, name) in latest and (*case, "robustft") in latest
+            if (*case, name) in ratios
         ]
         axes.barh([at for at, _ in bars], [ratio for _, ratio in bars], height, label=name)
     axes.axvline(1, color="black", linewidth=1)
