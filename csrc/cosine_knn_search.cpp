@@ -116,7 +116,7 @@ SearchStats CosineIndex::search(const Rows& queries, const SearchOptions& option
         Batch batch(plan, first, std::min(largest, queries.count - first));
         std::vector<std::unique_ptr<Scan>> scans(threads);
         const std::size_t step =
-            std::clamp<std::size_t>(plan.blocks / (4 * std::size_t{threads}), 1, kTaskBlocks);
+            std::clamp<std::size_t>(plan.blocks / (16 * std::size_t{threads}), 1, kTaskBlocks);
         parallel_for((plan.blocks + step - 1) / step, threads, monitor,
                      [&](std::size_t task, unsigned worker) {
                          if (!scans[worker]) scans[worker] = std::make_unique<Scan>(plan, batch);

@@ -81,7 +81,7 @@ void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& 
     struct Shared {
         std::mutex mutex;
         std::condition_variable finished;
-        unsigned running = 0;
+        std::atomic<unsigned> running{0};
         bool closed = false;
     };
     const auto shared = std::make_shared<Shared>();
@@ -121,6 +121,13 @@ void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& 
     {
         std::unique_lock lock(shared->mutex);
         shared->closed = true;
+        lock.unlock();
+        // To be woken takes as long as a short call: first a little patience.
+        const auto patience = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+        while (shared->running != 0 && std::chrono::steady_clock::now() < patience) {
+            std::this_thread::yield();
+        }
+        lock.lock();
         while (!shared->finished.wait_for(lock, Monitor::interval,
                                           [&] { return shared->running == 0; })) {
             lock.unlock();
