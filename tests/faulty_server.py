@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import socket
 import struct
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from email.utils import formatdate
@@ -25,85 +27,102 @@ END = 2  # the end-of-text token of the tests' tiny model
 
 
 class HashModel:
-    """Log-probabilities of the next of `size` tokens, from a hash of those so far."""
+    """Log-probabilities of the next of `size` tokens: a hash of those so far picks a random row."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        logits = np.random.default_rng(0).normal(size=(1021, size)) * 3
+        self.table = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        self.order = np.argsort(-self.table, axis=1)  # tokens, the likeliest first
+        self.rank = np.argsort(self.order, axis=1)
 
-    def logprobs(self, ids: list[int] | str) -> np.ndarray:
-        seed = hashlib.blake2b(repr(ids).encode(), digest_size=8).digest()
-        logits = np.random.default_rng(int.from_bytes(seed, "big")).normal(size=self.size) * 3
-        return np.asarray(logits - np.logaddexp.reduce(logits))
+    def rows(self, ids: list[int]) -> list[int]:
+        """[ids + 1] rows of the table: before the first token, after it, after the second …"""
+        digests = itertools.accumulate(
+            (token.to_bytes(4, "big") for token in ids), lambda d, t: zlib.crc32(t, d), initial=0
+        )
+        return [digest % len(self.table) for digest in digests]
+
+    def logprobs(self, ids: list[int]) -> np.ndarray:
+        return np.asarray(self.table[self.rows(ids)[-1]])
+
+    def likeliest(self, row: int, top: int, *own: int) -> dict[int, float]:
+        """The `top` likeliest tokens of a row and those named, the likeliest first."""
+        tokens = dict.fromkeys([*self.order[row, :top].tolist(), *own])
+        return {token: float(self.table[row, token]) for token in tokens}
 
 
 def completion(model: HashModel, body: dict[str, Any]) -> dict[str, Any]:
     """An honest reply of /completions to a prompt of token ids, greedy."""
     prompt = list(body["prompt"])
     top = int(body.get("logprobs") or 0)
-    named: list[tuple[int, np.ndarray]] = []
+    *before, row = model.rows(prompt)  # row of each given token, and that of the first to write
+    named: list[tuple[int, int]] = []  # token, its row
     for _ in range(int(body["max_tokens"])):
-        logprobs = model.logprobs([*prompt, *(token for token, _ in named)])
-        named.append((int(logprobs.argmax()), logprobs))
-        if named[-1][0] == END:
+        token = int(model.order[row, 0])
+        named.append((token, row))
+        if token == END:
             break
-    stopped = bool(named) and named[-1][0] == END
+        row = model.rows([*prompt, *(token for token, _ in named)])[-1]
     tokens = [token for token, _ in named]
     choice: dict[str, Any] = {
         "index": 0,
         "text": "".join(f"<{token}>" for token in tokens if token != END),
-        "finish_reason": "stop" if stopped else "length",
+        "finish_reason": "stop" if END in tokens else "length",
     }
     if "return_token_ids" in body:
         choice["token_ids"] = tokens
     if body.get("logprobs") is not None:
-        echoed = [(token, model.logprobs(prompt[:i])) for i, token in enumerate(prompt)]
-        rows = [*echoed, *named] if body.get("echo") else named
-        values: list[float | None] = [float(logprobs[token]) for token, logprobs in rows]
-        tops: list[dict[str, float] | None] = [best(row, top, own) for own, row in rows]
-        if body.get("echo"):
+        echoed = list(zip(prompt, before, strict=True)) if body.get("echo") else []
+        told = [*echoed, *named]
+        values: list[float | None] = [float(model.table[row, token]) for token, row in told]
+        tops: list[dict[str, float] | None] = [
+            {f"token_id:{one}": value for one, value in model.likeliest(row, top, token).items()}
+            for token, row in told
+        ]
+        if echoed:
             values[0] = tops[0] = None
         choice["logprobs"] = {
-            "tokens": [f"token_id:{token}" for token, _ in rows],
+            "tokens": [f"token_id:{token}" for token, _ in told],
             "token_logprobs": values,
             "top_logprobs": tops,
         }
     if body.get("prompt_logprobs") is not None:
-        places: list[Any] = [None]
-        for i, token in enumerate(prompt[1:], 1):
-            row = model.logprobs(prompt[:i])
-            order = np.argsort(-row)
-            chosen = {*order[: body["prompt_logprobs"]].tolist(), token}
-            places.append({
-                str(one): {"logprob": float(row[one]), "rank": int((row > row[one]).sum()) + 1}
-                for one in chosen
-            })  # fmt: skip
-        choice["prompt_logprobs"] = places
+        best = int(body["prompt_logprobs"])
+        choice["prompt_logprobs"] = [None] + [
+            {
+                str(one): {"logprob": value, "rank": int(model.rank[row, one]) + 1}
+                for one, value in model.likeliest(row, best, token).items()
+            }
+            for token, row in zip(prompt[1:], before[1:], strict=True)
+        ]
     usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
     return {"object": "text_completion", "choices": [choice], "usage": usage}
 
 
-def best(row: np.ndarray, top: int, own: int) -> dict[str, float]:
-    chosen = {*np.argsort(-row)[:top].tolist(), own}
-    return {f"token_id:{token}": float(row[token]) for token in chosen}
+WORDS = HashModel(len(LETTERS))
 
 
 def chat(body: dict[str, Any]) -> dict[str, Any]:
     """An honest reply of /chat/completions: a few words, greedy."""
-    said: list[str] = []
+    asked = list(json.dumps(body["messages"]).encode())
+    said: list[int] = []
     tokens = []
     for _ in range(min(int(body["max_tokens"]), 3)):
-        row = HashModel(len(LETTERS)).logprobs(json.dumps(body["messages"]) + repr(said))
-        word = f" {LETTERS[int(row.argmax())]}"
-        said.append(word)
-        order = np.argsort(-row)[: int(body.get("top_logprobs") or 0)]
-        top = [{"token": f" {LETTERS[i]}", "logprob": float(row[i])} for i in order]
-        tokens.append({"token": word, "logprob": float(row.max()), "top_logprobs": top})
+        row = WORDS.rows([*asked, *said])[-1]
+        said.append(int(WORDS.order[row, 0]))
+        top = [
+            {"token": f" {LETTERS[one]}", "logprob": value}
+            for one, value in WORDS.likeliest(row, int(body.get("top_logprobs") or 0)).items()
+        ]
+        own = float(WORDS.table[row, said[-1]])
+        tokens.append({"token": f" {LETTERS[said[-1]]}", "logprob": own, "top_logprobs": top})
+    text = "".join(token["token"] for token in tokens)
     choice: dict[str, Any] = {
-        "message": {"role": "assistant", "content": "".join(said)}, "finish_reason": "length",
+        "message": {"role": "assistant", "content": text}, "finish_reason": "length",
     }  # fmt: skip
     if body.get("logprobs"):
         choice["logprobs"] = {"content": tokens}
-    usage = {"prompt_tokens": len(json.dumps(body["messages"])), "completion_tokens": len(said)}
+    usage = {"prompt_tokens": len(asked), "completion_tokens": len(said)}
     return {"object": "chat.completion", "choices": [choice], "usage": usage}
 
 
@@ -280,9 +299,12 @@ def huge_body(connection: socket.socket, reply: dict[str, Any], key: str) -> Non
         connection.sendall(b" " * 2**20)
 
 
+BOMB = gzip.compress(b" " * 2**26, 1)
+
+
 @fault
 def gzip_bomb(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    send(connection, gzip.compress(b" " * 2**26), "200 OK", "content-encoding: gzip")
+    send(connection, BOMB, "200 OK", "content-encoding: gzip")
 
 
 @fault
@@ -292,31 +314,31 @@ def undecodable_encoding(connection: socket.socket, reply: dict[str, Any], key: 
 
 @fault
 def missing_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    reply["choices"][0]["logprobs"] = None
+    reply["choices"][0] |= {"logprobs": None, "prompt_logprobs": None}
     send_json(connection, reply)
 
 
 @fault
 def shifted_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    alter(reply, lambda values: [*values[1:], -1.0])
+    alter(reply, order=lambda values: [values[-1], *values[:-1]])
     send_json(connection, reply)
 
 
 @fault
 def positive_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    alter(reply, lambda values: [-value for value in values])
+    alter(reply, number=lambda value: -value)
     send_json(connection, reply)
 
 
 @fault
 def nan_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    alter(reply, lambda values: [float("nan")] * len(values))
+    alter(reply, number=lambda value: float("nan"))
     send_json(connection, reply)
 
 
 @fault
 def too_few_logprobs(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
-    alter(reply, lambda values: values[:-1])
+    alter(reply, order=lambda values: values[:-1])
     send_json(connection, reply)
 
 
@@ -326,15 +348,33 @@ def prompt_cut_in_silence(connection: socket.socket, reply: dict[str, Any], key:
     send_json(connection, reply)
 
 
-def alter(reply: dict[str, Any], change: Callable[[list[float]], list[float]]) -> None:
-    given = reply["choices"][0]["logprobs"]
+def alter(
+    reply: dict[str, Any],
+    *,
+    number: Callable[[float], float] = lambda value: value,
+    order: Callable[[list[Any]], list[Any]] = lambda values: values,
+) -> None:
+    """Change every log-probability, or their order; given text's move with their tokens' names."""
+    choice = reply["choices"][0]
+    given = choice.get("logprobs") or {}
     if "content" in given:  # of a chat
-        changed = change([token["logprob"] for token in given["content"]])
-        given["content"] = given["content"][: len(changed)]
-        for token, value in zip(given["content"], changed, strict=True):
-            token["logprob"] = value
-    else:
-        given["token_logprobs"] = change(given["token_logprobs"])
+        values = order([number(token["logprob"]) for token in given["content"]])
+        given["content"] = [
+            token | {"logprob": value}
+            for token, value in zip(given["content"], values, strict=False)
+        ]
+    elif given:
+        values = [None if value is None else number(value) for value in given["token_logprobs"]]
+        given["token_logprobs"] = order(values)
+    if choice.get("prompt_logprobs"):
+        choice["prompt_logprobs"] = [
+            place
+            and {
+                token: entry | {"logprob": number(entry["logprob"])}
+                for token, entry in place.items()
+            }
+            for place in order(choice["prompt_logprobs"])
+        ]
 
 
 class FaultyServer:

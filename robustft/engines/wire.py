@@ -267,6 +267,8 @@ def read_echo(payload: bytes, head: Sequence[int], tail: Sequence[int]) -> Force
             raise ValueError("expected a log-probability of every token")
         _require(value <= _SLACK, "log-probabilities of at most 0")
         top = (given.top_logprobs or [None] * count)[place] or {}
+        stated = top.get(given.tokens[place], value)
+        _require(abs(stated - value) <= _SLACK, "log-probabilities that belong to their tokens")
         ordered = sorted({value, *top.values()}, reverse=True)
         second = ordered[1] if len(ordered) > 1 else float("nan")
         rank = 0.0 if top and value >= ordered[0] else float("nan")
