@@ -1,6 +1,8 @@
-// Threads that work for one call: nothing survives a fork, nothing spins, no OpenMP.
+// Threads that work for one call: nothing survives a fork, nothing spins.
 // An exception in any worker stops the others and reaches the caller.
 #pragma once
+
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <atomic>
@@ -139,6 +141,37 @@ void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& 
             lock.lock();
         }
     }
+    monitor.rethrow();
+}
+
+// The same on the OpenMP threads already in the process, for work between two products of a library
+// that uses them: they spin for milliseconds after each, and threads beside them would get half a
+// core. Such a pool does not survive a fork, so it is no place for work that comes alone.
+template <class Body>
+void parallel_for_between_products(std::size_t tasks, unsigned threads, Monitor& monitor,
+                                   Body&& body) {
+    using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+    // The entry point of `#pragma omp parallel` in libgomp, and in LLVM's and Intel's libraries.
+    static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (!parallel || threads <= 1 || tasks <= 1) {
+        parallel_for(tasks, threads, monitor, body);
+        return;
+    }
+    std::atomic<std::size_t> next{0};
+    std::atomic<unsigned> workers{0};
+    auto work = [&]() noexcept {
+        const unsigned worker = workers.fetch_add(1, std::memory_order_relaxed);
+        try {
+            for (std::size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+                monitor.advance(0);
+                body(task, worker);
+            }
+        } catch (const Stopped&) {
+        } catch (...) {
+            monitor.fail(std::current_exception());
+        }
+    };
+    parallel([](void* p) { (*static_cast<decltype(work)*>(p))(); }, &work, threads, 0);
     monitor.rethrow();
 }
 

@@ -137,7 +137,7 @@ class Rows {
 };
 
 template <class Body>
-void for_rows(const Logits& logits, unsigned threads, Body&& body) {
+void for_rows(const Logits& logits, unsigned threads, bool between_products, Body&& body) {
     // Below about 50 microseconds of work a thread costs more than it saves.
     constexpr std::int64_t worth_a_thread = 1 << 17;
     const std::int64_t rows = logits.rows();
@@ -146,15 +146,19 @@ void for_rows(const Logits& logits, unsigned threads, Body&& body) {
     const std::int64_t share =
         std::max<std::int64_t>({1, least, rows / (std::int64_t{16} * threads)});
     const std::int64_t most = 1 + rows * logits.vocab / worth_a_thread;
+    const auto tasks = static_cast<std::size_t>((rows + share - 1) / share);
+    const auto used = static_cast<unsigned>(std::min<std::int64_t>(threads, most));
+    const auto some_rows = [&](std::size_t task, unsigned) {
+        const auto first = static_cast<std::int64_t>(task) * share;
+        for (std::int64_t row = first; row < std::min(rows, first + share); ++row) body(row);
+    };
     Monitor monitor;
-    parallel_for(static_cast<std::size_t>((rows + share - 1) / share),
-                 static_cast<unsigned>(std::min<std::int64_t>(threads, most)), monitor,
-                 [&](std::size_t task, unsigned) {
-                     const auto first = static_cast<std::int64_t>(task) * share;
-                     for (std::int64_t row = first; row < std::min(rows, first + share); ++row) {
-                         body(row);
-                     }
-                 });
+    if (between_products) {
+        // As many as the products use: a pool of another size would be made anew.
+        parallel_for_between_products(tasks, threads, monitor, some_rows);
+    } else {
+        parallel_for(tasks, used, monitor, some_rows);
+    }
 }
 
 void check_targets(const Logits& logits, const std::int64_t* targets, const Options& options) {
@@ -228,7 +232,7 @@ void compute(const Logits& logits, const std::int64_t* targets, const Options& o
              const Stats<Real>& out) {
     check_targets(logits, targets, options);
     const Rows rows(logits, options);
-    for_rows(logits, options.threads, [&](std::int64_t row) {
+    for_rows(logits, options.threads, false, [&](std::int64_t row) {
         const bool has_target = targets && targets[row] != options.ignore_index;
         const std::int64_t target = has_target ? targets[row] : 0;
         const double logit = has_target ? rows.logit(row, target) : nan;
@@ -240,7 +244,7 @@ template <class Real>
 void compute_partials(const Logits& logits, const std::int64_t* targets, const Real* target_logits,
                       const Options& options, const Partials<Real>& out) {
     const Rows rows(logits, options);
-    for_rows(logits, options.threads, [&](std::int64_t row) {
+    for_rows(logits, options.threads, false, [&](std::int64_t row) {
         const double logit = targets ? static_cast<double>(target_logits[row]) : nan;
         const bool has_target = !std::isnan(logit);
         const RowPartial p = rows(row, has_target, has_target ? targets[row] : 0, logit);
@@ -258,7 +262,7 @@ template <class Real>
 void accumulate(const Logits& tile, const std::int64_t* targets, const Real* target_logits,
                 std::int64_t first_column, const Options& options, const Partials<double>& total) {
     const Rows rows(tile, options);
-    for_rows(tile, options.threads, [&](std::int64_t row) {
+    for_rows(tile, options.threads, true, [&](std::int64_t row) {
         const double logit = targets ? static_cast<double>(target_logits[row]) : nan;
         const bool has_target = !std::isnan(logit);
         const std::int64_t target = has_target ? targets[row] - first_column : 0;
@@ -285,7 +289,7 @@ void backward(const Logits& logits, const std::int64_t* targets, const Options& 
     const Rows rows(logits, options);
     const Transform& z = rows.z();
     const std::size_t size = bytes(logits.type);
-    for_rows(logits, options.threads, [&](std::int64_t row) {
+    for_rows(logits, options.threads, false, [&](std::int64_t row) {
         const auto given = [row](const Real* values) {
             return values ? static_cast<double>(values[row]) : 0.0;
         };

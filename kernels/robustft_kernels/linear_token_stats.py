@@ -28,10 +28,8 @@ from robustft_kernels.token_stats import (
 )
 
 # CPU tiles of logits: small enough for the last-level cache, large enough for a fast GEMM. Many
-# rows, because the library packs the weights again for every block of rows; columns by element
-# size: MKL's sgemm loses a third between 1024 and 2048, oneDNN's 16-bit products want more.
-CPU_ROWS = 2048
-CPU_COLUMNS = {2: 3072, 4: 768, 8: 768}
+# rows, because the library packs the weights again for every block of rows.
+CPU_ROWS, CPU_COLUMNS = 2048, 3072
 # Bytes of logits at a time where whole rows are made: on a GPU, and in the backward pass.
 WORKSPACE = 256 << 20
 
@@ -97,9 +95,8 @@ def _tiled(
         levels = target_logits(hidden, weight, bias, target_ids, ignore_index, hidden.dtype)
         levels = levels.to(_wide(hidden))
     out = empty_columns(hidden, torch.Size([n]))
-    step = CPU_COLUMNS[hidden.element_size()]
-    if hidden.element_size() == 2:  # fewer rows, more columns: few switches between two libraries
-        step = min(8 * step, step * CPU_ROWS // max(1, min(n, CPU_ROWS)))
+    # Fewer rows, more columns: a product too small is a slow one.
+    step = min(8 * CPU_COLUMNS, CPU_COLUMNS * CPU_ROWS // max(1, min(n, CPU_ROWS)))
     workspace = hidden.new_empty(min(n, CPU_ROWS) * min(vocab, step))
     for start in range(0, n, CPU_ROWS):
         rows = slice(start, min(n, start + CPU_ROWS))
