@@ -71,8 +71,10 @@ def gate(hidden: Tensor, weight: Tensor, ids: Tensor, design: str) -> str:
     few, wanted = hidden[:4], ids[:4]
     exact = token_stats_reference(few.double() @ weight.double().T, wanted)
     plain = token_stats_reference(few @ weight.T, wanted)
-    slack = float((plain.logprob - exact.logprob).abs().max())  # type: ignore[operator]
-    slack = max(2 * slack, 1e-4)
+    # 16-bit logits err by half a unit each; which output shows it most depends on the rows.
+    outputs = ("entropy", "logprob", "logsumexp", "max_logprob")
+    errors = [(getattr(plain, one) - getattr(exact, one)).abs().max() for one in outputs]
+    slack = max(1.5 * float(max(errors)), 1e-4)
     found = linear_token_stats(few, weight, wanted, design=design)
     problems = violations(found, exact, absolute=slack, relative=slack)
     # Where 16-bit logits tie, argmax and rank may differ from exact ones.
