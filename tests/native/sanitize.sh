@@ -13,7 +13,7 @@ for sanitizer in address,undefined thread; do
         -DROBUSTFT_NATIVE_TESTS=ON -DCMAKE_CXX_FLAGS="-fsanitize=$sanitizer -fno-omit-frame-pointer" \
         -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
         -DPython_EXECUTABLE="$(command -v "$python")" >"$build/log" || { cat "$build/log"; exit 1; }
-    cmake --build "$build/$sanitizer" --target native_tests --parallel >"$build/log" ||
+    cmake --build "$build/$sanitizer" --target native_tests --parallel "$(nproc)" >"$build/log" ||
         { cat "$build/log"; exit 1; }
     ctest --test-dir "$build/$sanitizer" --output-on-failure
 done
