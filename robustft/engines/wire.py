@@ -238,6 +238,11 @@ def read_prompt_logprobs(payload: bytes, head: Sequence[int], tail: Sequence[int
         raise ValueError("expected prompt_logprobs, found none")
     total = len(head) + len(tail)
     _require(len(given) == total, f"prompt_logprobs of {total} tokens", len(given))
+    # A shifted row may hold the token by accident: then its neighbours in the head betray it.
+    named = all(
+        place is None or str(token) in place for place, token in zip(given, head, strict=False)
+    )
+    _require(named, "log-probabilities of the tokens that were sent")
     rows = []
     for place, token in zip(given[len(head) :], tail, strict=True):
         own = (place or {}).get(str(token))

@@ -186,7 +186,7 @@ def _perplexity(rows: Sequence[Row]) -> Any:
                       histtype="step", lw=1.4,
                       label=f"{row.name} (median {np.median(found):.2f})")  # fmt: skip
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 100 else (1,)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(_title(*key), fontsize=9)
