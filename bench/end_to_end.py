@@ -3,8 +3,8 @@
     python bench/end_to_end.py ../shared/data/fpb runs/fpb50/cleaned.csv --work runs/end_to_end
         --out bench/results/end_to_end.csv
 
-The folder holds `labeled.csv`, `noisy50.csv` (same rows) and `test.csv`. Every arm trains on the
-same number of records for the same number of steps. A killed run goes on where it stopped; several
+The folder holds `labeled.csv`, `noisy50.csv` (same rows) and `test.csv`. Every arm trains for the
+same number of steps. A killed run goes on where it stopped; several
 processes may share the work (`--arms`, `--seeds`), the table holds whatever is finished.
 
     recovered = (cleaned - noisy) / (clean - noisy)
@@ -36,7 +36,7 @@ def run(arm: str, data: Path, test: Path, seed: int, options: argparse.Namespace
     trained = train(
         TrainConfig(
             input=str(data), out=folder / "adapter", seed=seed, limit=options.limit,
-            epochs=options.epochs, batch_size=options.batch_size, top_layers=options.top_layers,
+            steps=options.steps, batch_size=options.batch_size, top_layers=options.top_layers,
             learning_rate=options.learning_rate, engine=engine,
         )
     )  # fmt: skip
@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--test", type=Path, help="another test file")
-    parser.add_argument("--limit", type=int, default=600, help="records of every arm")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--limit", type=int, help="only the first records of every arm")
+    parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--top-layers", type=int, default=12)
+    parser.add_argument("--top-layers", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     files = {

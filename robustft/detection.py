@@ -104,12 +104,22 @@ class Conclusion:
         these labels than the corpus itself does, and so would its context-enhanced answer and its
         review.
         """
-        learnt = sum(w for name, w in self.weights.items() if name not in _PANEL)
-        if not self.pooled.shape[1] or record.options is None or learnt <= 0.5:
+        if record.options is None or not self._outranks_the_panel:
             return None
         row = self.pooled[record.index]
         best = int(row.argmax())
         return LETTERS[best], -math.log(max(float(row[best]), 1e-12))
+
+    def own_labels(self) -> NDArray[np.int64]:
+        """[N] option of every `own_label`; -1 where there is none."""
+        if not self._outranks_the_panel:
+            return np.full(len(self.pooled), -1)
+        return np.where(self.pooled.any(1), self.pooled.argmax(1), -1)
+
+    @property
+    def _outranks_the_panel(self) -> bool:
+        learnt = sum(w for name, w in self.weights.items() if name not in _PANEL)
+        return self.pooled.shape[1] > 0 and learnt > 0.5
 
 
 class Detector(Protocol):

@@ -365,13 +365,22 @@ class Selection:
 
 
 def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion) -> Selection:
-    """The most confident share of all denoised records."""
+    """The most confident share of all denoised records.
+
+    Where the crowd settled the labels, of every label: it is surest of the commonest one, and the
+    rare ones would all but vanish from the training set.
+    """
     parts = [Published(shard.phase("relabeled"))["nll"] for shard in shards]
     nll = np.concatenate(parts)
     labelled = ~np.isnan(nll)
     positions, nll = np.flatnonzero(conclusion.noisy)[labelled], nll[labelled]
     beta = 1.0 if "selection" in config.without else config.beta
-    mask, threshold = select_confident(nll, beta)
+    labels = conclusion.own_labels()[positions]
+    mask = np.zeros(len(nll), np.bool_)
+    for label in np.unique(labels):
+        same = np.flatnonzero(labels == label)
+        mask[same[select_confident(nll[same], beta)[0]]] = True
+    threshold = float(nll[mask].max()) if mask.any() else math.nan
     selected = np.zeros(len(conclusion.noisy), np.bool_)
     selected[positions[mask]] = True
     finite = np.isfinite(nll)

@@ -371,6 +371,27 @@ def test_the_crowd_corrects_a_corpus_with_fixed_options(tmp_path: Path) -> None:
     assert result.counts["relabel"] > 60
 
 
+def test_selection_keeps_its_share_of_every_label_that_the_crowd_settled(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = []
+    for i in range(400):
+        label = rng.choice((0, 0, 0, 0, 0, 0, 1, 1, 2))
+        words = rng.choices(("zebra zoo", "quick quiz", "happy yarn")[label].split(), k=5)
+        given = label if rng.random() > 0.3 else (label + rng.choice((1, 2))) % 3
+        rows.append({"question": f"{' '.join(words)} {i}", "options": ["x", "y", "z"],
+                     "answer": "ABC"[given]})  # fmt: skip
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    run(source, tmp_path / "out", detector="crowd", beta=0.5)
+    settled: dict[str, list[bool]] = {}
+    for verdict in read_jsonl(tmp_path / "out/verdicts.jsonl"):
+        if verdict["verdict"] == "noisy":
+            label = verdict["reason"].removeprefix("crowd: ")[0]
+            settled.setdefault(label, []).append(verdict["action"] == "relabel")
+    assert set(settled) == set("ABC")
+    for kept in settled.values():
+        assert sum(kept) == int(0.5 * len(kept) + 0.5)
+
+
 def test_experts_at_chance_change_nothing_and_say_so(tmp_path: Path) -> None:
     rows = [row | {"options": [f"{i} {o}" for o in "xyz"]} for i, row in
             enumerate(choice_rows(300))]  # fmt: skip

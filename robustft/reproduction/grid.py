@@ -31,8 +31,12 @@ def reproduce(config: ReproduceConfig) -> str:
     Called again it reads what is there; killed, it goes on where it was. Returns what to print.
 
     Raises:
-        UserError: a name is unknown, or the folder cannot be written.
+        UserError: a name is unknown, there is no folder of data, or none can be written.
     """
+    if config.data is not None and not Path(config.data).is_dir():
+        raise UserError(
+            f"--data {config.data}: expected a folder with one folder a task, found none"
+        )
     study = STUDIES[config.what](config)
     if config.dry_run:
         return estimate(study, config)

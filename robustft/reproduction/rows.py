@@ -167,8 +167,8 @@ def _cell(row: Row | None, best: float | None, deviation: bool) -> str:
     if row.name.startswith("↑"):
         return f"{row.mean:+.1f} %"
     low, high = row.interval
-    star = "*" if any(outcome.powerless for outcome in row.outcomes) else ""
-    text = f"{row.mean:.1f}{star}"
+    star = r"\*" if any(outcome.powerless for outcome in row.outcomes) else ""
+    text = f"{row.mean:.1f}"
     text = f"**{text}**" if best is not None and row.mean >= best else text
     spread = f" ± {row.deviation:.1f}" if deviation else f" [{low:.1f}, {high:.1f}]"
-    return f"{text}{spread}{printed}"
+    return f"{text}{star}{spread}{printed}"

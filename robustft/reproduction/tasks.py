@@ -62,8 +62,6 @@ def task_files(task: Task, noise: int, seed: int, data: str | None, work: Path) 
     Raises UserError where neither the folder nor the hub has the data.
     """
     folder = None if data is None else Path(data) / task.name
-    if data is not None and not Path(data).is_dir():
-        raise UserError(f"{data}: expected a folder with one folder a task, found none")
     labeled = folder and _find(folder, "labeled")
     test = folder and _find(folder, "test")
     if not labeled or not test:
