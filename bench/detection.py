@@ -241,13 +241,22 @@ def choice_cells(
             continue  # letters that mean something else in every question, and nobody to ask
         records = records[: len(said) or None]
         panel = {
-            expert: np.stack([option_probabilities(one[expert], len(r.options or ()))
-                              for one, r in zip(said, records, strict=True)])
-            for expert in ("base", "reasoned") if said and expert in said[0]
-        }  # fmt: skip
+            expert: padded([one[expert] for one in said], records)
+            for expert in ("base", "reasoned")
+            if said and expert in said[0]
+        }
         yield from label_rows(cell, records, truth[: len(records)], panel, taught)
         if said:
             yield paper_row(cell, records, truth[: len(records)], said)
+
+
+def padded(said: list[Opinion], records: list[Record]) -> np.ndarray:
+    """[N, C] probabilities of the options, zero beyond those that a record has."""
+    counts = [len(record.options or ()) for record in records]
+    found = np.zeros((len(records), max(counts)))
+    for row, one, count in zip(found, said, counts, strict=True):
+        row[:count] = option_probabilities(one, count)
+    return found
 
 
 def flipped(clean: list[Record], rate: float, seed: int) -> list[Record]:
