@@ -389,6 +389,7 @@ class FaultyServer:
         self.edit: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, reply: None
         self.tries: Counter[int] = Counter()
         self.requests = 0
+        self.open = 0  # connections
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -409,12 +410,17 @@ class FaultyServer:
 
     def _serve(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            self.open += 1
         try:
             with connection, connection.makefile("rb") as incoming:
                 while self._exchange(connection, incoming):
                     pass
         except (OSError, ValueError):
             pass  # the client went away, which the faults invite
+        finally:
+            with self._lock:
+                self.open -= 1
 
     def _exchange(self, connection: socket.socket, incoming: Any) -> bool:
         words = incoming.readline().split()

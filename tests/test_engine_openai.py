@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import logging
 import socket
@@ -221,6 +222,25 @@ def test_requests_in_flight_are_bounded(server: FaultyServer, tiny_model: Path) 
     made = engine(server, tiny_model)
     made.choose(*questions(100))
     assert 1 < server.most_at_once <= 16
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_client_leaves_no_thread_and_no_connection(server: FaultyServer, closed: bool) -> None:
+    made = client(server)
+    made.ask("/models", None, bytes)
+    thread = made._thread
+    assert server.open == 1
+    if closed:
+        made.close()
+        made.close()
+    del made
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    patience = time.monotonic() + 10
+    while server.open and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert server.open == 0
 
 
 # --- faults ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -85,8 +86,14 @@ class JsonClient:
         self._last_failure = ""
         self._concurrency = concurrency
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="robustft-http", daemon=True).start()
+        self._thread = threading.Thread(
+            target=_turn, args=(self._loop,), name="robustft-http", daemon=True
+        )
+        self._thread.start()
         self._http = self._run(self._open())
+        # A client that is dropped takes its connections and its thread with it.
+        self._end = weakref.finalize(self, _end, self._loop, self._http)
+        self._end.atexit = False
 
     async def _open(self) -> httpx2.AsyncClient:
         self._free = asyncio.Semaphore(self._concurrency)
@@ -107,9 +114,8 @@ class JsonClient:
 
     def close(self) -> None:
         """Close the connections and end the thread."""
-        if not self._loop.is_closed():
-            self._run(self._http.aclose())
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._end()
+        self._thread.join()
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """`work`, done on the client's own loop: the caller may be running one itself."""
@@ -243,6 +249,18 @@ class JsonClient:
             text = text.replace(self._key, "[key]")
         line = " ".join(text.split())[:300]
         return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    """What a client's thread does: turn the loop until it is stopped."""
+    loop.run_forever()
+    loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, http: httpx2.AsyncClient) -> None:
+    """Close the connections, then stop the loop; waits for neither, as any thread may collect."""
+    closing = asyncio.run_coroutine_threadsafe(http.aclose(), loop)
+    closing.add_done_callback(lambda _: loop.stop())
 
 
 def checked_address(base_url: str) -> str:
