@@ -232,7 +232,7 @@ def test_no_agreement_is_powerless() -> None:
 def test_the_gradient_of_the_open_model() -> None:
     partitions, _ = witnesses(2, [0.5, 0.6, 0.3, 0.8], 200, 3)
     patterns = open_answers._Patterns(partitions, np.ones(len(partitions)))
-    at = np.array([0.3, -0.4, 0.8, 0.1, 0.2, 1.0])
+    at = np.array([0.3, -0.4, 0.8, 0.1, 0.2, 1.0, 0.4])
     _, gradient, _, _ = open_answers._evaluate(at, patterns)
     for k in range(len(at)):
         step = np.zeros(len(at))
@@ -245,7 +245,7 @@ def test_the_gradient_of_the_open_model() -> None:
 def test_partition_probabilities_sum_to_one() -> None:
     every = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]])
     patterns = open_answers._Patterns(every, np.ones(5))
-    at = np.array([0.3, -0.4, 0.8, 0.2, 1.0])
+    at = np.array([0.3, -0.4, 0.8, 0.2, 1.0, 0.4])
     total = 0.0
     for row in range(5):
         one = open_answers._Patterns(every[row : row + 1], np.ones(1))

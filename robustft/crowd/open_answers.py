@@ -5,13 +5,12 @@ of one question, with x ~ N(0, 1) its difficulty and c the witnesses that are ri
 
     p(witness k is right | x) = sigmoid(a_k - s x)      Rasch 1960; GLAD, Whitehill et al. 2009
     right answers are the same; wrong ones coincide as guests of a Chinese restaurant (Ewens 1972)
-    with concentration t, whose logarithm varies from question to question: some questions have a
-    favourite wrong answer
+    with concentration t, log t ~ N(log t0, f): some questions have a favourite wrong answer
 
-Abilities a, spread s and concentration t are those that make the partitions seen most likely, under
-weak priors; the corpus' noise rate is how often witness 0, the given answer, is wrong. No truth is
-used: three witnesses that agree more often than wrong answers coincide reveal how good each is
-(Dawid and Skene 1979).
+Abilities a, spread s, concentration t0 and f are those that make the partitions seen most likely,
+under weak priors; the corpus' noise rate is how often witness 0, the given answer, is wrong. No
+truth is used: three witnesses that agree more often than wrong answers coincide reveal how good
+each is (Dawid and Skene 1979).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _ABILITY = (0.0, 1.5)  # a_k ~ N(0, 1.5), in logits
 _GIVEN_BESIDE_ONE = (1.4, 1.0)
 _LOG_SPREAD = (float(np.log(1.5)), 0.5)  # log s ~ N(log 1.5, 0.5)
 _LOG_CONCENTRATION = (1.5, 0.2)  # log t, typical question: two wrong answers coincide at 18 %
-_FAVOURITES = 1.4  # standard deviation of log t from question to question
+_LOG_FAVOURITES = (float(np.log(1.4)), 1.0)  # log of log t's deviation between questions
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
 
 Partitions = NDArray[np.int64]  # [N, K] cluster of every witness, numbered by first appearance
@@ -47,7 +46,6 @@ def _normal_grid(points: int) -> tuple[Floats, Floats]:
 
 _DIFFICULTY, _DIFFICULTY_LOG = _normal_grid(15)
 _FAVOURITE, _FAVOURITE_LOG = _normal_grid(7)
-_FAVOURITE *= _FAVOURITES
 
 
 def partition(said: Sequence[str | None], kind: Kind) -> list[int]:
@@ -82,9 +80,13 @@ class _Patterns:
         self.wrong_clusters = self.possible[:, :-1].sum(1, keepdims=True) - (size > 0)
         self.wrong = witnesses - size
 
-    def coincidence(self, log_concentration: float) -> tuple[Floats, Floats]:
-        """([P, K + 1] log-probability that the wrong answers coincide as they do, its slope)."""
-        logs = log_concentration + _FAVOURITE
+    def coincidence(self, log_concentration: float, favourites: float) -> tuple[Floats, Floats]:
+        """[P, K + 1] log-probability that the wrong answers coincide as they do.
+
+        With it [2, P, K + 1] its slopes by log t0 and by log f.
+        """
+        deviation = favourites * _FAVOURITE
+        logs = log_concentration + deviation
         concentration = np.exp(logs)
         wrong, clusters = self.wrong[..., None], self.wrong_clusters[..., None]
         terms = _FAVOURITE_LOG + clusters * logs + gammaln(concentration)
@@ -93,8 +95,9 @@ class _Patterns:
         slopes = clusters - concentration * (
             digamma(concentration + wrong) - digamma(concentration)
         )
-        slope = (np.exp(terms - total[..., None]) * slopes).sum(2)
-        return np.where(self.possible, total + self.orders, -np.inf), slope
+        slopes *= np.exp(terms - total[..., None])
+        by = np.stack([slopes.sum(2), slopes @ deviation])
+        return np.where(self.possible, total + self.orders, -np.inf), by
 
 
 def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
@@ -140,9 +143,9 @@ def _speaks(agreeing: Floats, count: int) -> bool:
 
 
 def _fit(patterns: _Patterns) -> tuple[Floats, float]:
-    """Abilities, log s and log t with the highest posterior; standard error of ability 0."""
+    """Abilities, log s, log t0, log f with the highest posterior; standard error of ability 0."""
     witnesses = patterns.right.shape[2]
-    prior = [_ABILITY] * witnesses + [_LOG_SPREAD, _LOG_CONCENTRATION]
+    prior = [_ABILITY] * witnesses + [_LOG_SPREAD, _LOG_CONCENTRATION, _LOG_FAVOURITES]
     if witnesses == 2:
         prior[0] = _GIVEN_BESIDE_ONE
     centre, width = np.array(prior).T
@@ -166,10 +169,10 @@ def _fit(patterns: _Patterns) -> tuple[Floats, float]:
 
 def _evaluate(flat: Floats, patterns: _Patterns) -> tuple[float, Floats, Floats, Floats]:
     """(log-evidence, its gradient, [P] probability that the given answer is right, [K] mean)."""
-    abilities, spread, log_concentration = flat[:-2], np.exp(flat[-2]), float(flat[-1])
+    abilities, (spread, favourites) = flat[:-3], np.exp(flat[[-3, -1]])
     scores = abilities - spread * _DIFFICULTY[:, None]  # [Q, K]
     nobody = -np.logaddexp(0.0, scores).sum(1) + _DIFFICULTY_LOG  # [Q] all wrong, and x
-    coincidence, slope = patterns.coincidence(log_concentration)
+    coincidence, slopes = patterns.coincidence(float(flat[-2]), favourites)
     gains = np.einsum("pck,qk->pcq", patterns.right, scores)
     joint = nobody + gains + coincidence[..., None]  # [P, K + 1, Q]
     total = logsumexp(joint, axis=(1, 2))
@@ -180,8 +183,7 @@ def _evaluate(flat: Floats, patterns: _Patterns) -> tuple[float, Floats, Floats,
     surplus = np.einsum("p,pcq,pck->qk", counts, posterior, patterns.right)
     surplus = surplus - at[:, None] * expit(scores)  # [Q, K] right beyond expectation
     by_spread = -float(spread * (surplus.sum(1) @ _DIFFICULTY))
-    by_concentration = float(counts @ (who * slope).sum(1))
-    gradient = np.concatenate([surplus.sum(0), [by_spread, by_concentration]])
+    gradient = np.concatenate([surplus.sum(0), [by_spread], (who * slopes).sum(2) @ counts])
     right = np.einsum("pc,pck->pk", who, patterns.right)
     mean = counts @ right / counts.sum()
     return float(counts @ total), gradient, right[:, 0], mean
