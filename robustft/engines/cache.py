@@ -1,4 +1,4 @@
-"""A key-value cache that is written in place: decoding copies no past, step after step."""
+"""Key-value caches: one written in place, as decoding copies no past, and one that is only read."""
 
 from __future__ import annotations
 
@@ -48,6 +48,35 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             store[..., past:length, :] = new
         self.keys, self.values = (store[..., :length, :] for store in self._stores)
         return self.keys, self.values
+
+
+class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A beginning [1, heads, tokens, width] of all rows; what comes after it is not kept."""
+
+    def __init__(self, of: DynamicLayer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        keys: Any = of.keys
+        self.lazy_initialization(keys, keys)
+        self.keys, self.values = of.keys, of.values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The beginning and the states given, of every row."""
+        held: tuple[Any, Any] = (self.keys, self.values)
+        rows = len(key_states)
+        keys, values = (
+            torch.cat([begin.expand(rows, -1, -1, -1), new], dim=-2)
+            for begin, new in zip(held, (key_states, value_states), strict=True)
+        )
+        return keys, values
+
+
+def shared_prefix(cache: DynamicCache) -> DynamicCache:
+    """`cache` of one row, for any number of rows that go on from it in a single pass."""
+    layers: list[Any] = cache.layers
+    cache.layers = [PrefixLayer(layer) for layer in layers]
+    return cache
 
 
 def growing_cache(model: Any, room: int) -> DynamicCache | None:

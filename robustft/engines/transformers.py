@@ -21,7 +21,7 @@ import torch
 from robustft.config import EngineConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore, TokenValues
-from robustft.engines.cache import growing_cache
+from robustft.engines.cache import growing_cache, shared_prefix
 from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
 from robustft.models import find_model, has_plain_cache, load_causal_lm, load_tokenizer
@@ -29,9 +29,9 @@ from robustft_kernels import linear_token_stats, token_stats
 
 _T = TypeVar("_T")
 _MIN_SHARED = 16  # tokens; computing fewer once is not worth a second pass
-_CPU_BATCH_TOKENS = 8192
+_CPU_BATCH_TOKENS = 12288
 _CUDA_BATCH_TOKENS = 131072
-_MAX_ROWS = {"cpu": 32, "cuda": 512}
+_MAX_ROWS = {"cpu": 96, "cuda": 512}
 
 
 class _TokenRecorder:
@@ -163,13 +163,18 @@ class TransformersEngine:
         middle = len(rows) // 2
         return self._with_back_off(rows[:middle], ask) + self._with_back_off(rows[middle:], ask)
 
-    def _left_padded(self, encoded: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    def _left_padded(
+        self, encoded: Sequence[Sequence[int]], shared: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs [rows, width]; padding stands after the first `shared` tokens of a row."""
         width = max(map(len, encoded))
         ids = torch.full((len(encoded), width), self._pad, dtype=torch.long)
         mask = torch.zeros((len(encoded), width), dtype=torch.long)
         for row, tokens in enumerate(encoded):
-            ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask[row, width - len(tokens) :] = 1
+            tail = width - len(tokens) + shared
+            ids[row, :shared] = torch.tensor(tokens[:shared], dtype=torch.long)
+            ids[row, tail:] = torch.tensor(tokens[shared:], dtype=torch.long)
+            mask[row, :shared] = mask[row, tail:] = 1
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._takes_positions:
             # Positions that are learnt or absolute must not count the padding.
@@ -200,7 +205,13 @@ class TransformersEngine:
         processors: list[Any] = [recorder]
         if self.temperature > 0:
             processors.append(_GumbelSampler(self.temperature, seeds))
-        inputs = self._left_padded(encoded)
+        shared = self._shared(encoded, before=min(map(len, encoded)) - 1)
+        inputs = self._left_padded(encoded, shared)
+        cache = growing_cache(self.model, max_new_tokens)
+        if shared and cache is not None:
+            start = inputs["input_ids"][:1, :shared]
+            self.model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(encoded))
         # A config of our own: a model folder's generation_config must not change the method.
         make: Any = transformers.GenerationConfig
         settings = make(
@@ -212,7 +223,7 @@ class TransformersEngine:
         inputs.pop("position_ids", None)  # `generate` counts for itself
         output = self.model.generate(
             **inputs,
-            past_key_values=growing_cache(self.model, max_new_tokens),
+            past_key_values=cache,
             generation_config=settings,
             logits_processor=transformers.LogitsProcessorList(processors),
         )
@@ -282,12 +293,17 @@ class TransformersEngine:
 
     def _last_logits(self, encoded: Sequence[list[int]]) -> torch.Tensor:
         """[rows, vocabulary] after the last token of each sequence."""
+        ends = [len(ids) - 1 for ids in encoded]
+        if self.trunk is None and self._use_linear_head():
+            at = self._states_at(encoded, list(range(len(encoded))), ends, before=min(ends))
+            head: torch.Tensor = self.model.get_output_embeddings().weight
+            return at @ head.T
         if self.trunk is None:
             inputs = self._left_padded(encoded)
             logits: torch.Tensor = self.model(**inputs, logits_to_keep=1, use_cache=False).logits
             return logits[:, -1, :]
         states = self.trunk.states([np.array(ids, np.int32) for ids in encoded])
-        last = torch.tensor([len(ids) - 1 for ids in encoded], device=self.device)
+        last = torch.tensor(ends, device=self.device)
         return self.trunk.logits(states, torch.arange(len(encoded), device=self.device), last)
 
     @torch.inference_mode()
@@ -347,16 +363,15 @@ class TransformersEngine:
         allows. Then rows are padded on the right: under causal attention no token sees padding.
         """
         decoder = self.model.get_decoder()
-        shared = len(os.path.commonprefix(list(whole))[: max(before, 0)])  # noqa: RUF071 - lists
-        if len(whole) < 2 or shared < _MIN_SHARED or not self._has_plain_cache():
+        shared = self._shared(whole, before)
+        if not shared:
             inputs = self._left_padded(whole)
             width = inputs["input_ids"].shape[1]
             places = [width - len(whole[row]) + c for row, c in zip(rows, columns, strict=True)]
             left: torch.Tensor = decoder(**inputs, use_cache=False).last_hidden_state
             return left[rows, places]
         start = torch.tensor([whole[0][:shared]], device=self.device)
-        cache = decoder(input_ids=start, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(whole))
+        cache = shared_prefix(decoder(input_ids=start, use_cache=True).past_key_values)
         ids = torch.full((len(whole), max(map(len, whole)) - shared), self._pad, dtype=torch.long)
         for row, tokens in enumerate(whole):
             ids[row, : len(tokens) - shared] = torch.tensor(tokens[shared:])
@@ -365,10 +380,15 @@ class TransformersEngine:
         ).last_hidden_state
         return states[rows, [column - shared for column in columns]]
 
-    def _has_plain_cache(self) -> bool:
+    def _shared(self, encoded: Sequence[Sequence[int]], before: int) -> int:
+        """How many first tokens, up to `before`, all rows share and are worth computing once."""
+        common: Any = os.path.commonprefix(list(encoded))  # type: ignore[arg-type]  # noqa: RUF071
+        shared = len(common[: max(before, 0)])
+        if len(encoded) < 2 or shared < _MIN_SHARED:
+            return 0
         if self._plain_cache is None:
             self._plain_cache = has_plain_cache(self.model)
-        return self._plain_cache
+        return shared if self._plain_cache else 0
 
     def _use_linear_head(self) -> bool:
         """Whether logits are exactly `lm_head(hidden)` (no soft cap, scale or bias), once seen.
