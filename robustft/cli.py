@@ -133,6 +133,7 @@ def _clean_config(options: argparse.Namespace) -> Any:
         engine=_engine_config(options),
         experts=ExpertConfig(
             rounds=options.rounds,
+            samples=options.samples,
             reasoning_tokens=options.reasoning_tokens,
             answer_tokens=options.answer_tokens,
             choice=options.choice,

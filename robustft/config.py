@@ -71,6 +71,7 @@ class ExpertConfig:
     """How the experts are asked (paper, eq. 1, 2, 5, 6)."""
 
     rounds: int = 2  # alternations of reasoning and reflection (eq. 2)
+    samples: int = 1  # chains of reasoning whose answers are made into one (self-consistency)
     reasoning_tokens: int = 64  # at most, for each reasoning and each reflection
     answer_tokens: int = 128  # at most, for one free-text answer
     choice: Literal["likelihood", "generate"] = "likelihood"  # how a lettered answer is read
@@ -78,6 +79,7 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
+        _require(self.samples >= 1, "samples", "at least 1", self.samples)
         _require(
             self.reasoning_tokens >= 1, "reasoning_tokens", "at least 1", self.reasoning_tokens
         )
@@ -116,6 +118,9 @@ class CleanConfig:
         _require(self.detector in DETECTORS, "detector", known, self.detector)
         known = f"one of {', '.join(RETRIEVERS)}"
         _require(self.retriever in RETRIEVERS, "retriever", known, self.retriever)
+        differ = self.experts.samples == 1 or self.engine.temperature > 0
+        greedy = "1 at temperature 0, where all samples are the same (see --temperature)"
+        _require(differ, "samples", greedy, self.experts.samples)
         for name in self.without:
             _require(name in ABLATIONS, "without", f"one of {', '.join(ABLATIONS)}", name)
 

@@ -18,6 +18,7 @@ import numpy as np
 from robustft import answers, prompts
 from robustft.answers import Kind
 from robustft.config import ExpertConfig
+from robustft.consensus import consensus
 from robustft.engines import Choice, Engine, Failure, Generation, Prompt
 from robustft.records import Record
 from robustft.store import UNIT_ROWS, Opinion, Said, Stopwatch, Store
@@ -93,11 +94,34 @@ class Panel:
     def reasoning(self, records: Sequence[Record]) -> list[Opinion]:
         """The answer after `rounds` alternations of reasoning and reflection (eq. 2).
 
-        Every step sees all earlier ones; the opinion's text is the last reasoning.
+        Every step sees all earlier ones. With several `samples` all of that is done as often, and
+        the answers are made into one.
         """
+        samples = self._config.samples
+        if samples == 1:
+            return self._reasoned(records, 0)
+        stored = self._store.opinions(self.unit, "reasoned")
+        settled = [stored.get(record.index % UNIT_ROWS) for record in records]
+        if all(settled):
+            self._progress("reasoned", samples * len(records))
+            for expert in ("reasoning", "reflection"):
+                self._progress(expert, samples * self._config.rounds * len(records))
+            return [one.opinion for one in settled if one]
+        chains = [self._reasoned(records, sample) for sample in range(1, samples + 1)]
+        found = [
+            consensus(said, prompts.LETTERS, record_kind(record))
+            for record, said in zip(records, zip(*chains, strict=True), strict=True)
+        ]
+        said = [Said(r.index % UNIT_ROWS, "", one) for r, one in zip(records, found, strict=True)]
+        self._store.add(self.unit, "reasoned", 0, said, 0.0, questions=0)
+        return found
+
+    def _reasoned(self, records: Sequence[Record], sample: int) -> list[Opinion]:
+        """The answer after one chain of reasoning and reflection; `sample` 0: the only one."""
         transcripts: list[list[str]] = [[] for _ in records]
         failures = [""] * len(records)
-        for round_ in range(1, self._config.rounds + 1):
+        first = 1 + max(sample - 1, 0) * self._config.rounds
+        for round_ in range(first, first + self._config.rounds):
             for expert, build in (
                 ("reasoning", prompts.reasoning_prompt),
                 ("reflection", prompts.reflection_prompt),
@@ -117,8 +141,8 @@ class Panel:
                     transcript.append(said.text.strip())
                 failures = [said.failure for said in replies]
         return self._ask(
-            "reasoned",
-            0,
+            "sampled" if sample else "reasoned",
+            sample,
             records,
             [
                 self._answer_question(

@@ -231,6 +231,11 @@ def _add_expert_options(parser: Parser) -> None:
         help="alternations of reasoning and reflection",
     )  # fmt: skip
     group.add_argument(
+        "--samples", type=_positive, default=1, metavar="N",
+        help="chains of reasoning, sampled at --temperature, whose answers are made into one "
+        "(self-consistency)",
+    )  # fmt: skip
+    group.add_argument(
         "--reasoning-tokens", type=_positive, default=64, metavar="N",
         help="longest reasoning and longest reflection",
     )  # fmt: skip

@@ -68,7 +68,8 @@ class Effort:
         """Work of detection."""
         total = self.of("base")
         if "rel" not in self.config.without:
-            total += self.of("reasoned") + 2 * self.config.experts.rounds * self.of("reasoning")
+            chain = self.of("reasoned") + 2 * self.config.experts.rounds * self.of("reasoning")
+            total += self.config.experts.samples * chain
         return total + ("checker" not in self.config.without) * self.of("checker")
 
     @property

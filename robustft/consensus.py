@@ -1,0 +1,66 @@
+"""Several sampled opinions of one expert made into one: self-consistency (Wang et al. 2022).
+
+arXiv 2203.11171 marginalises the reasoning out: the answer that most sampled paths lead to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from robustft import crowd
+from robustft.answers import Kind
+from robustft.store import Opinion
+
+
+def consensus(samples: Sequence[Opinion], names: Sequence[str], kind: Kind) -> Opinion:
+    """One opinion for the samples of one expert on one record, the tokens of all added up.
+
+    Parameters
+    ----------
+    samples: at least one; where one has failed, so has the whole.
+    names: the options that `Opinion.probabilities` stand for.
+    kind: of the answers, which says when two are the same.
+
+    Probabilities are averaged, and the likeliest option is the answer. Answers read from text are
+    grouped, and the largest group's surest member speaks for it (ties: the surer group, then the
+    earlier). Either way exp(-nll) is a probability over samples: the mean one of the answer, or the
+    group's share times its mean likelihood a token.
+    """
+    failed = next((one.failure for one in samples if one.failure), "")
+    if failed:
+        return Opinion(None, failure=failed)
+    read = sum(one.prompt_tokens for one in samples)
+    written = sum(one.new_tokens for one in samples)
+    shares = [one.probabilities for one in samples if one.probabilities is not None]
+    if len(shares) == len(samples):
+        mean = np.mean(shares, axis=0)
+        best = int(mean.argmax())
+        return Opinion(
+            names[best], text=samples[0].text, nll=-math.log(max(float(mean[best]), 1e-12)),
+            entropy=float(np.mean([one.entropy for one in samples])),
+            probabilities=tuple(round(share, 6) for share in mean.tolist()),
+            prompt_tokens=read, new_tokens=written,
+        )  # fmt: skip
+    spoken = [one for one in samples if one.answer is not None]
+    if not spoken:
+        return samples[0]._replace(prompt_tokens=read, new_tokens=written)
+    groups = crowd.partition([one.answer for one in spoken], kind)
+    sizes = Counter(groups)
+
+    def doubt(group: int) -> float:
+        known = [one.nll for one, mine in zip(spoken, groups, strict=True) if mine == group]
+        return float(np.mean(known))
+
+    best = min(sizes, key=lambda group: (-sizes[group], _last_if_nan(doubt(group)), group))
+    members = [one for one, mine in zip(spoken, groups, strict=True) if mine == best]
+    speaker = min(members, key=lambda one: _last_if_nan(one.nll))
+    nll = doubt(best) - math.log(len(members) / len(samples))
+    return speaker._replace(nll=nll, prompt_tokens=read, new_tokens=written)
+
+
+def _last_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else value
