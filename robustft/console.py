@@ -45,7 +45,7 @@ def print_clean_summary(result: CleanResult) -> None:
     for action, meaning in (
         ("keep", "as given"),
         ("relabel", "new answer from the experts"),
-        ("drop", "noisy, and no new answer was confident enough"),
+        ("drop", "no answer, given or new, was confident enough"),
         ("rejected", f"could not be read: see {out / 'rejects.jsonl'}"),
     ):
         if counts[action] or action != "rejected":

@@ -49,6 +49,7 @@ from robustft.shards import Published, Shard, publish
 from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
 
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
+_CERTAIN = 0.7  # an answer found clean is kept at any rate where it is right with this probability
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -357,9 +358,10 @@ def _on_the_clean_set(config: CleanConfig, found: Conclusion) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which denoised records are kept (eq. 8)."""
+    """Which records stay in the training set (eq. 8)."""
 
-    selected: NDArray[np.bool_]  # [N] by position
+    selected: NDArray[np.bool_]  # [N] by position: denoised, and kept
+    doubtful: NDArray[np.bool_]  # [N] found clean, but less certain than the new labels kept
     kept: NDArray[np.float64]  # response entropy of those kept, nats
     dropped: NDArray[np.float64]  # and of those dropped for it
     threshold: float  # the largest kept, nats; NaN where nothing is
@@ -369,23 +371,31 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
     """The most confident share of all denoised records.
 
     Where the crowd settled the labels, of every label: it is surest of the commonest one, and the
-    rare ones would all but vanish from the training set.
+    rare ones would all but vanish from the training set. An answer found clean is then held to the
+    standard of the new ones of its label, but never to more than `_CERTAIN`.
     """
     parts = [Published(shard.phase("relabeled"))["nll"] for shard in shards]
     nll = np.concatenate(parts)
     labelled = ~np.isnan(nll)
     positions, nll = np.flatnonzero(conclusion.noisy)[labelled], nll[labelled]
     beta = 1.0 if "selection" in config.without else config.beta
-    labels = conclusion.own_labels()[positions]
+    own = conclusion.own_labels()
+    labels = own[positions]
     mask = np.zeros(len(nll), np.bool_)
+    doubtful = np.zeros(len(own), np.bool_)
     for label in np.unique(labels):
         same = np.flatnonzero(labels == label)
-        mask[same[select_confident(nll[same], beta)[0]]] = True
+        kept, worst = select_confident(nll[same], beta)
+        mask[same[kept]] = True
+        if label >= 0 and beta < 1.0:
+            certain = math.exp(-worst) if kept.any() else _CERTAIN
+            unsure = conclusion.wrong > 1.0 - min(certain, _CERTAIN)
+            doubtful |= conclusion.clean & (own == label) & unsure
     threshold = float(nll[mask].max()) if mask.any() else math.nan
     selected = np.zeros(len(conclusion.noisy), np.bool_)
     selected[positions[mask]] = True
     finite = np.isfinite(nll)
-    return Selection(selected, nll[mask & finite], nll[~mask & finite], threshold)
+    return Selection(selected, doubtful, nll[mask & finite], nll[~mask & finite], threshold)
 
 
 def reopen(shard: Shard, store: Store, target: Path, *, published: bool) -> None:

@@ -130,7 +130,8 @@ def write_outputs(
         for judged in _judged(config, parts, corpus, conclusion):
             lines = []
             for one, row in zip(judged, rows, strict=False):
-                settle(one, bool(selection.selected[one.record.index]))
+                at = one.record.index
+                settle(one, bool(selection.selected[at]), bool(selection.doubtful[at]))
                 if one.action != "drop":
                     cleaned.write_row(row, one.answer if one.action == "relabel" else None)
                 lines.append(verdict_line(one))
@@ -229,12 +230,14 @@ class _Panels:
         )  # fmt: skip
 
 
-def settle(judged: Judged, selected: bool) -> None:
-    """The final action on one record, with its cause."""
+def settle(judged: Judged, selected: bool, doubtful: bool = False) -> None:
+    """The final action on one record, with its cause; the flags are those of `Selection`."""
     judged.answer, judged.cause = judged.record.answer, "found clean"
     label = judged.label
     if label is None and judged.failed:
         judged.cause = "not judged"
+    elif label is None and doubtful:
+        judged.action, judged.cause = "drop", "given answer too uncertain"
     if label is not None:
         if label.answer is None:
             judged.action, judged.cause = "drop", "no expert gave an answer"

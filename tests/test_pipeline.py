@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -390,6 +391,39 @@ def test_selection_keeps_its_share_of_every_label_that_the_crowd_settled(tmp_pat
     assert set(settled) == set("ABC")
     for kept in settled.values():
         assert sum(kept) == int(0.5 * len(kept) + 0.5)
+
+
+def test_an_answer_found_clean_is_held_to_the_standard_of_the_new_ones(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = []
+    for i in range(400):
+        label = rng.randrange(3)
+        other = rng.randrange(3)  # half of the words are another label's: many are hard to tell
+        near, far = (("zebra zoo", "quick quiz", "happy yarn")[k].split() for k in (label, other))
+        words = rng.choices(near, k=3) + rng.choices(far, k=2)
+        given = label if rng.random() > 0.4 else (label + rng.choice((1, 2))) % 3
+        rows.append({"question": f"{' '.join(words)} {i}", "options": ["x", "y", "z"],
+                     "answer": "ABC"[given]})  # fmt: skip
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    result = run(source, tmp_path / "out", detector="crowd", beta=0.5)
+    verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")
+    least: dict[str, float] = {}  # certainty of the new labels that are kept
+    for one in verdicts:
+        if one["verdict"] == "noisy" and one["action"] != "drop":
+            sure = math.exp(-float(one["reason"].rpartition("(nll ")[2].rstrip(")")))
+            least[one["answer"]] = min(sure, least.get(one["answer"], 0.7))
+    assert set(least) == set("ABC")
+    doubtful = 0
+    for one in verdicts:
+        if one["verdict"] == "clean":
+            margin = 1 - one["noise_score"] - least[one["given"]]
+            assert abs(margin) < 1e-3 or (one["action"] == "keep") == (margin > 0)
+            doubtful += one["action"] == "drop"
+    assert doubtful == result.reasons["drop: given answer too uncertain"] > 0
+    without = run(
+        source, tmp_path / "all", detector="crowd", without=frozenset({"selection"}), beta=0.5
+    )
+    assert without.counts["drop"] == 0
 
 
 def test_experts_at_chance_change_nothing_and_say_so(tmp_path: Path) -> None:
