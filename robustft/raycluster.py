@@ -163,7 +163,11 @@ def _connected(address: str | None) -> Any:
         import ray
     except ImportError:
         raise UserError("--ray: Ray is not installed; install robustft[ray]") from None
-    settings = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    settings: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "error",
+        "configure_logging": True,
+    }
     try:
         if address is None:
             ray.init(include_dashboard=False, **settings)
