@@ -6,7 +6,7 @@ arXiv 2203.11171 marginalises the reasoning out: the answer that most sampled pa
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,18 +48,18 @@ def consensus(samples: Sequence[Opinion], names: Sequence[str], kind: Kind) -> O
     spoken = [one for one in samples if one.answer is not None]
     if not spoken:
         return samples[0]._replace(prompt_tokens=read, new_tokens=written)
-    groups = crowd.partition([one.answer for one in spoken], kind)
-    sizes = Counter(groups)
-
-    def doubt(group: int) -> float:
-        known = [one.nll for one, mine in zip(spoken, groups, strict=True) if mine == group]
-        return float(np.mean(known))
-
-    best = min(sizes, key=lambda group: (-sizes[group], _last_if_nan(doubt(group)), group))
-    members = [one for one, mine in zip(spoken, groups, strict=True) if mine == best]
-    speaker = min(members, key=lambda one: _last_if_nan(one.nll))
-    nll = doubt(best) - math.log(len(members) / len(samples))
+    groups: dict[int, list[Opinion]] = defaultdict(list)
+    for one, group in zip(spoken, crowd.partition([o.answer for o in spoken], kind), strict=True):
+        groups[group].append(one)
+    # Groups stand in the order of their first members, which settles the ties that are left.
+    largest = min(groups.values(), key=lambda group: (-len(group), _last_if_nan(_mean_nll(group))))
+    speaker = min(largest, key=lambda one: _last_if_nan(one.nll))
+    nll = _mean_nll(largest) - math.log(len(largest) / len(samples))
     return speaker._replace(nll=nll, prompt_tokens=read, new_tokens=written)
+
+
+def _mean_nll(group: Sequence[Opinion]) -> float:
+    return float(np.mean([one.nll for one in group]))
 
 
 def _last_if_nan(value: float) -> float:

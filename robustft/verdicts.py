@@ -230,7 +230,7 @@ class _Panels:
         )  # fmt: skip
 
 
-def settle(judged: Judged, selected: bool, doubtful: bool = False) -> None:
+def settle(judged: Judged, selected: bool, doubtful: bool) -> None:
     """The final action on one record, with its cause; the flags are those of `Selection`."""
     judged.answer, judged.cause = judged.record.answer, "found clean"
     label = judged.label

@@ -294,17 +294,18 @@ class TransformersEngine:
     def _last_logits(self, encoded: Sequence[list[int]]) -> torch.Tensor:
         """[rows, vocabulary] after the last token of each sequence."""
         ends = [len(ids) - 1 for ids in encoded]
-        if self.trunk is None and self._use_linear_head():
-            at = self._states_at(encoded, list(range(len(encoded))), ends, before=min(ends))
+        rows = list(range(len(encoded)))
+        if self.trunk is not None:
+            states = self.trunk.states([np.array(ids, np.int32) for ids in encoded])
+            every, last = (torch.tensor(at, device=self.device) for at in (rows, ends))
+            return self.trunk.logits(states, every, last)
+        if self._use_linear_head():
+            at = self._states_at(encoded, rows, ends, before=min(ends))
             head: torch.Tensor = self.model.get_output_embeddings().weight
             return at @ head.T
-        if self.trunk is None:
-            inputs = self._left_padded(encoded)
-            logits: torch.Tensor = self.model(**inputs, logits_to_keep=1, use_cache=False).logits
-            return logits[:, -1, :]
-        states = self.trunk.states([np.array(ids, np.int32) for ids in encoded])
-        last = torch.tensor(ends, device=self.device)
-        return self.trunk.logits(states, torch.arange(len(encoded), device=self.device), last)
+        inputs = self._left_padded(encoded)
+        logits: torch.Tensor = self.model(**inputs, logits_to_keep=1, use_cache=False).logits
+        return logits[:, -1, :]
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:
