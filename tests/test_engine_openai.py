@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
 import json
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -240,6 +242,27 @@ def test_a_client_leaves_no_thread_and_no_connection(server: FaultyServer, close
         time.sleep(0.01)
     assert not thread.is_alive()
     assert server.open == 0
+
+
+def test_a_client_dropped_by_a_slow_thread_leaves_no_thread(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = asyncio.run_coroutine_threadsafe
+
+    def slow(work: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        future = submit(work, loop)
+        future.result()  # the thread that drops the client gets its turn when all is closed
+        time.sleep(0.05)  # and the loop waits for events again
+        return future
+
+    made = client(server)
+    made.ask("/models", None, bytes)
+    thread = made._thread
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", slow)
+    del made
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 # --- faults ---------------------------------------------------------------------------------------

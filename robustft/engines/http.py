@@ -260,7 +260,8 @@ def _turn(loop: asyncio.AbstractEventLoop) -> None:
 def _end(loop: asyncio.AbstractEventLoop, http: httpx2.AsyncClient) -> None:
     """Close the connections, then stop the loop; waits for neither, as any thread may collect."""
     closing = asyncio.run_coroutine_threadsafe(http.aclose(), loop)
-    closing.add_done_callback(lambda _: loop.stop())
+    # Threadsafe: closing may be over already, this then runs here, and the loop has to wake up.
+    closing.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
 
 
 def checked_address(base_url: str) -> str:
