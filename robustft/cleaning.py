@@ -15,6 +15,7 @@ import torch
 from robustft.approximate import require_retriever
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
 from robustft.corpus import Corpus
+from robustft.detection import Conclusion
 from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.factory import load_engine
@@ -25,8 +26,9 @@ from robustft.intake import intake_folder, take_in
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
 from robustft.remote import output_folder
-from robustft.shards import Shard, conclusion_folder, plan_folder
+from robustft.shards import Shard, conclusion_folder, first_conclusion, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
+from robustft.tuned import ask_tuned, require_choices
 from robustft.verdicts import CleanResult
 
 
@@ -95,6 +97,8 @@ def run_clean(
     """Run `config` from the input file to the report; see `clean` for errors."""
     watch = Stopwatch()
     require_retriever(config.retriever)
+    if engine is not None and config.tuned.folds:
+        raise UserError("folds are fine-tuned from a model by name: give model, not an engine")
     source = open_source(config)
     if plan_folder(config.out).is_dir():
         raise UserError(
@@ -120,9 +124,21 @@ def run_clean(
         run = ShardRun(config, shard, intake, engine, embedder, store)
         run.detect()
         corpus = Corpus(intake, [shard], config.threads, config.retriever)
-        conclusion = conclude(config, [shard], target, corpus)
+        conclusion = _conclude(config, shard, store, corpus)
         run.relabel(conclusion, corpus)
         return finish(config, source, iter([(shard, store)]), corpus, conclusion, models, watch)
+
+
+def _conclude(config: CleanConfig, shard: Shard, store: Store, corpus: Corpus) -> Conclusion:
+    """The split of the corpus; where folds are fine-tuned, the second one, which has heard them."""
+    target = conclusion_folder(config.out)
+    if not config.tuned.folds:
+        return conclude(config, [shard], target, corpus)
+    first = conclude(config, [shard], first_conclusion(target), corpus)
+    if first.powerless or target.is_dir():
+        return conclude(config, [shard], target, corpus)
+    tuned = ask_tuned(config, shard, corpus.intake, store, first)
+    return conclude(config, [shard], target, corpus, tuned)
 
 
 def open_source(config: CleanConfig) -> RecordSource:
@@ -130,6 +146,7 @@ def open_source(config: CleanConfig) -> RecordSource:
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
+    require_choices(config, source)
     refuse_overwriting(config, source)
     return source
 

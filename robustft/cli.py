@@ -50,22 +50,25 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
         print_baseline_summary,
         print_clean_summary,
     )
+    from robustft.tuned import refuse_folds
 
     config = _clean_config(options)
     if options.method != "robustft":
         from robustft.methods import clean_by
 
+        refuse_folds(config, f"--method {options.method}")
         print_baseline_summary(clean_by(options.method, config), options.method)
         return _DONE
     if options.estimate:
         from robustft.estimating import estimate
 
         print(estimate(config))
+        if config.tuned.folds:
+            print("not counted   the training of --folds")
         return _DONE
-    if options.ray:
-        return _run_ray(options, config)
-    if options.shard or options.processes > 1 or options.gpus > 1:
-        return _run_shards(options, config)
+    if options.ray or options.shard or options.processes > 1 or options.gpus > 1:
+        refuse_folds(config, "shards")
+        return (_run_ray if options.ray else _run_shards)(options, config)
     result = run_clean(config, announce=print_announcement)
     print_clean_summary(result)
     return _POWERLESS if result.powerless else _DONE
@@ -113,7 +116,7 @@ def _run_merge(options: argparse.Namespace) -> int:
 
 
 def _clean_config(options: argparse.Namespace) -> Any:
-    from robustft.config import CleanConfig, ExpertConfig
+    from robustft.config import CleanConfig, ExpertConfig, TunedConfig
 
     return CleanConfig(
         input=options.input,
@@ -138,6 +141,13 @@ def _clean_config(options: argparse.Namespace) -> Any:
             answer_tokens=options.answer_tokens,
             choice=options.choice,
             calibrate=options.calibrate,
+        ),
+        tuned=TunedConfig(
+            folds=options.folds or 0,
+            epochs=options.fold_epochs,
+            learning_rate=options.fold_learning_rate,
+            batch_size=options.fold_batch_size,
+            top_layers=options.fold_top_layers,
         ),
     )
 

@@ -89,6 +89,26 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TunedConfig:
+    """One more expert: the model itself, fine-tuned on what the crowd is surest of, out of fold."""
+
+    folds: int = 0  # parts of the corpus, each judged by an adapter trained on the others; 0: none
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    top_layers: int | None = None  # adapt only the last N layers; None: all
+
+    def __post_init__(self) -> None:
+        _require(self.folds == 0 or self.folds >= 2, "folds", "0 (none) or at least 2", self.folds)
+        for name in ("epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, f"fold_{name}", "at least 1", getattr(self, name))
+        top = self.top_layers
+        _require(top is None or top >= 1, "fold_top_layers", "at least 1", top)
+        rate = self.learning_rate
+        _require(math.isfinite(rate) and rate > 0, "fold_learning_rate", "above 0", rate)
+
+
+@dataclass(frozen=True, slots=True)
 class CleanConfig:
     """The main job: detect, relabel, select."""
 
@@ -108,6 +128,7 @@ class CleanConfig:
     dataset_info: bool = False  # also write messages.jsonl and dataset_info.json
     engine: EngineConfig = field(default_factory=EngineConfig)
     experts: ExpertConfig = field(default_factory=ExpertConfig)
+    tuned: TunedConfig = field(default_factory=TunedConfig)
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, "k", "at least 1", self.k)
@@ -123,10 +144,17 @@ class CleanConfig:
         _require(differ, "samples", greedy, self.experts.samples)
         for name in self.without:
             _require(name in ABLATIONS, "without", f"one of {', '.join(ABLATIONS)}", name)
+        if self.tuned.folds:
+            here = "transformers where folds are fine-tuned, which happens in this process"
+            _require(self.engine.engine == "transformers", "engine", here, self.engine.engine)
+            heard = "crowd where folds are fine-tuned: the paper's rule does not hear them"
+            _require(self.detector == "crowd", "detector", heard, self.detector)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""
         free = {"out", "threads", "dataset_info"}
+        if not self.tuned.folds:
+            free |= {f"tuned.{one.name}" for one in dataclasses.fields(TunedConfig)}
         return _flat(self, free | {f"engine.{name}" for name in ENGINE_MEANS})
 
 

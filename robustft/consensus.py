@@ -13,7 +13,7 @@ import numpy as np
 
 from robustft import crowd
 from robustft.answers import Kind
-from robustft.store import Opinion
+from robustft.store import Opinion, first_failure
 
 
 def consensus(samples: Sequence[Opinion], names: Sequence[str], kind: Kind) -> Opinion:
@@ -30,8 +30,7 @@ def consensus(samples: Sequence[Opinion], names: Sequence[str], kind: Kind) -> O
     earlier). Either way exp(-nll) is a probability over samples: the mean one of the answer, or the
     group's share times its mean likelihood a token.
     """
-    failed = next((one.failure for one in samples if one.failure), "")
-    if failed:
+    if failed := first_failure(samples):
         return Opinion(None, failure=failed)
     read = sum(one.prompt_tokens for one in samples)
     written = sum(one.new_tokens for one in samples)

@@ -49,6 +49,7 @@ class Detection:
 
 
 _PANEL = ("base", "reasoned")  # experts that do not see the given answer
+TUNED = "tuned"  # the model fine-tuned out of fold: [n, options] probabilities, where it was asked
 Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
 
 
@@ -249,7 +250,8 @@ def _judge_choices(
     if len(np.unique(evidence["options"][chosen])) == 1 and len(chosen) > 1:
         total = len(evidence["given"])
         learners = crowd.Learners.of(corpus, chosen, total, given, classes)
-    return crowd.judge_labels(panel, given, classes, learners)
+    tuned = {n: evidence[n][chosen].astype(np.float64) for n in (TUNED,) if n in evidence}
+    return crowd.judge_labels(panel, given, classes, learners, tuned)
 
 
 def _whole_rate(found: Sequence[Judgement]) -> Estimate | None:

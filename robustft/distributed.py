@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from robustft.cleaning import identity_of, load, open_source
-from robustft.config import CleanConfig, EngineConfig, ExpertConfig
+from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
 from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
@@ -29,6 +29,7 @@ from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
 from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
+from robustft.tuned import refuse_folds
 from robustft.verdicts import CleanResult
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -85,6 +86,7 @@ def read_plan(out: Path) -> Plan:
             "without": frozenset(config["without"]),
             "engine": EngineConfig(**config["engine"]),
             "experts": ExpertConfig(**config["experts"]),
+            "tuned": TunedConfig(**config.get("tuned", {})),
         }
         can = facts["models"]["abilities"]
         abilities = Abilities(**{**can, "found": tuple(can["found"])})
@@ -109,6 +111,7 @@ def make_plan(
     config: CleanConfig, source: RecordSource, models: Models, of: int | None = None
 ) -> Plan:
     """Read the input; the plan of a run in `of` shards (None: as many as there is, or `pieces`)."""
+    refuse_folds(config, "shards")
     identity = identity_of(config, source)
     if plan_folder(config.out).is_dir():
         before = read_plan(config.out)

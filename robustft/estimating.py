@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustft.cleaning import load, run_clean
-from robustft.config import CleanConfig
+from robustft.config import CleanConfig, TunedConfig
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.files import atomic_file
@@ -76,7 +76,7 @@ def estimate(
         watch = Stopwatch()
         small = replace(
             config, input=str(path), out=folder / "out", limit=None, schema=source.schema,
-            detector="paper", dataset_info=False,
+            detector="paper", dataset_info=False, tuned=TunedConfig(),
         )  # fmt: skip
         result = run_clean(small, engine=engine, embedder=embedder)
         seconds = watch.seconds()

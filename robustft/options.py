@@ -276,6 +276,30 @@ def _add_expert_options(parser: Parser) -> None:
     )
 
 
+def _add_tuned(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "fine-tuned expert",
+        "One more member of the crowd, for multiple choice: the model itself with LoRA, trained on "
+        "the records that the others are surest of and asked about those it has not seen.",
+    )
+    group.add_argument(
+        "--folds", type=_positive, metavar="N",
+        help="cut the records into N parts; an adapter trained on the others judges each "
+        "(default: no such expert)",
+    )  # fmt: skip
+    group.add_argument("--fold-epochs", type=_positive, default=3, metavar="N", help="as in train")
+    group.add_argument(
+        "--fold-learning-rate", type=_at_least_zero, default=1e-4, metavar="LR", help="as in train"
+    )
+    group.add_argument(
+        "--fold-batch-size", type=_positive, default=8, metavar="N", help="records a step"
+    )
+    group.add_argument(
+        "--fold-top-layers", type=_positive, metavar="N",
+        help="adapt only the last N layers, which is faster (default: all)",
+    )  # fmt: skip
+
+
 def _add_clean(commands: Any) -> None:
     parser = _command(
         commands, "clean", "Detect noisy answers, relabel them, keep the confident ones",
@@ -297,6 +321,7 @@ def _add_clean(commands: Any) -> None:
     _add_model(parser)
     _add_engine(parser)
     _add_expert_options(parser)
+    _add_tuned(parser)
     parser.add_argument(
         "--estimate", action="store_true",
         help="say what the run would cost (tokens, time, memory, disk), measured on 64 records, "

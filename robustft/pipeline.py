@@ -34,6 +34,7 @@ from robustft.detection import (
     Conclusion,
     CrowdDetector,
     Detector,
+    Evidence,
     PaperDetector,
     stacked,
 )
@@ -45,7 +46,7 @@ from robustft.progress import Progress
 from robustft.records import Record
 from robustft.relabeling import relabel
 from robustft.selection import select_confident
-from robustft.shards import Published, Shard, publish
+from robustft.shards import Published, Shard, first_conclusion, publish
 from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
 
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
@@ -309,12 +310,20 @@ def make_detector(config: CleanConfig) -> Detector:
 
 
 def conclude(
-    config: CleanConfig, shards: Sequence[Shard], target: Path, corpus: Corpus
+    config: CleanConfig,
+    shards: Sequence[Shard],
+    target: Path,
+    corpus: Corpus,
+    more: Evidence | None = None,
 ) -> Conclusion:
-    """The split of the whole corpus; published at `target` once and then read from there."""
+    """The split of the whole corpus; published at `target` once and then read from there.
+
+    `more`: evidence that was not gathered shard by shard.
+    """
     if not target.is_dir():
         watch = Stopwatch()
         evidence = stacked([Published(shard.phase("detected")).arrays for shard in shards])
+        evidence |= more or {}
         found = make_detector(config).conclude(evidence, corpus)
         publish(
             target,
@@ -401,5 +410,6 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
 def reopen(shard: Shard, store: Store, target: Path, *, published: bool) -> None:
     """Ask again what failed in an earlier session, unless others have built on it (`published`)."""
     if not published and store.forgive():
-        for folder in (shard.phase("detected"), shard.phase("relabeled"), target):
+        first = first_conclusion(target)
+        for folder in (shard.phase("detected"), shard.phase("relabeled"), first, target):
             shutil.rmtree(folder, ignore_errors=True)

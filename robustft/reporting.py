@@ -99,7 +99,7 @@ def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
 def _expert_rows(result: CleanResult, totals: dict[str, dict[str, float]]) -> tuple[ExpertRow, ...]:
     tallies: Counter[tuple[str, str]] = result.tallies
     rows = []
-    for name in ("base", "reasoned", "checker", "context", "review"):
+    for name in ("base", "reasoned", "checker", "tuned", "context", "review"):
         if tallies[name, "asked"]:
             cost = totals.get(name, {})
             rows.append(

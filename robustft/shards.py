@@ -83,6 +83,11 @@ def conclusion_folder(out: Path) -> Path:
     return out / "phases" / "conclusion"
 
 
+def first_conclusion(conclusion: Path) -> Path:
+    """Where, beside a conclusion, the one is published that the fine-tuned experts learn from."""
+    return conclusion.with_name("first-conclusion")
+
+
 @contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Make what the block writes appear as `folder`, unless it is there already by then.

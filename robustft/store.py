@@ -69,6 +69,11 @@ class Opinion(NamedTuple):
     failure: str = ""  # why there was no reply; such an opinion is asked for again on resume
 
 
+def first_failure(opinions: Iterable[Opinion]) -> str:
+    """Why an opinion that rests on these cannot be had; empty where it can."""
+    return next((said.failure for said in opinions if said.failure), "")
+
+
 class Said(NamedTuple):
     """An opinion as it is stored.
 

@@ -196,6 +196,8 @@ class _Panels:
         nobody: list[None] = [None] * len(chunk)
         asked = list(map(Asked, chunk, *(panel.get(name, nobody) for name in parts)))
         opinions = [dict(zip(panel, row, strict=True)) for row in zip(*panel.values(), strict=True)]
+        for row, opinion in said.get("tuned", {}).items():
+            opinions[row]["tuned"] = opinion
         judged = list(map(Judged, chunk, opinions, self._conclusion.detections(asked)))
         for row, one in zip(rows, judged, strict=True):
             if one.detection.noisy:

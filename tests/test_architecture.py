@@ -47,6 +47,7 @@ LAYERS = (
     {"pipeline"},
     {"verdicts"},
     {"finishing"},
+    {"tuned"},
     {"cleaning"},
     {"distributed", "estimating"},
     {"raycluster"},

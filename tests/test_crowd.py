@@ -77,6 +77,23 @@ def test_an_expert_at_chance_is_muted() -> None:
     assert both.weights == {"noise": 0.0, "good": 1.0}
 
 
+def test_a_fine_tuned_expert_is_heard_for_what_it_knows() -> None:
+    rng = np.random.default_rng(0)
+    rows, truth, labels = corpus(1, 600, 0.4)
+    rows = rows + 0.4 * rng.normal(size=rows.shape).astype(np.float32)  # hard for the learners
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    taught, wrong = crowd.Learners(rows, labels, 3), labels != truth
+    alone = crowd.judge_labels({}, labels, 3, taught)
+    good = {"tuned": opinions(truth, 0.9, 3, rng)}
+    joined = crowd.judge_labels({}, labels, 3, taught, good)
+    assert joined.weights["tuned"] > 0.1
+    assert auroc(wrong, joined.wrong) > auroc(wrong, alone.wrong) + 0.02
+    guessing = {"tuned": rng.dirichlet(np.ones(3), size=600)}
+    muted = crowd.judge_labels({}, labels, 3, taught, guessing)
+    assert muted.weights["tuned"] == 0.0
+    np.testing.assert_array_equal(muted.wrong, alone.wrong)
+
+
 def test_a_liking_for_one_option_is_no_skill() -> None:
     rng = np.random.default_rng(0)
     labels = rng.choice(3, p=[0.7, 0.2, 0.1], size=1000)

@@ -353,16 +353,29 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
             replace(config, **change)
 
 
-def test_the_crowd_corrects_a_corpus_with_fixed_options(tmp_path: Path) -> None:
+def worded_rows(
+    count: int, wrong: float, labels: Sequence[int] = (0, 1, 2), own: int = 5
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Questions of five words that tell the label, and the true answers; given ones go wrong.
+
+    labels: what true labels are drawn from. own: how many words are the label's own, the others
+    being those of any one label.
+    """
     rng = random.Random(0)
     rows, truth = [], []
-    for i in range(300):
-        label = rng.randrange(3)
-        words = rng.choices(("zebra zoo", "quick quiz", "happy yarn")[label].split(), k=5)
-        given = label if rng.random() > 0.3 else (label + rng.choice((1, 2))) % 3
+    for i in range(count):
+        label, other = rng.choice(labels), rng.randrange(3)
+        near, far = (("zebra zoo", "quick quiz", "happy yarn")[k].split() for k in (label, other))
+        words = rng.choices(near, k=own) + rng.choices(far, k=5 - own)
+        given = label if rng.random() > wrong else (label + rng.choice((1, 2))) % 3
         truth.append("ABC"[label])
         rows.append({"question": f"{' '.join(words)} {i}", "options": ["x", "y", "z"],
                      "answer": "ABC"[given]})  # fmt: skip
+    return rows, truth
+
+
+def test_the_crowd_corrects_a_corpus_with_fixed_options(tmp_path: Path) -> None:
+    rows, truth = worded_rows(300, wrong=0.3)
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     result = run(source, tmp_path / "out", detector="crowd", beta=1.0)
     assert result.weights["base"] + result.weights["reasoned"] < 0.1
@@ -373,14 +386,7 @@ def test_the_crowd_corrects_a_corpus_with_fixed_options(tmp_path: Path) -> None:
 
 
 def test_selection_keeps_its_share_of_every_label_that_the_crowd_settled(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    rows = []
-    for i in range(400):
-        label = rng.choice((0, 0, 0, 0, 0, 0, 1, 1, 2))
-        words = rng.choices(("zebra zoo", "quick quiz", "happy yarn")[label].split(), k=5)
-        given = label if rng.random() > 0.3 else (label + rng.choice((1, 2))) % 3
-        rows.append({"question": f"{' '.join(words)} {i}", "options": ["x", "y", "z"],
-                     "answer": "ABC"[given]})  # fmt: skip
+    rows, _ = worded_rows(400, wrong=0.3, labels=(0, 0, 0, 0, 0, 0, 1, 1, 2))
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     run(source, tmp_path / "out", detector="crowd", beta=0.5)
     settled: dict[str, list[bool]] = {}
@@ -394,16 +400,7 @@ def test_selection_keeps_its_share_of_every_label_that_the_crowd_settled(tmp_pat
 
 
 def test_an_answer_found_clean_is_held_to_the_standard_of_the_new_ones(tmp_path: Path) -> None:
-    rng = random.Random(1)
-    rows = []
-    for i in range(400):
-        label = rng.randrange(3)
-        other = rng.randrange(3)  # half of the words are another label's: many are hard to tell
-        near, far = (("zebra zoo", "quick quiz", "happy yarn")[k].split() for k in (label, other))
-        words = rng.choices(near, k=3) + rng.choices(far, k=2)
-        given = label if rng.random() > 0.4 else (label + rng.choice((1, 2))) % 3
-        rows.append({"question": f"{' '.join(words)} {i}", "options": ["x", "y", "z"],
-                     "answer": "ABC"[given]})  # fmt: skip
+    rows, _ = worded_rows(400, wrong=0.4, own=3)  # many are hard to tell
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     result = run(source, tmp_path / "out", detector="crowd", beta=0.5)
     verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")

@@ -35,7 +35,7 @@ _FIT_ROWS = 20_000  # the pool is fitted on at most this many rows
 _CHUNK = 65_536
 # Summed weight expected a priori. Learners are fitted under a penalty, on labels that are wrong in
 # part: their probabilities are too flat. A language model's are taken at their word.
-_EXPECTED = {"learners": 3.5, "panel": 1.0}
+_EXPECTED = {"learners": 3.5, "panel": 1.0, "tuned": 1.0}
 _SUM_SPREAD = 0.7  # standard deviation of that sum, a priori
 _SPREAD = 1.0  # standard deviation of a single weight around its share of the sum
 _BIAS_SPREAD = 0.5
@@ -57,7 +57,11 @@ class _Pool:
 
 
 def judge_labels(
-    panel: Mapping[str, Floats], given: Labels, classes: int, learners: Learners | None = None
+    panel: Mapping[str, Floats],
+    given: Labels,
+    classes: int,
+    learners: Learners | None = None,
+    tuned: Mapping[str, Floats] | None = None,
 ) -> Judgement:
     """Judge every given label by experts that did not see it.
 
@@ -66,6 +70,7 @@ def judge_labels(
     panel: expert -> [N, C] probabilities of the options, from models not trained on `given`.
     given: [N] labels in [0, C).
     learners: experts trained on the given labels, out of fold.
+    tuned: expert -> [N, C] probabilities, from models fine-tuned on labels, out of fold.
 
     An expert that predicts the given labels no better than their frequencies do is muted. A panel
     expert may also predict them *worse* than chance: then most answers are wrong, and the panel
@@ -76,24 +81,27 @@ def judge_labels(
     anchors = {n: v for n, v in logs.items() if abs(skill(v, given, frequencies)) > _SIGNIFICANT}
     ceiling = 0.95 if anchors else (classes - 1) / classes
     spread = (np.ones((classes, classes)) - np.eye(classes)) / max(classes - 1, 1)
-    experts, pools, evidence = dict(anchors), list[_Pool](), np.zeros(0)
+    trained = {name: _logs(values) for name, values in (tuned or {}).items()}
+    heard = {n: v for n, v in trained.items() if skill(v, given, frequencies) > _SIGNIFICANT}
+    experts, pools, evidence = anchors | heard, list[_Pool](), np.zeros(0)
     rate = _FIRST_RATE
     able = _able(learners, given, frequencies, spread) if learners else []
     for number in range(_ROUNDS if able else 1):
-        if learners and able and (number or not anchors):
+        if learners and able and (number or not (anchors or heard)):
             taught = learners.predict(transition(rate, spread))
-            experts = anchors | {n: _logs(v) for n, v in taught.items() if n in able}
+            experts = anchors | heard | {n: _logs(v) for n, v in taught.items() if n in able}
         if not experts:
             break
         opinions = np.stack(list(experts.values()))
-        prior = _weight_prior([name in anchors for name in experts])
+        kinds = {name: "panel" for name in anchors} | {name: "tuned" for name in heard}
+        prior = _weight_prior([kinds.get(name, "learners") for name in experts])
         pools = _fit_pools(opinions, given, spread, prior, ceiling)
         evidence = softmax(np.array([pool.log_evidence for pool in pools]))
         before, rate = rate, float(evidence @ [pool.rate for pool in pools])
         spread = _wrong_labels(opinions, given, spread, pools, evidence)
         if number and abs(rate - before) < _SETTLED:
             break
-    weights = dict.fromkeys([*panel, *(learners.names if learners else ())], 0.0)
+    weights = dict.fromkeys([*panel, *trained, *(learners.names if learners else ())], 0.0)
     if not pools:
         return Judgement(np.full(len(given), 0.5), None, weights)
     mean = evidence @ np.stack([pool.weights for pool in pools])
@@ -143,13 +151,13 @@ def _logs(values: Floats) -> Floats:
     return np.log(np.clip(values, _FLOOR, 1.0)).astype(np.float32)
 
 
-def _weight_prior(in_panel: Sequence[bool]) -> tuple[Floats, Floats]:
+def _weight_prior(kinds: Sequence[str]) -> tuple[Floats, Floats]:
     """([M] means, [M, M] precision) of the weights: the sum of each kind of expert is expected."""
-    panel = np.array(in_panel)
-    mean = np.zeros(len(panel))
-    precision = np.eye(len(panel)) / _SPREAD**2
-    for kind, member in (("panel", panel), ("learners", ~panel)):
-        mean[member] = _EXPECTED[kind] / max(int(member.sum()), 1)
+    mean = np.zeros(len(kinds))
+    precision = np.eye(len(kinds)) / _SPREAD**2
+    for kind, expected in _EXPECTED.items():
+        member = np.array([one == kind for one in kinds])
+        mean[member] = expected / max(int(member.sum()), 1)
         precision += np.outer(member, member) / _SUM_SPREAD**2
     return mean, precision
 

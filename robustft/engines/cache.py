@@ -72,7 +72,7 @@ class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return keys, values
 
 
-def shared_prefix(cache: DynamicCache) -> DynamicCache:
+def as_prefix(cache: DynamicCache) -> DynamicCache:
     """`cache` of one row, for any number of rows that go on from it in a single pass."""
     layers: list[Any] = cache.layers
     cache.layers = [PrefixLayer(layer) for layer in layers]

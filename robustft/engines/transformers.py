@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -21,14 +20,19 @@ import torch
 from robustft.config import EngineConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore, TokenValues
-from robustft.engines.cache import growing_cache, shared_prefix
+from robustft.engines.cache import as_prefix, growing_cache
 from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
-from robustft.models import find_model, has_plain_cache, load_causal_lm, load_tokenizer
+from robustft.models import (
+    find_model,
+    has_plain_cache,
+    load_causal_lm,
+    load_tokenizer,
+    shared_start,
+)
 from robustft_kernels import linear_token_stats, token_stats
 
 _T = TypeVar("_T")
-_MIN_SHARED = 16  # tokens; computing fewer once is not worth a second pass
 _CPU_BATCH_TOKENS = 12288
 _CUDA_BATCH_TOKENS = 131072
 _MAX_ROWS = {"cpu": 96, "cuda": 512}
@@ -372,7 +376,7 @@ class TransformersEngine:
             left: torch.Tensor = decoder(**inputs, use_cache=False).last_hidden_state
             return left[rows, places]
         start = torch.tensor([whole[0][:shared]], device=self.device)
-        cache = shared_prefix(decoder(input_ids=start, use_cache=True).past_key_values)
+        cache = as_prefix(decoder(input_ids=start, use_cache=True).past_key_values)
         ids = torch.full((len(whole), max(map(len, whole)) - shared), self._pad, dtype=torch.long)
         for row, tokens in enumerate(whole):
             ids[row, : len(tokens) - shared] = torch.tensor(tokens[shared:])
@@ -383,11 +387,8 @@ class TransformersEngine:
 
     def _shared(self, encoded: Sequence[Sequence[int]], before: int) -> int:
         """How many first tokens, up to `before`, all rows share and are worth computing once."""
-        common: Any = os.path.commonprefix(list(encoded))  # type: ignore[arg-type]  # noqa: RUF071
-        shared = len(common[: max(before, 0)])
-        if len(encoded) < 2 or shared < _MIN_SHARED:
-            return 0
-        if self._plain_cache is None:
+        shared = shared_start(encoded, before)
+        if shared and self._plain_cache is None:
             self._plain_cache = has_plain_cache(self.model)
         return shared if self._plain_cache else 0
 

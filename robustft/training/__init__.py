@@ -65,12 +65,12 @@ class TrainResult:
         return "\n".join(lines)
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
     """Fine-tune a LoRA adapter on the responses of `config.input` and write it to `config.out`.
 
     The folder receives `adapter_model.safetensors` and `adapter_config.json` (peft's layout), a
     README.md, `training.json` and, while training, `checkpoint.safetensors`. Called again with
-    the same configuration it resumes; a finished run returns at once.
+    the same configuration it resumes; a finished run returns at once. `title` names the progress.
 
     Raises:
         UserError: the input or the model cannot be read, a setting does not fit the model, or the
@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> TrainResult:
         loop.resume()
         resumed = loop.history.step
         with trackers.opened(config.report_to, config.out, identity, resumed=resumed > 0) as report:
-            history = loop.run(report)
+            history = loop.run(report, title)
         result = TrainResult(
             out=config.out,
             model=model_source.name if config.engine.model is None else config.engine.model,

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -28,7 +27,7 @@ from robustft.devices import fast_matmul
 from robustft.errors import UserError
 from robustft.files import replacing
 from robustft.frozen import FrozenTrunk
-from robustft.models import has_plain_cache
+from robustft.models import has_plain_cache, shared_start
 from robustft.progress import Progress
 from robustft.training.data import (
     Example,
@@ -44,7 +43,6 @@ from robustft_kernels import token_stats
 _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 16384
 _MAX_GRADIENT_NORM = 1.0
-_MIN_SHARED = 16  # tokens; computing fewer once is not worth a second pass
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -95,8 +93,10 @@ class TrainingLoop:
         if self._checkpoint.exists():
             self._load()
 
-    def run(self, report: Report | None = None) -> History:
+    def run(self, report: Report | None = None, title: str = "train") -> History:
         """Train to the end, saving a checkpoint now and then; `report` gets every step's numbers.
+
+        `title` names the progress.
 
         Raises:
             UserError: the loss is no longer a number, or one record does not fit the memory.
@@ -111,7 +111,7 @@ class TrainingLoop:
         with (
             _Interrupt() as interrupt,
             contextlib.nullcontext() if precise else fast_matmul(),
-            Progress("train", self.steps, done=history.step, unit="steps") as progress,
+            Progress(title, self.steps, done=history.step, unit="steps") as progress,
         ):
             while history.step < self.steps:
                 epoch, position = divmod(history.step, self._per_epoch)
@@ -269,17 +269,12 @@ class TrainingLoop:
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
-    """How many first tokens all rows share; 0 where sharing would gain little.
+    """How many first tokens of their prompts all rows share; 0 where sharing would gain little.
 
     The token before each response is left out: its logits are needed row by row.
     """
-    length = min(len(example.ids) - example.response - 1 for example in examples)
-    if len(examples) < 2 or length < _MIN_SHARED:
-        return 0
-    heads = np.stack([example.ids[:length] for example in examples])
-    differs = np.flatnonzero((heads != heads[0]).any(axis=0))
-    shared = int(differs[0]) if len(differs) else length
-    return shared if shared >= _MIN_SHARED else 0
+    most = min(len(example.ids) - example.response - 1 for example in examples)
+    return shared_start([example.ids for example in examples], most)
 
 
 class _Interrupt:
