@@ -124,20 +124,20 @@ def run_clean(
         run = ShardRun(config, shard, intake, engine, embedder, store)
         run.detect()
         corpus = Corpus(intake, [shard], config.threads, config.retriever)
-        conclusion = _conclude(config, shard, store, corpus)
+        conclusion = _conclude(config, shard, store, corpus, target)
         run.relabel(conclusion, corpus)
         return finish(config, source, iter([(shard, store)]), corpus, conclusion, models, watch)
 
 
-def _conclude(config: CleanConfig, shard: Shard, store: Store, corpus: Corpus) -> Conclusion:
+def _conclude(
+    config: CleanConfig, shard: Shard, store: Store, corpus: Corpus, target: Path
+) -> Conclusion:
     """The split of the corpus; where folds are fine-tuned, the second one, which has heard them."""
-    target = conclusion_folder(config.out)
-    if not config.tuned.folds:
-        return conclude(config, [shard], target, corpus)
-    first = conclude(config, [shard], first_conclusion(target), corpus)
-    if first.powerless or target.is_dir():
-        return conclude(config, [shard], target, corpus)
-    tuned = ask_tuned(config, shard, corpus.intake, store, first)
+    tuned = None
+    if config.tuned.folds and not target.is_dir():
+        first = conclude(config, [shard], first_conclusion(target), corpus)
+        if not first.powerless:
+            tuned = ask_tuned(config, shard, corpus.intake, store, first)
     return conclude(config, [shard], target, corpus, tuned)
 
 

@@ -244,13 +244,15 @@ def _judge_choices(
     evidence: Evidence, corpus: crowd.Corpus, chosen: NDArray[np.int64]
 ) -> Judgement:
     given = evidence["given"][chosen].astype(np.int64)
-    panel = {name: evidence[name][chosen].astype(np.float64) for name in _PANEL if name in evidence}
+    panel, tuned = (
+        {name: evidence[name][chosen].astype(np.float64) for name in names if name in evidence}
+        for names in (_PANEL, (TUNED,))
+    )
     classes = panel["base"].shape[1]
     learners = None
     if len(np.unique(evidence["options"][chosen])) == 1 and len(chosen) > 1:
         total = len(evidence["given"])
         learners = crowd.Learners.of(corpus, chosen, total, given, classes)
-    tuned = {n: evidence[n][chosen].astype(np.float64) for n in (TUNED,) if n in evidence}
     return crowd.judge_labels(panel, given, classes, learners, tuned)
 
 

@@ -9,7 +9,6 @@ what it has learnt from; for the division into folds see Northcutt et al. 2021, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -61,16 +60,27 @@ def ask_tuned(
     """
     labels = surest_labels(first.pooled)
     basis = hashlib.blake2b(labels.tobytes(), digest_size=8).hexdigest()
+    folds = np.zeros(shard.rows, np.int32)
+    for _, chunk in intake.units(shard):
+        for record in chunk:
+            folds[record.index] = fold_of(record, config)
     found = np.zeros(first.pooled.shape, np.float32)
     for fold in range(config.tuned.folds):
-        adapter = _trained(config, shard, intake, labels, fold, config.out / "tuned" / basis)
-        engine = load_engine(config.engine, adapter)
         name = f"fold {fold + 1} of {config.tuned.folds}"
+        path = config.out / "tuned" / basis / f"fold-{fold + 1}.jsonl"
+        lessons = np.where(folds == fold, _NOT_LEARNT, labels)
+        if (lessons == _NOT_LEARNT).all():
+            raise UserError(
+                f"--folds {config.tuned.folds}: too few records are certain for every fold to "
+                "learn from some; leave it out or use fewer folds"
+            )
+        _write_lessons(path, shard, intake, lessons)
+        engine = load_engine(config.engine, _trained(config, path, name))
         with Progress(f"{name} asked", shard.rows, unit="records") as progress:
             panel = Panel(engine, store, config.experts, seed=config.seed)
             for unit, chunk in intake.units(shard):
                 panel.unit = unit
-                mine = [one for one in chunk if fold_of(one, config) == fold]
+                mine = [one for one in chunk if folds[one.index] == fold]
                 for record, said in zip(mine, panel.tuned(mine, basis), strict=True):
                     assert record.options is not None
                     size = len(record.options)
@@ -99,45 +109,31 @@ def fold_of(record: Record, config: CleanConfig) -> int:
     return int.from_bytes(mixed.digest(), "little") % config.tuned.folds
 
 
-def _trained(
-    config: CleanConfig,
-    shard: Shard,
-    intake: Intake,
-    labels: NDArray[np.int8],
-    fold: int,
-    folder: Path,
-) -> Path:
-    """The folder of the adapter that learnt from all folds but this one."""
-    path = folder / f"fold-{fold + 1}.jsonl"
+def _write_lessons(path: Path, shard: Shard, intake: Intake, labels: NDArray[np.int8]) -> None:
+    """Write what an adapter learns: the records that have a label, with that as their answer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
     with atomic_file(path) as handle:
-        for record in _records(intake, shard):
-            label = int(labels[record.index])
-            if label != _NOT_LEARNT and fold_of(record, config) != fold:
-                row = {
-                    "question": record.question,
-                    "options": record.options,
-                    "answer": LETTERS[label],
-                }
-                handle.write(orjson.dumps(row) + b"\n")
-                count += 1
-    if not count:
-        raise UserError(
-            f"--folds {config.tuned.folds}: too few records are certain for every fold to learn "
-            "from some; leave it out or use fewer folds"
-        )
-    settings = config.tuned
+        for _, chunk in intake.units(shard):
+            for record in chunk:
+                label = int(labels[record.index])
+                if label != _NOT_LEARNT:
+                    row = {
+                        "question": record.question,
+                        "options": record.options,
+                        "answer": LETTERS[label],
+                    }
+                    handle.write(orjson.dumps(row) + b"\n")
+
+
+def _trained(config: CleanConfig, path: Path, title: str) -> Path:
+    """The folder, beside its lessons, of the adapter that learnt them."""
+    settings, folder = config.tuned, path.with_suffix("")
     train(
         TrainConfig(
-            input=str(path), out=path.with_suffix(""), schema="choice", seed=config.seed,
+            input=str(path), out=folder, schema="choice", seed=config.seed,
             epochs=settings.epochs, learning_rate=settings.learning_rate,
             batch_size=settings.batch_size, top_layers=settings.top_layers, engine=config.engine,
         ),
-        title=f"fold {fold + 1} of {settings.folds}",
+        title=title,
     )  # fmt: skip
-    return path.with_suffix("")
-
-
-def _records(intake: Intake, shard: Shard) -> Iterable[Record]:
-    return (record for _, chunk in intake.units(shard) for record in chunk)
+    return folder

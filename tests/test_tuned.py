@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commandline import read, write
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import LetterEmbedder, ScriptedEngine
@@ -33,14 +33,13 @@ COLOURS = ["red", "green", "blue"]
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions whose answer is the colour that they name; one answer in four is wrong."""
     rng = random.Random(0)
-    path = tmp_path_factory.mktemp("tuned") / "colours.jsonl"
-    with path.open("w") as file:
-        for n in range(120):
-            wrong = n % 4 == 1
-            answer = "ABC"[(n + rng.choice([1, 2]) * wrong) % 3]
-            row = {"id": str(n), "question": f"What colour? box {n // 6}, {COLOURS[n % 3]}"}
-            file.write(json.dumps(row | {"options": COLOURS, "answer": answer}) + "\n")
-    return path
+    rows = []
+    for n in range(120):
+        wrong = n % 4 == 1
+        answer = "ABC"[(n + rng.choice([1, 2]) * wrong) % 3]
+        row = {"id": str(n), "question": f"What colour? box {n // 6}, {COLOURS[n % 3]}"}
+        rows.append(row | {"options": COLOURS, "answer": answer})
+    return write(tmp_path_factory.mktemp("tuned") / "colours.jsonl", rows)
 
 
 def config_for(corpus: Path, model: Path, out: Path) -> CleanConfig:
@@ -64,16 +63,12 @@ def whole(corpus: Path, tiny_model: Path) -> tuple[CleanConfig, CleanResult]:
     return config, cleaned(config)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_the_fine_tuned_model_joins_the_crowd_out_of_fold(
     corpus: Path, whole: tuple[CleanConfig, CleanResult]
 ) -> None:
     config, result = whole
     assert result.weights["tuned"] > 0.05
-    verdicts = read_jsonl(config.out / "verdicts.jsonl")
+    verdicts = read(config.out / "verdicts.jsonl")
     said = [verdict["experts"]["tuned"] for verdict in verdicts]
     truth = ["ABC"[n % 3] for n in range(120)]
     right = sum(one["answer"] == letter for one, letter in zip(said, truth, strict=True))
@@ -82,7 +77,7 @@ def test_the_fine_tuned_model_joins_the_crowd_out_of_fold(
     learnt = sorted((config.out / "tuned").glob("*/fold-*.jsonl"))
     assert [path.name for path in learnt] == ["fold-1.jsonl", "fold-2.jsonl"]
     for fold, path in enumerate(learnt):
-        rows = read_jsonl(path)
+        rows = read(path)
         assert rows
         assert all(asked[row["question"]] != fold for row in rows)
         assert path.with_suffix("").joinpath("adapter_model.safetensors").exists()
@@ -143,7 +138,7 @@ def test_the_surest_two_thirds_of_every_label_are_learnt(
 
 def test_equal_questions_share_a_fold(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
     config = config_for(corpus, tiny_model, tmp_path)
-    records = [record for record in open_records(str(corpus)) if not hasattr(record, "reason")]
+    records = list(open_records(str(corpus)))
     folds = [tuned.fold_of(record, config) for record in records]
     assert {30 < folds.count(fold) < 90 for fold in (0, 1)} == {True}
     twins: dict[str, set[int]] = {}
@@ -180,8 +175,7 @@ def test_what_cannot_hear_them_is_refused(changed: dict[str, Any], message: str)
 def test_one_line_says_what_does_not_go(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "open.jsonl"
-    path.write_text(json.dumps({"question": "Who?", "answer": "Nobody"}) + "\n")
+    path = write(tmp_path / "open.jsonl", [{"question": "Who?", "answer": "Nobody"}])
     assert main(["clean", str(path), "--out", str(tmp_path / "out"), *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -189,9 +183,8 @@ def test_one_line_says_what_does_not_go(
 
 
 def test_too_little_to_learn_from(tiny_model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "one.jsonl"  # one question, so all in one fold
     row = {"question": "What colour?", "options": COLOURS, "answer": "A"}
-    path.write_text((json.dumps(row) + "\n") * 6)
+    path = write(tmp_path / "one.jsonl", [row] * 6)  # one question, so all in one fold
     config = config_for(path, tiny_model, tmp_path)
     nothing, certain = np.zeros(6, np.bool_), np.tile([1.0, 0.0, 0.0], (6, 1))
     first = Conclusion(nothing, nothing, certain, np.zeros(6))
