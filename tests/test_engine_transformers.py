@@ -61,6 +61,16 @@ def test_generation_and_its_statistics_equal_a_plain_loop(
         assert reply.finished == (len(tokens) < 12)
 
 
+def test_a_reply_that_ends_at_once_is_empty(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.encoder, "ends", frozenset(range(len(engine.tokenizer))))
+    for reply in engine.generate([prompt(text) for text in TEXTS], 4):
+        assert (reply.text, reply.offsets, reply.finished) == ("", (0,), True)
+        assert len(reply.nll) == len(reply.entropy) == 0
+        assert np.isnan(reply.span_mean(reply.nll, 0, 1))
+
+
 def test_a_record_does_not_depend_on_its_batch(engine: TransformersEngine) -> None:
     prompts = [prompt(text) for text in TEXTS]
     together = engine.generate(prompts, 8)

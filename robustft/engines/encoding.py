@@ -67,15 +67,17 @@ class PromptEncoder:
 
     def decode(self, tokens: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         """Text of generated `tokens` and the character offset at which each token starts."""
+        if not tokens:  # transformers decodes no rows at all to one empty text
+            return "", (0,)
         prefixes = [list(tokens[:stop]) for stop in range(1, len(tokens) + 1)]
         texts = self._tokenizer.batch_decode(
             prefixes, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        text = texts[-1] if texts else ""
+        text = texts[-1]
         # A prefix that ends inside a character decodes to U+FFFD; its end is then too far right.
         ends = itertools.accumulate((min(len(t.rstrip("\ufffd")), len(text)) for t in texts), max)
         offsets = (0, *ends)
-        return text, (*offsets[:-1], len(text)) if texts else (0,)
+        return text, (*offsets[:-1], len(text))
 
     def render(self, prompt: Prompt) -> str:
         """The prompt as text for a server that tokenises it, control tokens included, itself.

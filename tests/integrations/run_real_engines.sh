@@ -3,7 +3,7 @@
 # process, on the embedded default model in float32.
 #
 #   run_real_engines.sh              transformers serve ([server] and transformers[serving] needed)
-#   run_real_engines.sh VLLM_PYTHON  and vLLM, in an environment of its own that has robustft too
+#   run_real_engines.sh VLLM_PYTHON  and vLLM, in an environment of its own that has robustft[test]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
@@ -42,4 +42,4 @@ await "http://127.0.0.1:$port/v1/models" "$log/vllm"
 ROBUSTFT_VLLM_SERVER=http://127.0.0.1:$port/v1 \
     "$python" -m pytest -q -m integration tests/test_engine_contract.py -k vllm-server
 kill "${servers[-1]}" && wait "${servers[-1]}" 2>/dev/null || true
-"$1" -m pytest -q -m integration tests/test_engine_contract.py -k "vllm and not server"
+"$1" -P -m pytest -q -m integration tests/test_engine_contract.py -k "vllm and not server"
