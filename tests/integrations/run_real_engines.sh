@@ -72,8 +72,10 @@ for name, pairs in (("letters", letters), ("solutions", solutions)):
     (log / f"{name}.jsonl").write_text("\n".join(lines))
 PYTHON
 
-# A server without log-probabilities: answers are read from text, and nothing ranks them.
-text=(--choice generate --without selection)
+# A server without log-probabilities: answers are read from text, and nothing ranks them. The
+# checker is left out: this process reads its yes or no from probabilities whatever --choice says,
+# and in text this small model says neither.
+text=(--choice generate --without selection --without checker)
 verdicts "$python" transformers-text "${text[@]}"
 port=$(free_port)
 "$python" -m transformers.cli.transformers serve "$model" --device cpu --dtype float32 \
