@@ -133,12 +133,12 @@ def _conclude(
     config: CleanConfig, shard: Shard, store: Store, corpus: Corpus, target: Path
 ) -> Conclusion:
     """The split of the corpus; where folds are fine-tuned, the second one, which has heard them."""
-    tuned = None
-    if config.tuned.folds and not target.is_dir():
-        first = conclude(config, [shard], first_conclusion(target), corpus)
-        if not first.powerless:
-            tuned = ask_tuned(config, shard, corpus.intake, store, first)
-    return conclude(config, [shard], target, corpus, tuned)
+    if not config.tuned.folds or target.is_dir():
+        return conclude(config, [shard], target, corpus)
+    watch = Stopwatch()
+    first = conclude(config, [shard], first_conclusion(target), corpus)
+    tuned = None if first.powerless else ask_tuned(config, shard, corpus.intake, store, first)
+    return conclude(config, [shard], target, corpus, tuned, {"folds": watch.seconds()})
 
 
 def open_source(config: CleanConfig) -> RecordSource:

@@ -66,6 +66,7 @@ class Conclusion:
     noise_rate: Estimate | None = None  # share of wrong answers
     expected_precision: float = math.nan  # share of the noisy verdicts that are right
     warnings: tuple[str, ...] = ()
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # what the split took
 
     @property
     def clean(self) -> NDArray[np.bool_]:

@@ -82,7 +82,7 @@ def finish(
 
     selection = select(config, corpus.shards, conclusion)
     result = write_outputs(config, source, noted(), corpus, conclusion, selection)
-    seconds = Counter({"detect": 0.0, "relabel": 0.0})
+    seconds = Counter({"detect": 0.0, **conclusion.stage_seconds, "relabel": 0.0})
     truncated = 0
     for shard in shards:
         for phase in _STAGES:

@@ -315,10 +315,11 @@ def conclude(
     target: Path,
     corpus: Corpus,
     more: Evidence | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> Conclusion:
     """The split of the whole corpus; published at `target` once and then read from there.
 
-    `more`: evidence that was not gathered shard by shard.
+    `more`: evidence that was not gathered shard by shard; `seconds`: what that took, by stage.
     """
     if not target.is_dir():
         watch = Stopwatch()
@@ -339,7 +340,7 @@ def conclude(
                 "noise_rate": found.noise_rate,
                 "expected_precision": found.expected_precision,
                 "warnings": [*found.warnings, *_on_the_clean_set(config, found)],
-                "seconds": watch.seconds(),
+                "stage_seconds": {"split": watch.seconds(), **(seconds or {})},
             },
         )
     read = Published(target)
@@ -353,6 +354,7 @@ def conclude(
         Estimate(**rate) if (rate := read.facts["noise_rate"]) else None,
         math.nan if (share := read.facts["expected_precision"]) is None else share,
         tuple(read.facts["warnings"]),
+        read.facts["stage_seconds"],
     )
 
 
