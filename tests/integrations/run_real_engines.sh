@@ -105,6 +105,6 @@ kill "${servers[-1]}" && wait "${servers[-1]}" 2>/dev/null || true
 compare transformers vllm-server
 
 contract "$1" "vllm and not server"
-verdicts "$1" vllm --engine vllm
-scores "$1" vllm --engine vllm
-compare transformers vllm
+verdicts "$1" vllm-offline --engine vllm
+scores "$1" vllm-offline --engine vllm
+compare transformers vllm-offline
