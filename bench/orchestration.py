@@ -34,7 +34,6 @@ from robustft.benchmarks.measure import Row, append_rows, commit, cpu_name, tabl
 from robustft.cleaning import load, run_clean
 from robustft.config import CleanConfig
 from robustft.engines import Abilities, Choice, Generation, Prompt
-from robustft.shards import Published, conclusion_folder
 
 PANELS = {
     "one expert": ("rel", "checker", "cer", "reviewer"),
@@ -143,7 +142,7 @@ def measure(records: int, panel: str, *, default_model: bool) -> dict[str, float
                 assert line.startswith(b'{"id":"r%d",' % number), line
         assert number + 1 == records
         assert sum(result.counts[name] for name in ("keep", "relabel", "drop")) == records
-        learners = Published(conclusion_folder(out)).facts["seconds"]
+        learners = result.seconds["split"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     own = seconds - learners - sum(one.wall for one in models)
     own_cpu = cpu - sum(one.cpu for one in models)
