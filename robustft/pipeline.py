@@ -354,7 +354,7 @@ def conclude(
         Estimate(**rate) if (rate := read.facts["noise_rate"]) else None,
         math.nan if (share := read.facts["expected_precision"]) is None else share,
         tuple(read.facts["warnings"]),
-        read.facts["stage_seconds"],
+        read.facts.get("stage_seconds", {}),  # a run of an older version told none
     )
 
 
