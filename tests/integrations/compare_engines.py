@@ -30,6 +30,11 @@ def rows(path: Path) -> list[Row]:
     return sorted(read, key=lambda row: str(row["id"]))
 
 
+def verdict(row: Row) -> str:
+    """What was found and done, on one line."""
+    return " ".join(str(row[field]) for field in VERDICT)
+
+
 def opinions(row: Row) -> str:
     """The answers and probabilities of every expert, on one line."""
     told = []
@@ -41,26 +46,23 @@ def opinions(row: Row) -> str:
 
 def hold_verdicts(reference: list[Row], other: list[Row]) -> tuple[str, bool]:
     """What to print, and whether enough verdicts are the same."""
-    differing = []
-    for one, two in zip(reference, other, strict=True):
-        if any(one[field] != two[field] for field in VERDICT):
-            shown = (" ".join(str(row[field]) for field in VERDICT) for row in (one, two))
-            differing.append(f"  {one['id']}: {' | '.join(shown)}")
-            differing += [f"    {opinions(row)}" for row in (one, two)]
+    pairs = list(zip(reference, other, strict=True))
+    differing = [pair for pair in pairs if len({verdict(row) for row in pair}) > 1]
     gaps = [
         abs(opinion["nll"] - two["experts"][name]["nll"])
-        for one, two in zip(reference, other, strict=True)
+        for one, two in pairs
         for name, opinion in one["experts"].items()
         if opinion["answer"] == two["experts"].get(name, {}).get("answer")
         and None not in (opinion.get("nll"), two["experts"][name].get("nll"))
     ]
-    same = len(reference) - sum(not line.startswith("    ") for line in differing)
-    lines = [
-        f"{same} of {len(reference)} verdicts, actions and labels are the same",
-        *([f"  log-probabilities of equal answers: within {max(gaps):.1e} nats"] if gaps else []),
-        *differing,
-    ]
-    return "\n".join(lines), same >= SAME_VERDICTS * len(reference)
+    same = len(pairs) - len(differing)
+    lines = [f"{same} of {len(pairs)} verdicts, actions and labels are the same"]
+    if gaps:
+        lines.append(f"  log-probabilities of equal answers: within {max(gaps):.1e} nats")
+    for pair in differing:
+        lines.append(f"  {pair[0]['id']}: {' | '.join(verdict(row) for row in pair)}")
+        lines += [f"    {opinions(row)}" for row in pair]
+    return "\n".join(lines), same >= SAME_VERDICTS * len(pairs)
 
 
 def hold_scores(reference: list[Row], other: list[Row]) -> tuple[str, bool]:
