@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,7 @@ NO_BETTER_THAN_CHANCE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A record and the opinions that detection rests on."""
 
     record: Record
@@ -39,8 +38,7 @@ class Asked:
     checker: Opinion | None
 
 
-@dataclass(frozen=True, slots=True)
-class Detection:
+class Detection(NamedTuple):
     """The verdict on one given answer; `noise_score` in [0, 1], higher is noisier."""
 
     noisy: bool
@@ -120,8 +118,9 @@ class Conclusion:
 
     @property
     def _outranks_the_panel(self) -> bool:
-        learnt = sum(w for name, w in self.weights.items() if name not in _PANEL)
-        return self.pooled.shape[1] > 0 and learnt > 0.5
+        if self.pooled.shape[1] == 0:
+            return False
+        return sum(w for name, w in self.weights.items() if name not in _PANEL) > 0.5
 
 
 class Detector(Protocol):

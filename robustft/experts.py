@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -28,27 +27,18 @@ _Neutral = tuple[Prompt, tuple[str, ...]]  # a content-free prompt and its candi
 _SHORT_ANSWER_TOKENS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """One thing to ask, read from a prefill or from generated text; equal ones are asked once.
-
-    The hash is that of the prompt, which settles most of the rest.
-    """
+class _Question(NamedTuple):
+    """One thing to ask, read from a prefill or from generated text; equal ones are asked once."""
 
     prompt: Prompt
-    candidates: tuple[str, ...] = field(default=(), hash=False)  # allowed continuations
-    # Candidates are chosen by likelihood; otherwise text is generated.
-    read: bool = field(default=False, hash=False)
-    names: tuple[str, ...] = field(default=(), hash=False)  # the answer each candidate stands for
-    # The content-free prompt to calibrate with.
-    neutral: Prompt | None = field(default=None, hash=False)
-    max_tokens: int = field(default=0, hash=False)
-    # How to parse generated text; None: the text itself is wanted.
-    kind: Kind | None = field(default=None, hash=False)
-    options: tuple[str, ...] | None = field(default=None, hash=False)
-    # A digest of the prompt, where the record alone does not settle it.
-    basis: str = field(default="", hash=False)
-    blocked: str = field(default="", compare=False)  # why it cannot be asked: a failure before it
+    candidates: tuple[str, ...] = ()  # allowed continuations
+    read: bool = False  # candidates are chosen by likelihood; otherwise text is generated
+    names: tuple[str, ...] = ()  # the answer each candidate stands for
+    neutral: Prompt | None = None  # the content-free prompt to calibrate with
+    max_tokens: int = 0
+    kind: Kind | None = None  # how to parse generated text; None: the text itself is wanted
+    options: tuple[str, ...] | None = None
+    basis: str = ""  # a digest of the prompt, where the record alone does not settle it
 
 
 def record_kind(record: Record) -> Kind:
@@ -134,33 +124,23 @@ class Panel:
                 ("reasoning", prompts.reasoning_prompt),
                 ("reflection", prompts.reflection_prompt),
             ):
+                limit = self._config.reasoning_tokens
                 questions = [
-                    _Question(
-                        prompt=build(record, transcript),
-                        max_tokens=self._config.reasoning_tokens,
-                        blocked=failure,
-                    )
-                    for record, transcript, failure in zip(
-                        records, transcripts, failures, strict=True
-                    )
+                    _Question(build(record, transcript), max_tokens=limit)
+                    for record, transcript in zip(records, transcripts, strict=True)
                 ]
-                replies = self._ask(expert, round_, records, questions)
+                replies = self._ask(expert, round_, records, questions, failures)
                 for transcript, said in zip(transcripts, replies, strict=True):
                     transcript.append(said.text.strip())
                 failures = [said.failure for said in replies]
-        return self._ask(
-            "sampled" if sample else "reasoned",
-            sample,
-            records,
-            [
-                self._answer_question(
-                    record,
-                    prompts.conclusion_prompt(record, transcript, record_kind(record)),
-                    blocked=failure,
-                )
-                for record, transcript, failure in zip(records, transcripts, failures, strict=True)
-            ],
-        )
+        questions = [
+            self._answer_question(
+                record, prompts.conclusion_prompt(record, transcript, record_kind(record))
+            )
+            for record, transcript in zip(records, transcripts, strict=True)
+        ]
+        name = "sampled" if sample else "reasoned"
+        return self._ask(name, sample, records, questions, failures)
 
     def checker(
         self, records: Sequence[Record], predictions: Sequence[Sequence[Opinion]]
@@ -177,11 +157,10 @@ class Panel:
                 prompts.CHECKER_WORDS,
                 ("yes", "no"),
                 neutral=prompts.neutral_checker_prompt(len(said)),
-                blocked=first_failure(said),
             )
             for record, said in zip(records, predictions, strict=True)
         ]
-        return self._ask("checker", 0, records, questions)
+        return self._ask("checker", 0, records, questions, list(map(first_failure, predictions)))
 
     def context(
         self, records: Sequence[Record], neighbours: Sequence[Sequence[Neighbour]]
@@ -201,19 +180,17 @@ class Panel:
         for record, first, second in zip(records, context, reasoned, strict=True):
             kind = record_kind(record)
             prompt = prompts.review_prompt(record, kind, first.answer, second.answer)
-            basis, blocked = _digest(prompt), first_failure((first, second))
+            basis = _digest(prompt)
             if kind == "choice":
-                questions.append(self._answer_question(record, prompt, basis, blocked))
+                questions.append(self._answer_question(record, prompt, basis))
             else:
                 names = (first.answer or "", second.answer or "")
                 words = prompts.REVIEW_WORDS
-                asked = self._word_question(prompt, words, names, basis=basis, blocked=blocked)
-                questions.append(asked)
-        return self._ask("review", 0, records, questions)
+                questions.append(self._word_question(prompt, words, names, basis=basis))
+        failures = list(map(first_failure, zip(context, reasoned, strict=True)))
+        return self._ask("review", 0, records, questions, failures)
 
-    def _answer_question(
-        self, record: Record, prompt: Prompt, basis: str = "", blocked: str = ""
-    ) -> _Question:
+    def _answer_question(self, record: Record, prompt: Prompt, basis: str = "") -> _Question:
         kind = record_kind(record)
         if (
             kind == "choice"
@@ -224,16 +201,9 @@ class Panel:
             names = tuple(prompts.LETTERS[: len(record.options)])
             neutral = prompts.neutral_prompt(record) if self._config.calibrate else None
             letters = prompts.letters(record.options)
-            return _Question(prompt, letters, True, names, neutral, basis=basis, blocked=blocked)
+            return _Question(prompt, letters, True, names, neutral, basis=basis)
         limit = self._config.answer_tokens if kind == "text" else _SHORT_ANSWER_TOKENS
-        return _Question(
-            prompt,
-            max_tokens=limit,
-            kind=kind,
-            options=record.options,
-            basis=basis,
-            blocked=blocked,
-        )
+        return _Question(prompt, max_tokens=limit, kind=kind, options=record.options, basis=basis)
 
     def _word_question(
         self,
@@ -243,27 +213,37 @@ class Panel:
         *,
         neutral: Prompt | None = None,
         basis: str = "",
-        blocked: str,
     ) -> _Question:
         """One of a few words, read from generated text where the engine has no likelihoods."""
         read = self._engine.abilities.choose
         limit = _SHORT_ANSWER_TOKENS
-        return _Question(prompt, words, read, names, neutral, limit, basis=basis, blocked=blocked)
+        return _Question(prompt, words, read, names, neutral, limit, basis=basis)
 
     # --- asking ----------------------------------------------------------------------------
 
     def _ask(
-        self, expert: str, round_: int, records: Sequence[Record], questions: Sequence[_Question]
+        self,
+        expert: str,
+        round_: int,
+        records: Sequence[Record],
+        questions: Sequence[_Question],
+        failures: Sequence[str] = (),
     ) -> list[Opinion]:
-        """One opinion a record, from the store or from the engine."""
+        """One opinion a record, from the store or from the engine.
+
+        `failures`: for each question why it cannot be asked, a failure before it; empty: it can.
+        """
         stored = self._store.opinions(self.unit, expert, round_)
         numbers: dict[_Question, int] = {}
         rows: list[list[int]] = []  # of the unit, whose question it is
         mine = []
-        for record, question in zip(records, questions, strict=True):
+        blocked: list[str] = []
+        failures = failures or [""] * len(questions)
+        for record, question, failure in zip(records, questions, failures, strict=True):
             number = numbers.setdefault(question, len(rows))
             if number == len(rows):
                 rows.append([])
+                blocked.append(failure)
             rows[number].append(record.index % UNIT_ROWS)
             mine.append(number)
         asked = list(numbers)
@@ -272,8 +252,8 @@ class Panel:
             kept = [stored[row] for row in rows[number] if row in stored] if stored else []
             if len(kept) == len(rows[number]) and all(o.basis == question.basis for o in kept):
                 opinions[number] = kept[0].opinion
-            elif question.blocked:
-                opinions[number] = Opinion(None, failure=question.blocked)
+            elif blocked[number]:
+                opinions[number] = Opinion(None, failure=blocked[number])
         before = len(opinions)
         if before < len(asked):
             # Batches are formed of everything this unit asks, done or not, so that a resumed run

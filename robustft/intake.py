@@ -167,7 +167,7 @@ class Intake:
             return [
                 Record(
                     position, 0, id_, question, None if options is None else tuple(options), answer,
-                    tuple(map(tuple, context)), {},
+                    tuple(map(tuple, context)) if context else (), {},
                 )
                 for position, (id_, question, options, answer, context) in zip(
                     range(start, stop), found, strict=True

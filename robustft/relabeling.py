@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from robustft.store import Opinion
 
 
-@dataclass(frozen=True, slots=True)
-class NewLabel:
+class NewLabel(NamedTuple):
     """`answer` is None where no expert gave one; `nll` is the confidence of eq. 7, in nats."""
 
     answer: str | None

@@ -269,12 +269,18 @@ def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
     bins = np.minimum((scores * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)
     noisy = np.array([one.detection.noisy for one in judged], np.int64)
     np.add.at(result.score_counts, (noisy, bins), 1)
+    asked: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
+    agreed: Counter[str] = Counter()
     for one in judged:
         for name, said in one.opinions.items():
-            agreed = said.answer == "yes" if name == "checker" else agrees(one.record, said)
-            result.tallies[name, "asked"] += 1
-            result.tallies[name, "answered"] += said.answer is not None
-            result.tallies[name, "agreed"] += agreed
+            asked[name] += 1
+            if said.answer is not None:
+                answered[name] += 1
+                yes = said.answer == "yes" if name == "checker" else agrees(one.record, said)
+                agreed[name] += yes
+    for what, counts in (("asked", asked), ("answered", answered), ("agreed", agreed)):
+        result.tallies.update({(name, what): counts[name] for name in asked})
     result.unanswered += sum(one.failed for one in judged)
     lettered = [one for one in judged if one.record.options is not None]
     result.answers_before.update(one.record.answer for one in lettered)

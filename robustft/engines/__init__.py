@@ -10,16 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One chat message; `role` is "system", "user" or "assistant"."""
 
     role: str
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What one expert is asked.
 
     `prefix` opens the assistant's turn ("Answer:"); the model continues it. Message contents are

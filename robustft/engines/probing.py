@@ -231,7 +231,7 @@ def _probe_scoring(engine: CompletionsEngine, first: Written, found: list[str]) 
 
 def _probe_chat(engine: ChatEngine, found: list[str], config: EngineConfig) -> None:
     """Settle how the engine asks. Raises UserError where it cannot be asked at all."""
-    plain = dataclasses.replace(_PROMPT, prefix="")
+    plain = _PROMPT._replace(prefix="")
     first: Written | None = None
     refusal: RequestError | None = None
     for top in (20, 5, None):
