@@ -16,7 +16,7 @@ from typing import Any
 from robustft.errors import UnfinishedError, UserError
 
 _DONE, _OTHER, _USER, _POWERLESS, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
-_RESUMABLE = {"clean", "demo", "reproduce", "train"}
+_RESUMABLE = {"clean", "demo", "eval", "reproduce", "score", "train"}  # with --out
 
 # --- commands ------------------------------------------------------------------------------
 
@@ -313,11 +313,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from robustft.settings import parse
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command, verbose = "", False
+    command, verbose, resumable = "", False, False
     try:
         options = parse(arguments)
         options.arguments = arguments
         command, verbose = options.command, options.verbose
+        resumable = command in _RESUMABLE and options.out is not None
         with _logging(verbose):
             status = _COMMANDS[command](options)
         sys.stdout.flush()
@@ -326,13 +327,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(_USER, str(error))
     except KeyboardInterrupt:
-        kept = command in _RESUMABLE
-        after = "run the same command again to resume" if kept else "no output was written"
+        after = "run the same command again to resume" if resumable else "no output was written"
         return _fail(_INTERRUPTED, f"interrupted; {after}")
     except Exception as error:
         if verbose:
             raise
-        return _fail(_OTHER, _unexpected(error, command))
+        return _fail(_OTHER, _unexpected(error, resumable=resumable))
     return status
 
 
@@ -356,10 +356,10 @@ def _logging(verbose: bool) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _unexpected(error: Exception, command: str) -> str:
+def _unexpected(error: Exception, *, resumable: bool) -> str:
     """One line for an error that no check foresaw."""
     first = (str(error).strip().splitlines() or ["no message"])[0]
-    kept = "; what is finished is kept, the same command resumes" if command in _RESUMABLE else ""
+    kept = "; what is finished is kept, the same command resumes" if resumable else ""
     return f"{type(error).__name__}: {first} (--verbose shows more){kept}"
 
 

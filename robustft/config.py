@@ -65,6 +65,10 @@ class EngineConfig:
         tokens = self.batch_tokens
         _require(tokens is None or tokens >= 1, "batch_tokens", "at least 1", tokens)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What its answers depend on, but for `batch_tokens`, as flat JSON values."""
+        return _flat(self, {"batch_tokens", *ENGINE_MEANS})
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertConfig:
@@ -236,6 +240,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
         _require(self.answer_tokens >= 1, "answer_tokens", "at least 1", self.answer_tokens)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the predictions depend on besides the files' content, as flat JSON values."""
+        free = {"input", "out", "adapter", "engine.batch_tokens"}
+        return _flat(self, free | {f"engine.{name}" for name in ENGINE_MEANS})
 
 
 @dataclass(frozen=True, slots=True)

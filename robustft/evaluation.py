@@ -6,9 +6,9 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -17,13 +17,14 @@ from robustft.answers import answer_kind, matches, parse
 from robustft.config import EvalConfig
 from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
-from robustft.files import atomic_file
+from robustft.formats import hash_files
 from robustft.metrics import Tally, macro_f1
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, answer_prompt, letters
-from robustft.records import Record, RecordSource, Reject, open_records
+from robustft.records import Record, RecordSource, Reject, count_records, open_records
+from robustft.resumable import ResumableLines
+from robustft.store import UNIT_ROWS
 
-_CHUNK = 512
 _CATEGORY_FIELDS = ("Subject", "subject", "Category", "category")
 _MOST_CATEGORIES = 1000
 
@@ -127,7 +128,7 @@ def evaluate(
 
     Multiple choice is read from the options' likelihoods after "Answer:" (where the engine tells
     them), other answers from generated text. With `config.out`, predictions are written there,
-    one JSON line a record.
+    one JSON line a record; killed before that, the same call goes on where it was.
     `engine` is used instead of loading `config.engine` and `config.adapter`; `ask` words the
     prompts of some records, `judge` reads and scores a reply to an open question.
 
@@ -137,26 +138,43 @@ def evaluate(
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
-    total = sum(isinstance(item, Record) for item in source)
+    total = count_records(source)
     started = time.monotonic()
     engine = engine or load_engine(config.engine, config.adapter)
     result = EvalResult(engine.model_id, None if config.adapter is None else str(config.adapter))
     scores = _Scores(result)
-    with ExitStack() as stack:
-        out: IO[bytes] | None = None
-        if config.out is not None:
-            out = stack.enter_context(atomic_file(config.out))
-        progress = stack.enter_context(Progress("eval", total, unit="records"))
+    with _output(config, engine, source) as out, Progress("eval", total, unit="records") as shown:
         for chunk in _chunks(source, result):
-            for prediction in predict(
-                chunk, ask(chunk), engine, config.answer_tokens, judge, progress.update
-            ):
-                scores.add(prediction)
+            kept = [] if out is None else out.take(len(chunk))
+            if kept:
+                predictions = list(map(_read, chunk, kept))
+                shown.skip(len(chunk))
+            else:
+                predictions = predict(
+                    chunk, ask(chunk), engine, config.answer_tokens, judge, shown.update
+                )
                 if out is not None:
-                    out.write(_line(prediction))
+                    out.add(list(map(_line, predictions)))
+            for prediction in predictions:
+                scores.add(prediction)
     scores.finish()
     result.seconds = time.monotonic() - started
     return result
+
+
+def _output(
+    config: EvalConfig, engine: Engine, source: RecordSource
+) -> contextlib.AbstractContextManager[ResumableLines | None]:
+    """The predictions file, where one is wanted."""
+    if config.out is None:
+        return contextlib.nullcontext()
+    adapter: Path | None = config.adapter
+    weights = [] if adapter is None else sorted(adapter.glob("*.safetensors"))
+    identity = config.fingerprint() | {
+        "input": source.content_hash, "adapter": hash_files(weights),
+        "model": engine.model_id, "revision": engine.revision,
+    }  # fmt: skip
+    return ResumableLines(config.out, identity)
 
 
 def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
@@ -166,7 +184,7 @@ def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
             result.rejected += 1
             continue
         chunk.append(item)
-        if len(chunk) == _CHUNK:
+        if len(chunk) == UNIT_ROWS:
             yield chunk
             chunk = []
     if chunk:
@@ -312,4 +330,21 @@ def _line(prediction: Prediction) -> bytes:
         fields["failed"] = prediction.failure
     if prediction.category is not None:
         fields["category"] = prediction.category
+    if prediction.score not in (None, float(prediction.correct)):
+        fields["score"] = prediction.score
     return orjson.dumps(fields) + b"\n"
+
+
+def _read(record: Record, line: bytes) -> Prediction:
+    """The inverse of `_line`."""
+    fields = orjson.loads(line)
+    return Prediction(
+        record,
+        fields["predicted"],
+        fields["correct"],
+        fields.get("reply", ""),
+        fields.get("probability"),
+        fields.get("category"),
+        fields.get("failed", ""),
+        fields.get("score"),
+    )

@@ -384,6 +384,7 @@ def _add_score(commands: Any) -> None:
     parser = _command(
         commands, "score",
         "Token statistics of every given response (nll, entropy, margin, rank); nothing generated",
+        "Killed at any moment, the same command resumes.",
     )  # fmt: skip
     _add_input(parser)
     parser.add_argument(
@@ -451,7 +452,10 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_eval(commands: Any) -> None:
-    parser = _command(commands, "eval", "Accuracy of a model, and of an adapter, on a test file")
+    parser = _command(
+        commands, "eval", "Accuracy of a model, and of an adapter, on a test file",
+        "Killed at any moment, the same command resumes where --out is given.",
+    )  # fmt: skip
     _add_input(parser, split="test")
     _add_model(parser)
     _add_engine(parser)

@@ -16,6 +16,7 @@ from robustft.errors import UserError
 from robustft.files import replacing
 from robustft.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
 from robustft.framing import MAX_LINE_BYTES, Reject, reject
+from robustft.progress import Progress
 from robustft.schemas import Context, Schema, find_schema
 from robustft.sources import open_reader
 
@@ -24,6 +25,7 @@ __all__ = [
     "RecordSource",
     "RecordWriter",
     "Reject",
+    "count_records",
     "open_records",
     "output_name",
     "reopened",
@@ -241,6 +243,16 @@ def open_records(
         raise UserError(f"{path}: the file holds no records")
     counted = "the only record was" if rejected == 1 else f"all {rejected} records were"
     raise UserError(f"{path}: {counted} rejected; line {first.line}: {first.reason}")
+
+
+def count_records(source: RecordSource) -> int:
+    """The number of records, by reading them all."""
+    with Progress("count", source.reader.size, unit="records") as progress:
+        found = 0
+        for item in source:
+            found += isinstance(item, Record)
+            progress.update(1)
+    return found
 
 
 class RecordWriter:

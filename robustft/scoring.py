@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,33 +16,52 @@ from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.experts import record_kind
-from robustft.files import atomic_file
 from robustft.progress import Progress
-from robustft.records import Record, Reject, open_records
-from robustft.store import Stopwatch
+from robustft.records import Record, Reject, count_records, open_records
+from robustft.resumable import ResumableLines
+from robustft.store import UNIT_ROWS, Stopwatch
 
-_CHUNK = 2048
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScoreSummary:
     """What `score` did; `str()` is its closing summary."""
 
     path: Path
-    records: int
-    rejects: int
-    tokens: int
-    seconds: float
-    mean_nll: float  # over records, nats per token
+    records: int = 0  # scored
+    rejects: int = 0
     failures: int = 0  # requests that the engine did not answer
+    tokens: int = 0
+    total_nll: float = 0.0  # of all records, each in nats per token
+    resumed: int = 0  # tokens that an earlier session had scored
+    seconds: float = 0.0  # of this session
+
+    @property
+    def mean_nll(self) -> float:
+        """Mean over records, nats per token."""
+        return self.total_nll / self.records if self.records else float("nan")
+
+    def add(self, lines: Sequence[bytes], *, resumed: bool) -> None:
+        """Add lines of the output up."""
+        for body in map(orjson.loads, lines):
+            if "rejected" in body:
+                self.rejects += 1
+            elif "failed" in body:
+                self.failures += 1
+            else:
+                self.records += 1
+                self.tokens += body["tokens"]
+                self.total_nll += body["nll"] if body["tokens"] else 0.0
+                self.resumed += body["tokens"] if resumed else 0
 
     def __str__(self) -> str:
-        rate = self.tokens / self.seconds if self.seconds else 0.0
+        fresh = self.tokens - self.resumed
+        rate = fresh / self.seconds if self.seconds else 0.0
         failed = f", {self.failures} not answered by the engine" if self.failures else ""
+        before = f"; {self.resumed} more in an earlier session" if self.resumed else ""
         return (
             f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n"
             f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
-            f"took        {self.seconds:.1f} s, {self.tokens} response tokens ({rate:.0f}/s)\n"
+            f"took        {self.seconds:.1f} s, {fresh} response tokens ({rate:.0f}/s){before}\n"
             f"statistics  {self.path}"
         )
 
@@ -65,12 +85,13 @@ def score_file(
     """Score every record of a file; one JSON line each, in input order.
 
     Lines hold `id` and the fields of `robustft.engines.ResponseScore` (nats); an unreadable input
-    line becomes `{"line": …, "rejected": reason}`. The file appears when it is whole.
+    line becomes `{"line": …, "rejected": reason}`. The file appears when it is whole; killed before
+    that, the same call goes on where it was.
     """
     source = open_records(path, schema=schema, limit=limit, split=split)
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise UserError(f"{out}: is the input itself; choose another name")
-    total = sum(1 for item in source if isinstance(item, Record))
+    total = count_records(source)
     engine = engine or load_engine(config)
     if not engine.abilities.score:
         why = "; ".join(engine.abilities.found)
@@ -78,37 +99,50 @@ def score_file(
             f"{config.base_url}: this server cannot score given text ({why}); use one that can, "
             "such as vLLM, with --tokenizer, or --engine transformers"
         )
+    identity = config.fingerprint() | {
+        "input": source.content_hash, "schema": schema, "split": split, "limit": limit,
+        "model": engine.model_id, "revision": engine.revision,
+    }  # fmt: skip
+    summary = ScoreSummary(out)
     watch = Stopwatch()
-    tokens = rejects = failures = 0
-    nll = 0.0
-    with atomic_file(out) as handle, Progress("score", total, unit="records") as progress:
+    with ResumableLines(out, identity) as lines, Progress("score", total, unit="records") as shown:
         stream = iter(source)
-        while items := list(itertools.islice(stream, _CHUNK)):
-            records = [item for item in items if isinstance(item, Record)]
-            requests = [response_request(record) for record in records]
-            scores = {}
-            for rows in engine.plan([prompt for prompt, _ in requests], 16):
-                found = engine.score(
-                    [requests[row][0] for row in rows], [requests[row][1] for row in rows]
-                )
-                scores.update(
-                    {records[row].index: one for row, one in zip(rows, found, strict=True)}
-                )
-                progress.update(len(rows))
-            for item in items:
-                if isinstance(item, Reject):
-                    rejects += 1
-                    body: dict[str, object] = {"line": item.line, "rejected": item.reason}
-                else:
-                    score = scores[item.index]
-                    if isinstance(score, Failure):
-                        failures += 1
-                        handle.write(orjson.dumps({"id": item.id, "failed": score.reason}) + b"\n")
-                        continue
-                    tokens += score.tokens
-                    nll += score.nll if score.tokens else 0.0
-                    body = {"id": item.id} | dataclasses.asdict(score)
-                handle.write(orjson.dumps(body) + b"\n")
-    scored = total - failures
-    mean = nll / scored if scored else float("nan")
-    return ScoreSummary(out, scored, rejects, tokens, watch.seconds(), mean, failures)
+        while items := list(itertools.islice(stream, UNIT_ROWS)):
+            kept = lines.take(len(items))
+            if kept:
+                shown.skip(sum(isinstance(item, Record) for item in items))
+            else:
+                fresh = _scored(items, engine, shown.update)
+                lines.add(fresh)
+            summary.add(kept or fresh, resumed=bool(kept))
+    summary.seconds = watch.seconds()
+    return summary
+
+
+def _scored(
+    items: Sequence[Record | Reject], engine: Engine, progress: Callable[[int], None]
+) -> list[bytes]:
+    """The line of each item."""
+    records = [item for item in items if isinstance(item, Record)]
+    requests = [response_request(record) for record in records]
+    bodies: list[dict[str, object]] = [{}] * len(records)
+    for rows in engine.plan([prompt for prompt, _ in requests], 16):
+        scores = engine.score(
+            [requests[row][0] for row in rows], [requests[row][1] for row in rows]
+        )
+        for row, score in zip(rows, scores, strict=True):
+            said = (
+                {"failed": score.reason}
+                if isinstance(score, Failure)
+                else dataclasses.asdict(score)
+            )
+            bodies[row] = {"id": records[row].id, **said}
+        progress(len(rows))
+    read = iter(bodies)
+    return [
+        orjson.dumps(
+            next(read) if isinstance(item, Record) else {"line": item.line, "rejected": item.reason}
+        )
+        + b"\n"
+        for item in items
+    ]

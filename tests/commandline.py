@@ -13,6 +13,7 @@ import pytest
 from scripted import LetterEmbedder, ScriptedEngine
 
 import robustft.cleaning
+import robustft.evaluation
 import robustft.scoring
 from robustft.cli import main
 
@@ -42,8 +43,8 @@ class CommandLine:
     def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
         self._capture = capture
         self._engine: dict[str, Any] = {}
-        for module in (robustft.cleaning, robustft.scoring):
-            patch.setattr(module, "load_engine", lambda _: ScriptedEngine(**self._engine))
+        for module in (robustft.cleaning, robustft.evaluation, robustft.scoring):
+            patch.setattr(module, "load_engine", lambda *_: ScriptedEngine(**self._engine))
         patch.setattr(robustft.cleaning, "Embedder", lambda _: LetterEmbedder())
 
     def script(self, **engine: Any) -> None:

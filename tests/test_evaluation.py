@@ -15,8 +15,9 @@ from scripted import ScriptedEngine
 from robustft.config import EngineConfig, EvalConfig
 from robustft.engines import Prompt
 from robustft.errors import UserError
-from robustft.evaluation import evaluate
+from robustft.evaluation import Prediction, _line, _read, evaluate
 from robustft.metrics import Tally, macro_f1, wilson
+from robustft.records import Record, open_records
 
 torch.set_num_threads(1)
 
@@ -127,6 +128,21 @@ def test_predictions_appear_in_full_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         evaluate(EvalConfig(path, out=tmp_path / "file" / "p.jsonl"), engine=oracle())
+
+
+def test_a_resumed_evaluation_reads_what_it_wrote(tmp_path: Path) -> None:
+    row: dict[str, object] = {"question": "How far?", "answer": "3 miles", "Subject": "roads"}
+    (record,) = (
+        r for r in open_records(write(tmp_path / "t.jsonl", [row])) if isinstance(r, Record)
+    )
+    for prediction in (
+        Prediction(record, "3 miles", True, "It is 3 miles.", category="roads"),
+        Prediction(record, "2 miles", False, "2", category="roads", score=0.5),
+        Prediction(record, None, False, "no idea"),
+        Prediction(record, None, False, failure="503"),
+    ):
+        assert _read(record, _line(prediction)) == prediction
+    assert "score" not in json.loads(_line(Prediction(record, "x", True, "x", score=1.0)))
 
 
 def test_an_adapter_changes_the_answers(tmp_path: Path, tiny_model: Path) -> None:

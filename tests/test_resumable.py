@@ -1,0 +1,175 @@
+"""Lines of an output survive the run that wrote them, whole chunks only, for the same run alone."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commandline import CommandLine, quiz, read, write
+
+from robustft.errors import UserError
+from robustft.resumable import ResumableLines
+
+CHUNKS = [[b'{"n":%d}\n' % n for n in range(low, low + 3)] for low in range(0, 12, 3)]
+WHOLE = b"".join(line for chunk in CHUNKS for line in chunk)
+
+
+class PowerCutError(Exception):
+    """Ends a run in the tests."""
+
+
+def attempt(path: Path, identity: str = "a", stop: int | None = None) -> int:
+    """Write CHUNKS, but break off after `stop` of them; returns how many were taken over."""
+    taken = 0
+    with contextlib.suppress(PowerCutError), ResumableLines(path, {"who": identity}) as lines:
+        for number, chunk in enumerate(CHUNKS):
+            if number == stop:
+                raise PowerCutError
+            if kept := lines.take(len(chunk)):
+                assert kept == chunk
+                taken += 1
+            else:
+                lines.add(chunk)
+    return taken
+
+
+def hidden(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_what_is_written_is_taken_over(tmp_path: Path, stop: int) -> None:
+    out = tmp_path / "new" / "out.jsonl"
+    attempt(out, stop=stop)
+    assert out.exists() == (stop == 4)
+    assert len(hidden(out.parent)) == (0 < stop < 4)
+    assert attempt(out) == stop % 4
+    assert out.read_bytes() == WHOLE
+    assert hidden(out.parent) == []
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"n"', b'{"n":6}\n{"n":7}\n', b"\0" * 40, b'{"n":6}\n\0\0\0\n{"n":8}\n']
+)
+def test_a_torn_end_is_written_again(tmp_path: Path, tail: bytes) -> None:
+    out = tmp_path / "out.jsonl"
+    attempt(out, stop=2)
+    (partial,) = hidden(tmp_path)
+    with partial.open("ab") as file:
+        file.write(tail)
+    assert attempt(out) == 2
+    assert out.read_bytes() == WHOLE
+
+
+def test_another_run_takes_nothing_over_and_destroys_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    attempt(out, stop=3)
+    assert attempt(out, "b") == 0
+    assert out.read_bytes() == WHOLE
+    assert attempt(out) == 3
+
+
+def test_what_was_there_stays_until_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("before")
+    attempt(out, stop=2)
+    assert out.read_text() == "before"
+    attempt(out)
+    assert out.read_bytes() == WHOLE
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with (
+        ResumableLines(out, {"who": "a"}),
+        pytest.raises(UserError, match="another run is writing it"),
+    ):
+        attempt(out)
+    assert out.read_bytes() == b""
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"out\.jsonl: cannot be written"):
+        attempt(tmp_path / "file" / "out.jsonl")
+
+
+# --- score and eval, killed ----------------------------------------------------------------------
+
+SLOW = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import robustft.evaluation, robustft.scoring
+from scripted import ScriptedEngine, slowly
+robustft.scoring.UNIT_ROWS = robustft.evaluation.UNIT_ROWS = 8
+seconds = float(sys.argv.pop(1))
+engine = ScriptedEngine(before_batch=slowly(seconds))
+robustft.scoring.load_engine = lambda config: engine
+robustft.evaluation.load_engine = lambda config, adapter: engine
+from robustft.cli import main
+status = main()
+print(len(engine.asked), "asked")
+sys.exit(status)
+"""
+
+
+@pytest.fixture(params=["score", "eval"])
+def command(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Signals) -> None:
+    source = write(tmp_path / "in.jsonl", [*quiz(60), b"{broken", *quiz(3)])
+
+    def start(seconds: float, out: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", SLOW, str(seconds), command, str(source), "--out", str(out)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    out = tmp_path / "out.jsonl"
+    process = start(0.2, out)
+    while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    if how == signal.SIGINT:
+        assert said.splitlines()[-1].endswith("run the same command again to resume")
+    assert not out.exists()
+
+    printed, said = start(0, out).communicate(timeout=60)
+    assert said == ""
+    *summary, asked = printed.splitlines()
+    assert 0 < int(asked.split()[0]) <= 63 - 8
+    whole, _ = start(0, tmp_path / "whole.jsonl").communicate(timeout=60)
+    assert whole.splitlines()[-1] == "63 asked"
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    kept = [line for line in summary if line.startswith(("63 responses", "mean nll", "macro"))]
+    assert kept
+    assert set(kept) <= set(whole.splitlines())
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_other_settings_start_afresh(run: CommandLine, tmp_path: Path, command: str) -> None:
+    source, out = write(tmp_path / "in.jsonl", quiz(5)), tmp_path / "o.jsonl"
+
+    def burn() -> None:
+        raise RuntimeError("the accelerator is on fire")
+
+    run.script(before_batch=burn)
+    assert "the same command resumes" in run(command, source, "--out", out).err
+    run.script()
+    assert run(command, source, "--out", out, "--limit", "3").status == 0
+    assert len(read(out)) == 3
