@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from commandline import read
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.integration
 
@@ -39,24 +42,69 @@ def test_trl_trains_five_steps(cleaned: Path, tiny_model: Path, tmp_path: Path) 
     assert all(math.isfinite(loss) for loss in losses)
 
 
+@contextlib.contextmanager
+def in_parts(package: str, *folders: str) -> Iterator[None]:
+    """Modules of `package` and these folders of it can be imported without what those import."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package} is not installed (pip install --no-deps {package})")
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("", *folders):
+            shell = ModuleType(f"{package}.{folder}".rstrip("."))
+            shell.__path__ = [str(Path(spec.origin).parent / folder)]
+            patch.setitem(sys.modules, shell.__name__, shell)
+        yield
+
+
 @pytest.fixture(scope="module")
 def llama_factory() -> SimpleNamespace:
-    """LLaMA-Factory's parser and converter, without its packages' other modules and needs."""
-    spec = importlib.util.find_spec("llamafactory")
-    if spec is None or spec.origin is None:
-        pytest.skip("llamafactory is not installed (pip install --no-deps llamafactory)")
-    root = Path(spec.origin).parent
-    shells = {"llamafactory": root, "llamafactory.data": root / "data"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, folder in shells.items():
-            shell = ModuleType(name)
-            shell.__path__ = [str(folder)]
-            patch.setitem(sys.modules, name, shell)
+    """LLaMA-Factory's parser and converter."""
+    with in_parts("llamafactory", "data"):
         return SimpleNamespace(
             parser=importlib.import_module("llamafactory.data.parser"),
             converter=importlib.import_module("llamafactory.data.converter"),
             types=importlib.import_module("llamafactory.extras.constants").FILEEXT2TYPE,
         )
+
+
+def test_torchtune_reads_every_record(cleaned: Path, tmp_path: Path) -> None:
+    with in_parts("torchtune", "data", "datasets", "modules"):
+        messages = importlib.import_module("torchtune.data._messages")
+        datasets = importlib.import_module("torchtune.datasets._sft")
+    data = datasets.SFTDataset(
+        source="json", data_files=str(cleaned / "messages.jsonl"), split="train",
+        cache_dir=str(tmp_path), message_transform=messages.OpenAIToMessages(),
+        model_transform=lambda sample: {**sample, "tokens": [], "mask": []},
+    )  # fmt: skip
+    lines = read(cleaned / "messages.jsonl")
+    assert len(data) == len(lines)
+    for line, example in zip(lines, data, strict=True):
+        found = [{"role": m.role, "content": m.text_content} for m in example["messages"]]
+        assert found == line["messages"]
+        assert [m.masked for m in example["messages"]] == [
+            m["role"] != "assistant" for m in line["messages"]
+        ]
+
+
+def test_axolotl_trains_on_the_answers(cleaned: Path, tiny_model: Path) -> None:
+    if importlib.util.find_spec("axolotl") is None:
+        pytest.skip("axolotl is not installed (pip install --no-deps axolotl colorama addict)")
+    strategies = importlib.import_module("axolotl.prompt_strategies.chat_template")
+    settings = importlib.import_module("axolotl.utils.dict").DictDefault
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    strategy = strategies.load(
+        tokenizer,
+        settings(sequence_len=2048, train_on_inputs=False),
+        {"type": "chat_template", "chat_template": "tokenizer_default"},
+    )
+    for line in read(cleaned / "messages.jsonl"):
+        found = strategy.tokenize_prompt(line)
+        learnt = [
+            token
+            for token, label in zip(found["input_ids"], found["labels"], strict=True)
+            if label != -100
+        ]
+        assert tokenizer.decode(learnt) == line["messages"][-1]["content"] + tokenizer.eos_token
 
 
 def converted(llama_factory: SimpleNamespace, folder: Path, cache: Path) -> dict[str, list[Any]]:
