@@ -8,6 +8,7 @@ namespace robustft::token_stats {
 namespace {
 
 constexpr int width = 8;
+constexpr int registers = 16;
 constexpr bool fused = true;
 using F = __m256;
 using Count = __m256i;
@@ -54,18 +55,9 @@ inline void store(f16* p, F v) {
 }
 inline void lanes(F v, float* out) { _mm256_storeu_ps(out, v); }
 inline float largest(F v) {
-    float out[width];
-    lanes(v, out);
-    float max = out[0];
-    for (const float lane : out) max = lane > max ? lane : max;
-    return max;
-}
-inline double sum(F v) {
-    float out[width];
-    lanes(v, out);
-    double total = 0;
-    for (const float lane : out) total += static_cast<double>(lane);
-    return total;
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 inline F vmax(F a, F b) { return _mm256_max_ps(a, b); }

@@ -12,6 +12,7 @@ namespace robustft::token_stats {
 namespace {
 
 constexpr int width = 16;
+constexpr int registers = 32;
 constexpr bool fused = true;
 using F = __m512;
 using Count = __m512i;
@@ -60,11 +61,6 @@ inline void store(f16* p, F v) {
 }
 inline void lanes(F v, float* out) { _mm512_storeu_ps(out, v); }
 inline float largest(F v) { return _mm512_reduce_max_ps(v); }
-inline double sum(F v) {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
-}
 
 inline F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 inline F vmin(F a, F b) { return _mm512_min_ps(a, b); }

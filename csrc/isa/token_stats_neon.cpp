@@ -8,6 +8,7 @@ namespace robustft::token_stats {
 namespace {
 
 constexpr int width = 4;
+constexpr int registers = 32;
 constexpr bool fused = true;
 using F = float32x4_t;
 using Count = uint32x4_t;
@@ -42,10 +43,6 @@ inline void store(f16* p, F v) {
 }
 inline void lanes(F v, float* out) { vst1q_f32(out, v); }
 inline float largest(F v) { return vmaxvq_f32(v); }
-inline double sum(F v) {
-    const float64x2_t low = vcvt_f64_f32(vget_low_f32(v)), high = vcvt_high_f64_f32(v);
-    return vaddvq_f64(vaddq_f64(low, high));
-}
 
 // The second argument where either is NaN, as on x86.
 inline F vmax(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }

@@ -6,6 +6,7 @@ namespace robustft::token_stats {
 namespace {
 
 constexpr int width = 4;
+constexpr int registers = 16;
 constexpr bool fused = false;
 using F = float __attribute__((vector_size(16)));
 using Count = std::int32_t __attribute__((vector_size(16)));
@@ -26,13 +27,6 @@ inline float largest(F v) {
     float max = out[0];
     for (const float lane : out) max = lane > max ? lane : max;
     return max;
-}
-inline double sum(F v) {
-    float out[width];
-    lanes(v, out);
-    double total = 0;
-    for (const float lane : out) total += static_cast<double>(lane);
-    return total;
 }
 
 inline Bits as_bits(F v) {
