@@ -68,6 +68,21 @@ def test_as_good_as_the_logits_of_that_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(found.rank == 0, found.argmax == target)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_16_bit_instructions_sums_stay_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["robustft_kernels.linear_token_stats"]
+    monkeypatch.setattr(module, "product_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(module, "CPU_ROWS", 7)
+    monkeypatch.setattr(module, "CPU_COLUMNS", 64)
+    hidden, weight, bias, target = problem(dtype, n=40, vocab=300)
+    exact = token_stats_reference(hidden.double() @ weight.double().T + bias.double(), target)
+    found = linear_token_stats(hidden, weight, target, bias=bias)
+    assert found.entropy.dtype == torch.float32
+    assert not violations(found, exact, absolute=1e-5, relative=1e-5)
+
+
 def test_vocab_size_and_sequences() -> None:
     hidden, weight, _, target = problem(torch.float32, n=20, vocab=100)
     target %= 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -69,6 +70,25 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@functools.cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a CPU multiplies matrices of `dtype` in.
+
+    float32 where it lacks the instructions for 16-bit ones: PyTorch's loops for them are ten times
+    slower there than float32 products of copies.
+    """
+    probes = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if dtype not in probes:
+        return dtype
+    try:
+        return dtype if getattr(torch.ops.mkldnn, probes[dtype])() else torch.float32
+    except (AttributeError, RuntimeError):  # a build without oneDNN
+        return torch.float32
+
+
 def _product(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if bias is None:
         torch.mm(h, w.t(), out=out)
@@ -88,24 +108,31 @@ def _tiled(
 ) -> Seven:
     """CPU: each tile of logits is reduced while it is in the cache, and overwritten by the next."""
     n, vocab = hidden.shape[0], weight.shape[0]
+    dtype = product_dtype(hidden.dtype)
     ids = levels = None
     if target_ids is not None:
         check_range(target_ids, vocab, ignore_index)
         ids = target_ids.to(torch.int64)
-        levels = target_logits(hidden, weight, bias, target_ids, ignore_index, hidden.dtype)
+        levels = target_logits(hidden, weight, bias, target_ids, ignore_index, dtype)
         levels = levels.to(_wide(hidden))
     out = empty_columns(hidden, torch.Size([n]))
     # Fewer rows, more columns: a product too small is a slow one.
     step = min(8 * CPU_COLUMNS, CPU_COLUMNS * CPU_ROWS // max(1, min(n, CPU_ROWS)))
-    workspace = hidden.new_empty(min(n, CPU_ROWS) * min(vocab, step))
+    copies = None  # of the weights of a tile, where they are not multiplied as they are
+    if dtype != hidden.dtype:
+        step = min(step, max(1, CPU_ROWS * CPU_COLUMNS // max(1, hidden.shape[1])))
+        copies = weight.new_empty((min(vocab, step), hidden.shape[1]), dtype=dtype)
+    workspace = hidden.new_empty(min(n, CPU_ROWS) * min(vocab, step), dtype=dtype)
     for start in range(0, n, CPU_ROWS):
         rows = slice(start, min(n, start + CPU_ROWS))
-        h = hidden[rows]
+        h = hidden[rows].to(dtype)
         reals = torch.zeros(5, h.shape[0], dtype=torch.float64)
         reals[:2] = -torch.inf
         counts = torch.zeros(2, h.shape[0], dtype=torch.int64)
         for first in range(0, vocab, step):
             w = weight[first : first + step]
+            if copies is not None:
+                w = copies[: w.shape[0]].copy_(w)
             x = workspace[: h.shape[0] * w.shape[0]].view(1, h.shape[0], w.shape[0])
             _product(h, w, None if bias is None else bias[first : first + step], x[0])
             core.token_stats_accumulate(
@@ -365,8 +392,8 @@ def linear_token_stats(
 
     Returns:
         TokenStats, each field shaped [...]. Extra memory does not grow with N times V. On the
-        CPU, 16-bit logits are rounded to 16 bits as `hidden @ weight.T` would be; on a GPU they
-        keep the float32 sums.
+        CPU with instructions for 16-bit products, 16-bit logits are rounded to 16 bits as
+        `hidden @ weight.T` would be; elsewhere, and on a GPU, they keep the float32 sums.
 
     Raises:
         TypeError, ValueError: as `token_stats`, and where hidden, weight and bias disagree.
