@@ -24,8 +24,8 @@ ts::Type type_of(const py::array& logits) {
     if (type.kind() == 'f' && type.itemsize() == 2) return ts::Type::f16;
     if (type.kind() == 'u' && type.itemsize() == 2) return ts::Type::bf16;
     throw py::type_error(
-        "logits must be float64, float32, float16 or uint16 (bfloat16 bits), got " +
-        py::str(type).cast<std::string>());
+        "logits must be float64, float32, float16 or uint16 (bfloat16 bits), got dtype '" +
+        (type.kind() + std::to_string(type.itemsize())) + "'");
 }
 
 ts::Logits view(const py::array& logits) {

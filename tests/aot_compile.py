@@ -36,6 +36,9 @@ POINTERS = {
 }
 
 
+PAIRS = 0
+
+
 def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: str, **options: int):
     """Compile as the launcher would: pointers and what `types` marks with ! divide by 16."""
     names = kernel.arg_names
@@ -99,7 +102,13 @@ def logits_kernel(arch: str, dtype: str, capped: bool, target: bool) -> Any:
     group = {"bf16": 8, "fp16": 8, "fp32": 4}[dtype]
     tile = logits.tile_shape(16 // group, capped)
     constants = {"HAS_TARGET": target, "GIVEN": False, "CAPPED": capped, "CHUNK": logits.CHUNK}
-    constants |= {"R": tile["R"], "G": tile["G"]}
+    constants |= {
+        "H": tile["H"],
+        "R": tile["R"],
+        "G": tile["G"],
+        "ALIGN": 8 * group,
+        "PAIRS": PAIRS,
+    }
     return build(
         logits.partial_kernel, {"x_ptr": "*" + dtype}, constants, arch, num_warps=tile["num_warps"]
     )
@@ -114,7 +123,13 @@ def linear_kernel(arch: str, dtype: str, capped: bool) -> Any:
     for operand, block in (("hidden", "BLOCK_N"), ("weight", "BLOCK_V")):
         shape = f"[{tile[block]}, {tile['BLOCK_D']}]"
         types[operand] = f"tensordesc<{dtype}{shape}>" if tile["TMA"] else "*" + dtype
-    constants = {"HAS_TARGET": True, "HAS_BIAS": capped, "CAPPED": capped, "CHUNK": linear.CHUNK}
+    constants = {
+        "HAS_TARGET": True,
+        "HAS_BIAS": capped,
+        "CAPPED": capped,
+        "CHUNK": linear.CHUNK,
+        "GROUP": linear.GROUP,
+    }
     return build(linear.linear_partial_kernel, types, constants | tile, arch, **options)
 
 

@@ -99,7 +99,7 @@ def backward(
         return
     zero = torch.zeros(rows, dtype=torch.float32, device=x.device)
     given = [zero if g is None else g.reshape(-1).contiguous() for g in grads]
-    targets = None if target_ids is None else target_ids.reshape(-1).to(torch.int64)
+    targets = None if target_ids is None else target_ids.reshape(-1).to(torch.int64).contiguous()
     with on(x.device):
         backward_kernel[(rows,)](
             x,

@@ -216,7 +216,7 @@ def _fused(
         )
     levels = None
     if target_ids is not None:
-        levels = target_logits(hidden, weight, bias, target_ids, ignore_index, torch.float32)
+        levels = launch.target_logits(hidden, weight, bias, target_ids, ignore_index)
     found: Seven = launch.forward(hidden, weight, target_ids, levels, bias, temperature, softcap)
     return found
 

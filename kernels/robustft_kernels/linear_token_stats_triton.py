@@ -11,20 +11,36 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from robustft_kernels.partials_triton import LOG2E, Partials, on, scaled
+from robustft_kernels.partials_triton import HUGE, LOG2E, Partials, above, capped, on
 from robustft_kernels.reference import Seven, empty_columns
 
 # Columns per program. Fixed, so that a row's sums are formed in one order whatever the batch.
 CHUNK = 4096
+GROUP = 16
+
+
+@triton.jit
+def _next_above(x):
+    """The next larger float32; NaN above infinity."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x > 0.0, bits + 1, tl.where(x < 0.0, bits - 1, 1))
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _origin(highest, rate):
+    """Where sums count from, in base-2 units: finite, as inf - inf would be NaN."""
+    return tl.minimum(tl.maximum(highest * rate, -HUGE), HUGE)
 
 
 @triton.jit
 def _absorb(
     x,  # [N, V] float32 logits of one tile
-    column,  # [V]
+    start,  # its first column
     end,
     level,  # [N] the target's logit, its column, and the running state
     target,
+    y,
     m,
     second,
     s,
@@ -35,36 +51,45 @@ def _absorb(
     cap,
     HAS_TARGET: tl.constexpr,
     CAPPED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Fold one tile into the running state; see the logits kernel for the arithmetic."""
+    column = start + tl.arange(0, BLOCK_V)
+    special = start + BLOCK_V > end
     if HAS_TARGET:
-        # One value for the target everywhere, so that rank, argmax and logprob agree.
-        x = tl.where(column[None, :] == target[:, None], level[:, None], x)
-        ahead = (x > level[:, None]) | ((x == level[:, None]) & (column[None, :] < target[:, None]))
-        count += tl.sum((ahead & (column < end)[None, :]).to(tl.int32), axis=1)
-    x = tl.where((column < end)[None, :], x, float("-inf"))
+        here = (target >= start) & (target < start + BLOCK_V)
+        special = special | (tl.max(here.to(tl.int32), axis=0) > 0)
+    if special:
+        if HAS_TARGET:
+            # One value for the target everywhere, so that rank, argmax and logprob agree.
+            x = tl.where(column[None, :] == target[:, None], level[:, None], x)
+            tie = (x == level[:, None]) & (column[None, :] < target[:, None])
+            ahead = ((x > level[:, None]) | tie) & (column < end)[None, :]
+            count += tl.sum(ahead.to(tl.int32), axis=1)
+        x = tl.where((column < end)[None, :], x, float("-inf"))
+    elif HAS_TARGET:
+        # Before the target's tile a tie counts, after it it does not.
+        bar = tl.where(target >= start, level, _next_above(level))
+        count += tl.sum((x >= bar[:, None]).to(tl.float32), axis=1).to(tl.int32)
+    c = _origin(y if CAPPED else m, rate)
     top = tl.max(x, axis=1)
     at = tl.min(tl.where(x == top[:, None], column[None, :], 2147483647), axis=1)
     others = tl.max(tl.where(column[None, :] == at[:, None], float("-inf"), x), axis=1)
     second = tl.maximum(tl.minimum(m, top), tl.maximum(second, others))
     best = tl.where((top > m) | (best < 0), at, best)
-    new = tl.maximum(m, top)
-    # An infinite maximum counts from zero, so that inf - inf never occurs.
-    origin = tl.where(tl.abs(new) == float("inf"), 0.0, new)
+    m = tl.maximum(m, top)
     if CAPPED:
-        z_origin = scaled(origin, rate, cap, CAPPED)
-        shift = scaled(m, rate, cap, CAPPED) - z_origin
-        d = scaled(x, rate, cap, CAPPED) - z_origin[:, None]
-    else:
-        shift = (m - origin) * rate
-        d = (x - origin[:, None]) * rate
-    shift = tl.maximum(shift, -126.0)
+        x = capped(x, cap, CAPPED)
+        y = tl.maximum(y, tl.max(x, axis=1))
+    origin = _origin(y if CAPPED else m, rate)
+    shift = tl.maximum(c - origin, -126.0)
     alpha = tl.exp2(shift)
+    d = above(x, rate, origin[:, None])
     d = tl.where(d < -126.0, -126.0, d)
     e = tl.exp2(d)
     w = alpha * (w + shift * s) + tl.sum(e * d, axis=1)
     s = alpha * s + tl.sum(e, axis=1)
-    return new, second, s, w, best, count
+    return y, m, second, s, w, best, count
 
 
 @triton.jit
@@ -92,27 +117,24 @@ def linear_partial_kernel(
     CAPPED: tl.constexpr,
     TMA: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """BLOCK_N rows against one chunk of the vocabulary, BLOCK_V columns at a time."""
-    # Row blocks vary fastest: programs that run together share the chunk's weights in L2.
-    blocks = tl.cdiv(rows, BLOCK_N)
-    pid = tl.program_id(0)
-    chunk = pid // blocks
-    first_row = pid % blocks * BLOCK_N
+    # The grid is [GROUP, chunks, groups], the first fastest: programs that run together share a
+    # group of row blocks and a few chunks' weights in L2.
+    chunk = tl.program_id(1)
+    first_row = (tl.program_id(2) * GROUP + tl.program_id(0)) * BLOCK_N
+    if first_row >= rows:
+        return
     row = first_row + tl.arange(0, BLOCK_N)
     live = row < rows
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, vocab)
 
-    level = tl.full([BLOCK_N], float("nan"), tl.float32)
-    target = tl.full([BLOCK_N], -1, tl.int32)
-    if HAS_TARGET:
-        level = tl.load(level_ptr + row, mask=live, other=float("nan"))
-        target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
-        target = tl.where(level == level, target, -1)
+    y = tl.full([BLOCK_N], float("-inf"), tl.float32)
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     second = tl.full([BLOCK_N], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
@@ -142,12 +164,20 @@ def linear_partial_kernel(
                 x = tl.dot(a, b, x)
         if HAS_BIAS:
             x += tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
-        m, second, s, w, best, count = _absorb(
+        # Read for each tile again, as registers are short.
+        level = tl.full([BLOCK_N], float("nan"), tl.float32)
+        target = tl.full([BLOCK_N], -1, tl.int32)
+        if HAS_TARGET:
+            level = tl.load(level_ptr + row, mask=live, other=float("nan"))
+            target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
+            target = tl.where(level == level, target, -1)
+        y, m, second, s, w, best, count = _absorb(
             x,
-            column,
+            start,
             end,
             level,
             target,
+            y,
             m,
             second,
             s,
@@ -158,8 +188,17 @@ def linear_partial_kernel(
             cap,
             HAS_TARGET,
             CAPPED,
+            BLOCK_V,
         )
 
+    # From the rounded origin to the maximum itself; an infinite one has no sums to move.
+    highest = y if CAPPED else m
+    shift = tl.where(
+        tl.abs(highest) == float("inf"), 0.0, -above(highest, rate, _origin(highest, rate))
+    )
+    share = tl.exp2(shift)
+    w = share * (w + shift * s)
+    s = share * s
     out = chunk.to(tl.int64) * rows + row
     tl.store(max_ptr + out, m, mask=live)
     tl.store(second_ptr + out, second, mask=live)
@@ -171,20 +210,51 @@ def linear_partial_kernel(
         tl.store(rank_ptr + out, count.to(tl.int64), mask=live)
 
 
+@triton.jit
+def target_logit_kernel(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V], or a dummy
+    target_ptr,  # [N] int64
+    out_ptr,  # [N] float32
+    hidden_stride,
+    weight_stride,
+    vocab,
+    width,  # D
+    ignore_index,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row's dot product with its target's weights; NaN where there is no target."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    inside = (target != ignore_index) & (target >= 0) & (target < vocab)
+    target = tl.where(inside, target, 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        h = tl.load(hidden_ptr + row * hidden_stride + d, mask=d < width, other=0.0)
+        w = tl.load(weight_ptr + target * weight_stride + d, mask=d < width, other=0.0)
+        total += h.to(tl.float32) * w.to(tl.float32)
+    level = tl.sum(total, axis=0)
+    if HAS_BIAS:
+        level += tl.load(bias_ptr + target).to(tl.float32)
+    tl.store(out_ptr + row, tl.where(inside, level, float("nan")))
+
+
 def tile_shape(capped: bool, arch: str | int) -> dict[str, Any]:
     """Tile and launch options for a CUDA capability (80, 90 ...) or an AMD gfx name.
 
     The largest tiles that keep the epilogue in registers on every target.
     """
-    tma = isinstance(arch, int) and arch >= 90
-    tile = {"BLOCK_N": 128, "BLOCK_V": 64 if capped else 128, "num_warps": 8}
-    if tma:
-        tile |= {"BLOCK_D": 64, "num_stages": 4}
-    elif isinstance(arch, int):
-        tile |= {"BLOCK_D": 32, "num_stages": 4}
-    else:
-        tile |= {"BLOCK_D": 64, "num_stages": 2}
-    return {**tile, "TMA": tma}
+    tile = {"BLOCK_N": 128, "BLOCK_V": 64 if capped else 128, "num_warps": 8, "TMA": False}
+    if not isinstance(arch, int):
+        return tile | {"BLOCK_D": 64, "num_stages": 2}
+    if arch < 90:
+        return tile | {"BLOCK_D": 32, "num_stages": 4}
+    if arch < 100:
+        tile |= {"BLOCK_V": 128 if capped else 256}
+    return tile | {"BLOCK_D": 64, "num_stages": 3, "TMA": True}
 
 
 def arch_of(device: torch.device) -> str | int:
@@ -210,6 +280,34 @@ def fits(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
+def target_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """The targets' logits [N] in float32, NaN where there is none; for what `fits` accepts."""
+    out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    if hidden.shape[0] > 0:
+        with on(hidden.device):
+            target_logit_kernel[(hidden.shape[0],)](
+                hidden,
+                weight,
+                weight if bias is None else bias.contiguous(),
+                target_ids.to(torch.int64).contiguous(),
+                out,
+                hidden.stride(0),
+                weight.stride(0),
+                weight.shape[0],
+                hidden.shape[1],
+                ignore_index,
+                HAS_BIAS=bias is not None,
+                BLOCK=1024,
+            )
+    return out
+
+
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -230,6 +328,7 @@ def forward(
     out = empty_columns(hidden, torch.Size([rows]))
     if rows == 0:
         return out
+    group = tuning.pop("GROUP", GROUP)
     tile = tile_shape(softcap > 0, arch_of(hidden.device)) | tuning
     n, v, d = tile["BLOCK_N"], tile["BLOCK_V"], tile["BLOCK_D"]
     operands: tuple[Any, Any] = (hidden, weight)
@@ -241,10 +340,10 @@ def forward(
     if target_logits is not None:
         partials.level = target_logits
     with on(hidden.device):
-        linear_partial_kernel[(triton.cdiv(rows, n) * partials.chunks,)](
+        linear_partial_kernel[(group, partials.chunks, triton.cdiv(rows, n * group))](
             *operands,
-            partials.level if bias is None else bias,
-            partials.argmax if target_ids is None else target_ids.to(torch.int64),
+            partials.level if bias is None else bias.contiguous(),
+            partials.argmax if target_ids is None else target_ids.to(torch.int64).contiguous(),
             *partials.pointers(),
             hidden.stride(0),
             weight.stride(0),
@@ -257,6 +356,7 @@ def forward(
             HAS_BIAS=bias is not None,
             CAPPED=softcap > 0,
             CHUNK=chunk,
+            GROUP=group,
             **tile,
         )
     partials.finish(out, target_ids is not None, temperature, softcap)

@@ -14,6 +14,9 @@ from torch import Tensor
 from robustft_kernels.reference import Seven
 
 LOG2E = 1.4426950408889634
+# Origins of sums, in base-2 units, stay within: just inside float32's range.
+HUGE = tl.constexpr(3e38)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -33,11 +36,25 @@ def _tanh(u):
 
 
 @triton.jit
-def scaled(x, rate, cap, CAPPED: tl.constexpr):
-    """Scaled logits in base-2 units; infinite ones do not go through the cap."""
+def capped(x, cap, CAPPED: tl.constexpr):
+    """Logits under the cap, cap * tanh(x / cap); infinite logits do not go through the cap."""
     if CAPPED:
         x = tl.where(tl.abs(x) == float("inf"), x, cap * _tanh(x * (1.0 / cap)))
-    return x * rate
+    return x
+
+
+@triton.jit
+def scaled(x, rate, cap, CAPPED: tl.constexpr):
+    """Capped logits in the units of `rate`."""
+    return capped(x, cap, CAPPED) * rate
+
+
+@triton.jit
+def above(y, rate, origin):
+    """The difference y * rate - origin, rounded once."""
+    if INTERPRETED:  # numpy has no fused multiply-add
+        return (y.to(tl.float64) * rate - origin).to(tl.float32)
+    return tl.fma(y, rate, -origin)
 
 
 @triton.jit

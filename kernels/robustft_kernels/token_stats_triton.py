@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustft_kernels.partials_triton import LOG2E, Partials, on, scaled
+from robustft_kernels.partials_triton import HUGE, LOG2E, Partials, above, capped, on
 from robustft_kernels.reference import Seven, empty_columns
 from robustft_kernels.results import PartialTokenStats
 from robustft_kernels.token_stats import rows_view
@@ -37,40 +37,101 @@ def add3(a, b, c, x, y, z):
 
 
 @triton.jit
+def _add_pairs(a, b):
+    """Sums of bfloat16 pairs."""
+    return tl.inline_asm_elementwise(
+        "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _unpack(pair):
+    """The two bfloat16 of a pair as float32."""
+    low = (pair << 16).to(tl.float32, bitcast=True)
+    return low, (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _whole_tile(
+    p,
+    vector,  # [R, H, 1] numbers of the vectors
+    tile,
+    level,
+    TIES: tl.constexpr,  # a logit equal to the target's is ahead of it, too
+    HAS_TARGET: tl.constexpr,
+    PAIRS: tl.constexpr,
+    R: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Logits [R, H, G] of a tile without blanks, float32; how many of each thread's are ahead."""
+    count = tl.zeros([R], tl.int32)
+    if PAIRS:
+        # Two columns at a time, 0.0 or 1.0 each: sums of H * G / 2 ones are exact.
+        q = p.to(tl.pointer_type(tl.int32)) + tile * (R * H * G // 2)
+        pairs = tl.load(q + vector * (G // 2) + tl.arange(0, G // 2), eviction_policy="evict_first")
+        bits = level.to(tl.int32, bitcast=True)
+        compare: tl.constexpr = "set.ge.bf16x2.bf16x2" if TIES else "set.gt.bf16x2.bf16x2"
+        ahead = tl.inline_asm_elementwise(
+            compare + " $0, $1, $2;",
+            "=r,r,r",
+            [pairs, (bits & -65536) | ((bits >> 16) & 65535)],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        low, high = _unpack(tl.reduce(tl.reduce(ahead, 2, _add_pairs), 1, _add_pairs))
+        count = (low + high).to(tl.int32)
+        low, high = _unpack(pairs)
+        x = tl.reshape(tl.join(low, high), (R, H, G))
+    else:
+        column = tile * (R * H * G) + vector * G + tl.arange(0, G)
+        x = tl.load(p + column, eviction_policy="evict_first").to(tl.float32)
+        if HAS_TARGET:
+            ahead = x >= level if TIES else x > level
+            count = tl.sum(tl.sum(ahead.to(tl.int32), axis=2), axis=1)
+    return x, count
+
+
+@triton.jit
 def _absorb(
-    x,  # [R, G] float32
+    x,  # [R, H, G] float32: H vectors of G columns for each of R threads
     tile,
     rate,
     cap,
-    m,  # [R] largest logit so far of each thread's groups, as given
-    s,  # [R] sum 2^(z - z(m))
-    w,  # [R] sum 2^(z - z(m)) (z - z(m)), base-2 units
-    second,  # [R] second largest group maximum
-    best,  # [R] tile in which m was met first
+    c,  # [R] origin of the sums: rate * y, rounded; base-2 units
+    y,  # [R] largest capped logit so far of each thread
+    m,  # [R] the same as given, without the cap
+    s,  # [R] sum 2^(z - c)
+    w,  # [R] sum 2^(z - c) (z - c), base-2 units
+    second,  # [R] second largest vector maximum
+    best,  # [R] vector in which m was met first: H * tile + its place in the tile
     CAPPED: tl.constexpr,
+    H: tl.constexpr,
 ):
-    """One rescaling per group of G columns, all in registers of one thread."""
-    top = tl.max(x, axis=1)
-    second = tl.maximum(second, tl.minimum(m, top))
-    best = tl.where(top > m, tile, best)
+    """One rescaling per H vectors, all in registers of one thread."""
+    each = tl.max(x, axis=2)  # [R, H]
+    none = tl.full(each.shape, float("-inf"), tl.float32)
+    place = tl.arange(0, H)[None, :] + tl.zeros(each.shape, tl.int32)
+    top, place, other = tl.reduce((each, place, none), 1, top_of)
+    second = tl.maximum(tl.maximum(second, other), tl.minimum(m, top))
+    best = tl.where(top > m, H * tile + place, best)
     new = tl.maximum(m, top)
-    # inf - inf would be NaN: with an infinite maximum count from zero instead. Then -inf logits
-    # weigh nothing, +inf makes the sum +inf, and only a NaN logit makes it NaN.
-    origin = tl.where(tl.abs(new) == float("inf"), 0.0, new)
-    if CAPPED:
-        z_origin = scaled(origin, rate, cap, CAPPED)
-        shift = scaled(m, rate, cap, CAPPED) - z_origin
-        d = scaled(x, rate, cap, CAPPED) - z_origin[:, None]
-    else:
-        shift = (m - origin) * rate
-        d = (x - origin[:, None]) * rate
-    shift = tl.maximum(shift, -126.0)
+    # Kept finite, as inf - inf would be NaN: so -inf logits weigh nothing, +inf makes the sum +inf,
+    # and only a NaN logit makes it NaN.
+    if CAPPED:  # the values summed and their maximum come from one evaluation
+        x = capped(x, cap, CAPPED)
+        y = tl.maximum(y, tl.max(tl.max(x, axis=2), axis=1))
+    highest = y if CAPPED else new
+    origin = tl.minimum(tl.maximum(highest * rate, -HUGE), HUGE)
+    shift = tl.maximum(c - origin, -126.0)
     alpha = tl.exp2(shift)
+    d = above(x, rate, origin[:, None, None])
     d = tl.where(d < -126.0, -126.0, d)  # keeps NaN; 2^-126 is what a masked column weighs
     e = tl.exp2(d)
-    w = alpha * (w + shift * s) + tl.sum(e * d, axis=1)
-    s = alpha * s + tl.sum(e, axis=1)
-    return new, s, w, second, best
+    w = alpha * (w + shift * s) + tl.sum(tl.sum(e * d, axis=2), axis=1)
+    s = alpha * s + tl.sum(tl.sum(e, axis=2), axis=1)
+    return origin, y, new, s, w, second, best
 
 
 @triton.jit
@@ -97,13 +158,16 @@ def partial_kernel(
     GIVEN: tl.constexpr,  # level is input: another shard may hold the target
     CAPPED: tl.constexpr,
     CHUNK: tl.constexpr,
-    R: tl.constexpr,  # groups per tile
-    G: tl.constexpr,  # columns per group: 16 bytes
+    H: tl.constexpr,  # vectors a thread takes from a tile
+    R: tl.constexpr,  # threads
+    G: tl.constexpr,  # columns of a vector: 16 bytes
+    ALIGN: tl.constexpr,  # columns of a boundary, 16 or 128 bytes; x_ptr is on one
+    PAIRS: tl.constexpr,  # bfloat16, counted two at a time
 ):
     """One chunk of one row.
 
-    Loads are 128 bits wide whatever the row's alignment: the base is moved down to a 16-byte
-    boundary and the columns before the chunk are blanked out.
+    Loads are 128 bits wide and whole lines whatever the row's alignment: the base is moved down to
+    a boundary and the columns before the chunk are blanked out.
     """
     chunks = tl.cdiv(vocab, CHUNK)
     pid = tl.program_id(0).to(tl.int64)
@@ -112,14 +176,14 @@ def partial_kernel(
     start = base + (row // inner) * outer_stride + (row % inner) * inner_stride
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, vocab)
-    aligned = (start + begin) // G * G
+    aligned = (start + begin) // ALIGN * ALIGN
     head = (start + begin - aligned).to(tl.int32)  # blank columns in front
     length = head + (end - begin).to(tl.int32)
     p = x_ptr + aligned
 
-    column = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]  # [R, G], from `aligned`
-    group = tl.arange(0, R)[:, None] * G
-    TILE: tl.constexpr = R * G
+    vector = (tl.arange(0, R)[:, None] + tl.arange(0, H)[None, :] * R)[:, :, None]
+    column = vector * G + tl.arange(0, G)[None, None, :]  # [R, H, G], from `aligned`
+    TILE: tl.constexpr = H * R * G
     tiles = tl.cdiv(length, TILE)
 
     level = float("nan")
@@ -138,6 +202,8 @@ def partial_kernel(
         # Columns of this chunk that win a tie against the target: [0, target).
         target = tl.minimum(tl.maximum(wanted - begin + head, 0), length.to(tl.int64)).to(tl.int32)
 
+    c = tl.full([R], -HUGE, tl.float32)
+    y = tl.full([R], float("-inf"), tl.float32)
     m = tl.full([R], float("-inf"), tl.float32)
     second = tl.full([R], float("-inf"), tl.float32)
     s = tl.zeros([R], tl.float32)
@@ -147,57 +213,78 @@ def partial_kernel(
 
     # The first tile, blank in front and perhaps behind.
     within = (column >= head) & (column < length)
-    x = tl.load(p + column, mask=group < length, other=float("-inf")).to(tl.float32)
+    x = tl.load(p + column, mask=vector * G < length, other=float("-inf")).to(tl.float32)
     x = tl.where(within, x, float("-inf"))
     if HAS_TARGET:
-        ahead = (x > level) | ((x == level) & (column < target))
-        count += tl.sum((ahead & within).to(tl.int32), axis=1)
-    m, s, w, second, best = _absorb(x, 0, rate, cap, m, s, w, second, best, CAPPED)
+        ahead_ = (x > level) | ((x == level) & (column < target))
+        count += tl.sum(tl.sum((ahead_ & within).to(tl.int32), axis=2), axis=1)
+    c, y, m, s, w, second, best = _absorb(x, 0, rate, cap, c, y, m, s, w, second, best, CAPPED, H)
 
     # Whole tiles need no mask. Up to the target's tile a tie counts, from there on it does not.
     full = length // TILE
     split = tl.minimum(tl.maximum(target // TILE, 1), full)
     if HAS_TARGET:
         for tile in range(1, split):
-            x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
-            count += tl.sum((x >= level).to(tl.int32), axis=1)
-            m, s, w, second, best = _absorb(x, tile, rate, cap, m, s, w, second, best, CAPPED)
+            x, ahead = _whole_tile(p, vector, tile, level, True, True, PAIRS, R, H, G)
+            count += ahead
+            c, y, m, s, w, second, best = _absorb(
+                x, tile, rate, cap, c, y, m, s, w, second, best, CAPPED, H
+            )
         for tile in range(split, full):
-            x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
-            count += tl.sum((x > level).to(tl.int32), axis=1)
-            m, s, w, second, best = _absorb(x, tile, rate, cap, m, s, w, second, best, CAPPED)
+            x, ahead = _whole_tile(p, vector, tile, level, False, True, PAIRS, R, H, G)
+            count += ahead
+            c, y, m, s, w, second, best = _absorb(
+                x, tile, rate, cap, c, y, m, s, w, second, best, CAPPED, H
+            )
         if (target // TILE >= 1) & (target // TILE < full):
             tile = target // TILE
             x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
             tie = (x == level) & (tile * TILE + column < target)
-            count += tl.sum(tie.to(tl.int32), axis=1)
+            count += tl.sum(tl.sum(tie.to(tl.int32), axis=2), axis=1)
     else:
         for tile in range(1, full):
-            x = tl.load(p + tile * TILE + column, eviction_policy="evict_first").to(tl.float32)
-            m, s, w, second, best = _absorb(x, tile, rate, cap, m, s, w, second, best, CAPPED)
+            x, _ = _whole_tile(p, vector, tile, level, False, False, False, R, H, G)
+            c, y, m, s, w, second, best = _absorb(
+                x, tile, rate, cap, c, y, m, s, w, second, best, CAPPED, H
+            )
 
     # The last tile. The mask is whole groups, so that these loads stay wide too: they reach at
     # most to the end of the 16 bytes that hold the row's last column.
     if (full >= 1) & (full < tiles):
         here = full * TILE + column
-        x = tl.load(p + here, mask=full * TILE + group < length, other=float("-inf"))
+        x = tl.load(p + here, mask=full * TILE + vector * G < length, other=float("-inf"))
         x = tl.where(here < length, x.to(tl.float32), float("-inf"))
         if HAS_TARGET:
-            ahead = (x > level) | ((x == level) & (here < target))
-            count += tl.sum((ahead & (here < length)).to(tl.int32), axis=1)
-        m, s, w, second, best = _absorb(x, full, rate, cap, m, s, w, second, best, CAPPED)
+            ahead_ = (x > level) | ((x == level) & (here < target))
+            count += tl.sum(tl.sum((ahead_ & (here < length)).to(tl.int32), axis=2), axis=1)
+        c, y, m, s, w, second, best = _absorb(
+            x, full, rate, cap, c, y, m, s, w, second, best, CAPPED, H
+        )
 
     # Across threads: the best group first, then sums relative to its maximum.
-    first = best * TILE + tl.arange(0, R) * G
+    first = (best * R + tl.arange(0, R)) * G
     top, first, runner_up = tl.reduce((m, first, second), 0, top_of)
-    origin = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-    if CAPPED:
-        shift = scaled(m, rate, cap, CAPPED) - scaled(origin, rate, cap, CAPPED)
-    else:
-        shift = (m - origin) * rate
-    shift = tl.maximum(shift, -126.0)
+    first = tl.maximum(first, head // G * G)  # where all are -inf, not the blanks in front
+    # The sums' origins are rounded: the one of `top` may lie on either side of it.
+    highest = tl.max(y, axis=0) if CAPPED else top
+    shift = tl.maximum(tl.minimum(-above(highest, rate, c), 1.0), -126.0)
+    shift = tl.where(tl.abs(top) == float("inf"), 0.0, shift)
     share = tl.exp2(shift)
     total, weighted, ranked = tl.reduce((share * s, share * (w + shift * s), count), 0, add3)
+    if not CAPPED:  # noqa: SIM102 - one is decided at compile time
+        if (tl.abs(top) * rate > HUGE) & (tl.abs(top) != float("inf")):
+            # No origin stands for such a maximum: sum again, now that it is known.
+            total = 0.0
+            weighted = 0.0
+            for tile in range(0, tiles):
+                here = tile * TILE + column
+                raw = tl.load(p + here, mask=tile * TILE + vector * G < length, other=float("-inf"))
+                raw = tl.where((here >= head) & (here < length), raw.to(tl.float32), float("-inf"))
+                d = (raw - top) * rate
+                d = tl.where(d < -126.0, -126.0, d)
+                e = tl.exp2(d)
+                total += tl.sum(e)
+                weighted += tl.sum(e * d)
 
     # Inside the best group: which column, and whether its second beats the other groups.
     here = first + tl.arange(0, G)
@@ -221,17 +308,39 @@ def partial_kernel(
 # ---- launchers ---------------------------------------------------------------------------------
 
 
-def aligned_base(x: Tensor) -> tuple[Tensor, int]:
-    """The storage of x from a 16-byte boundary at or before x, and the elements in between."""
+def aligned_base(x: Tensor) -> tuple[Tensor, int, int]:
+    """(storage of x from a boundary at or before x, elements in between, elements of a boundary).
+
+    x is [outer, inner, V]. Rows that all lie on 16-byte boundaries keep to those, so that no sum
+    depends on where its row lies; others are read from boundaries of 128 bytes, which is faster.
+    """
+    size = x.element_size()
     offset = int(x.storage_offset())
-    extra = min(x.data_ptr() % 16 // x.element_size(), offset)
-    flat = torch.as_strided(x, (1,), (1,), offset - extra)
-    return flat, extra
+    odd = any(stride * size % 16 for stride in x.stride()[:2])
+    bytes_ = 128 if odd and x.data_ptr() % 128 <= offset * size else 16
+    extra = min(x.data_ptr() % bytes_ // size, offset)
+    return torch.as_strided(x, (1,), (1,), offset - extra), extra, bytes_ // size
 
 
 def tile_shape(element_size: int, capped: bool) -> dict[str, int]:
     """Tile and warps for the partial kernel: two 128-bit loads a thread, one where tanh is due."""
-    return {"R": 256 if capped else 512, "G": 16 // element_size, "num_warps": 8}
+    warps = 2 * element_size
+    return {
+        "H": 1 if capped else 2,
+        "R": 32 * warps,
+        "G": 16 // element_size,
+        "num_warps": warps,
+    }
+
+
+def adds_pairs(x: Tensor) -> bool:
+    """Whether the device has arithmetic on pairs of x's type."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
 
 
 def launch_partials(
@@ -252,11 +361,12 @@ def launch_partials(
         return partials
     if level is not None:
         partials.level = level.contiguous()
-    base, extra = aligned_base(x)
+    base, extra, align = aligned_base(x)
+    tile = tile_shape(x.element_size(), softcap > 0) | tuning
     with on(x.device):
         partial_kernel[(rows * partials.chunks,)](
             base,
-            partials.argmax if targets is None else targets,
+            partials.argmax if targets is None else targets.contiguous(),
             *partials.pointers(),
             extra,
             rows,
@@ -271,7 +381,9 @@ def launch_partials(
             GIVEN=level is not None,
             CAPPED=softcap > 0,
             CHUNK=chunk,
-            **(tile_shape(x.element_size(), softcap > 0) | tuning),
+            ALIGN=align,
+            PAIRS=targets is not None and level is None and adds_pairs(x),
+            **tile,
         )
     return partials
 

@@ -28,13 +28,14 @@ def logsumexp_kernel(
     CHUNK: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """One chunk of one row."""
     chunks = tl.cdiv(vocab, CHUNK)
     pid = tl.program_id(0).to(tl.int64)
     row, chunk = pid // chunks, pid % chunks
     start = base + row * stride + chunk * CHUNK
-    aligned = start // G * G
+    aligned = start // ALIGN * ALIGN
     head = (start - aligned).to(tl.int32)
     length = head + tl.minimum(CHUNK, vocab - chunk * CHUNK).to(tl.int32)
     column = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
@@ -66,10 +67,21 @@ def logsumexp(x: Tensor) -> Tensor:
     rows, vocab = x.shape
     chunks = triton.cdiv(vocab, CHUNK)
     parts = torch.empty((2, chunks, rows), dtype=torch.float32, device=x.device)
-    base, extra = aligned_base(x)
+    base, extra, align = aligned_base(x[None])
     tile = tile_shape(x.element_size(), capped=False)
+    tile["R"] *= tile.pop("H")
     logsumexp_kernel[(rows * chunks,)](
-        base, parts[0], parts[1], extra, rows, x.stride(0), vocab, LOG2E, CHUNK=CHUNK, **tile
+        base,
+        parts[0],
+        parts[1],
+        extra,
+        rows,
+        x.stride(0),
+        vocab,
+        LOG2E,
+        CHUNK=CHUNK,
+        ALIGN=align,
+        **tile,
     )
     if chunks == 1:
         return parts[0, 0] + parts[1, 0].log()
