@@ -53,14 +53,17 @@ fi
 
 if [ "$device" = cuda ]; then
     if "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
-        step tests 80 "$python" -m pytest -q -m gpu -p no:cacheprovider \
-            tests/test_token_stats_triton.py tests/test_answer_consistency_triton.py
+        workers=()
+        "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+        step tests 80 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" \
+            tests/test_token_stats_triton.py tests/test_answer_consistency_triton.py \
+            tests/test_engine_transformers.py -k "not ahead_of_time"
         tail -n 1 "$out/tests.log" | tee -a "$out/summary.txt"
     else
         say "tests: not run (pytest or hypothesis is not installed)"
     fi
     step token-stats 70 "$python" bench/token_stats.py --out "$out/token_stats.csv"
-    step linear-token-stats 80 "$python" bench/linear_token_stats.py \
+    step linear-token-stats 90 "$python" bench/linear_token_stats.py \
         --out "$out/linear_token_stats.csv"
 else
     step token-stats 70 "$python" bench/token_stats.py --quick --out "$out/token_stats.csv"

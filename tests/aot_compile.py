@@ -36,9 +36,6 @@ POINTERS = {
 }
 
 
-PAIRS = 0
-
-
 def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: str, **options: int):
     """Compile as the launcher would: pointers and what `types` marks with ! divide by 16."""
     names = kernel.arg_names
@@ -88,11 +85,11 @@ def facts(compiled: Any, arch: str) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, sass = ask("-res-usage"), ask("-sass")
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
+    registers = re.search(r"REG:(\d+)", usage).group(1)
     found = re.findall(r"\b(LDG\.[\w.]+|LDGSTS\.[\w.]+|HMMA|HGMMA|UTMALDG|UTC\w*MMA|STL|LDL)", sass)
     return {
         "registers": int(registers),
-        "spills": int(stack) + int(local) + found.count("STL") + found.count("LDL"),
+        "spills": found.count("STL") + found.count("LDL"),
         "shared": compiled.metadata.shared,
         "instructions": Counter(found),
     }
@@ -100,18 +97,13 @@ def facts(compiled: Any, arch: str) -> dict[str, Any]:
 
 def logits_kernel(arch: str, dtype: str, capped: bool, target: bool) -> Any:
     group = {"bf16": 8, "fp16": 8, "fp32": 4}[dtype]
-    tile = logits.tile_shape(16 // group, capped)
+    tile = logits.tile_shape(16 // group, capped, TARGETS[arch].warp_size)
+    warps = tile.pop("num_warps")
+    pairs = target and dtype == "bf16" and arch in ("sm_90", "sm_100")
     constants = {"HAS_TARGET": target, "GIVEN": False, "CAPPED": capped, "CHUNK": logits.CHUNK}
-    constants |= {
-        "H": tile["H"],
-        "R": tile["R"],
-        "G": tile["G"],
-        "ALIGN": 8 * group,
-        "PAIRS": PAIRS,
-    }
-    return build(
-        logits.partial_kernel, {"x_ptr": "*" + dtype}, constants, arch, num_warps=tile["num_warps"]
-    )
+    constants |= {"ALIGN": 8 * group, "PAIRS": pairs, **tile}
+    types = {"x_ptr": "*" + dtype}
+    return build(logits.partial_kernel, types, constants, arch, num_warps=warps)
 
 
 def linear_kernel(arch: str, dtype: str, capped: bool) -> Any:

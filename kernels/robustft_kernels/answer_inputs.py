@@ -23,17 +23,18 @@ def is_tensor(value: object) -> bool:
 
 
 class Library:
-    """NumPy, or torch on the device of the answers; results go back to what the caller uses."""
+    """NumPy, or torch on a GPU (the answers' own, if any); results go back to where they were."""
 
     def __init__(self, answers: Any, *, triton: bool) -> None:
         self.triton = triton
         self.tensors = is_tensor(answers)
-        self.device: Any = answers.device if self.tensors else "cpu"
+        self.home: Any = answers.device if self.tensors else "cpu"
+        self.device = self.home
         if triton:
             import torch
 
             self.module: Any = torch
-            if not self.tensors and torch.cuda.is_available():
+            if torch.device(self.home).type == "cpu" and torch.cuda.is_available():
                 self.device = "cuda"
         else:
             self.module = np
@@ -54,7 +55,7 @@ class Library:
         if self.tensors:
             import torch
 
-            return torch.as_tensor(value, device=self.device)
+            return torch.as_tensor(value, device=self.home)
         return value.cpu().numpy() if self.triton else value
 
     def counting(self, stop: int) -> Any:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustft_kernels.partials_triton import on, scaled
+from robustft_kernels.partials_triton import capped, on
 from robustft_kernels.reference import Grads
 from robustft_kernels.token_stats import rows_view
 
@@ -58,15 +58,13 @@ def backward_kernel(
     # Read before the row is overwritten; NaN rows have no argmax, but a NaN log_top.
     top = tl.load(x_row + tl.maximum(argmax, 0)).to(tl.float32)
     tl.debug_barrier()
-    z_top = scaled(top, rate, cap, CAPPED)
+    y_top = capped(top, cap, CAPPED)
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         live = column < vocab
         x = tl.load(x_row + column, mask=live, other=float("-inf")).to(tl.float32)
-        z = scaled(x, rate, cap, CAPPED)
-        d = (x - top) * rate
-        if CAPPED:
-            d = z - z_top
+        y = capped(x, cap, CAPPED)
+        d = (y - y_top) * rate
         p = tl.exp(d + log_top)
         g = tl.where(p == 0.0, 0.0, p * (a - g_entropy * d))
         g += tl.where(column == argmax, g_top, 0.0)
@@ -74,7 +72,7 @@ def backward_kernel(
             g += tl.where(column == target, g_logprob, 0.0)
         slope = rate
         if CAPPED:
-            u = z / (cap * rate)
+            u = y / cap
             slope = tl.where(tl.abs(x) == float("inf"), rate, rate * (1.0 - u * u))
         g = tl.where(idle, 0.0, g * slope)
         tl.store(out_row + column, g.to(out_ptr.dtype.element_ty), mask=live)

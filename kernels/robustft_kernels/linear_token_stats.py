@@ -221,6 +221,16 @@ def _fused(
     return found
 
 
+def _fused_is_faster(hidden: Tensor, weight: Tensor) -> bool:
+    """Where the fused kernel was measured to win: Hopper, on any shape that it takes."""
+    if hidden.device.type != "cuda" or torch.version.cuda is None:
+        return False
+    from robustft_kernels import linear_token_stats_triton as launch
+
+    hopper = torch.cuda.get_device_capability(hidden.device)[0] == 9
+    return hopper and launch.fits(hidden, weight)
+
+
 def rows_per_chunk(n: int, vocab: int, dtype: torch.dtype) -> int:
     """How many rows of logits the workspace holds; a multiple of 128 where it can be."""
     rows = max(1, WORKSPACE // (vocab * dtype.itemsize))
@@ -251,7 +261,7 @@ def linear_token_stats_op(
     options = (temperature, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         core = native() if hidden.device.type == "cpu" else None
-        if design == "fused":
+        if design == "fused" or (design == "auto" and _fused_is_faster(hidden, weight)):
             return _fused(hidden, weight, target_ids, bias, *options)
         if core is not None:
             return _tiled(core, hidden, weight, target_ids, bias, *options)

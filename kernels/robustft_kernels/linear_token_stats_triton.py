@@ -15,7 +15,8 @@ from robustft_kernels.partials_triton import HUGE, LOG2E, Partials, above, cappe
 from robustft_kernels.reference import Seven, empty_columns
 
 # Columns per program. Fixed, so that a row's sums are formed in one order whatever the batch.
-CHUNK = 4096
+CHUNK = 2048
+# Blocks of rows that share a chunk's weights in the L2 cache.
 GROUP = 16
 
 
@@ -252,9 +253,10 @@ def tile_shape(capped: bool, arch: str | int) -> dict[str, Any]:
         return tile | {"BLOCK_D": 64, "num_stages": 2}
     if arch < 90:
         return tile | {"BLOCK_D": 32, "num_stages": 4}
-    if arch < 100:
-        tile |= {"BLOCK_V": 128 if capped else 256}
-    return tile | {"BLOCK_D": 64, "num_stages": 3, "TMA": True}
+    tile |= {"BLOCK_V": 128, "BLOCK_D": 64, "num_stages": 4, "TMA": True}
+    if arch < 100 and not capped:
+        tile |= {"BLOCK_V": 256, "num_stages": 3}
+    return tile
 
 
 def arch_of(device: torch.device) -> str | int:

@@ -44,12 +44,6 @@ def capped(x, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, rate, cap, CAPPED: tl.constexpr):
-    """Capped logits in the units of `rate`."""
-    return capped(x, cap, CAPPED) * rate
-
-
-@triton.jit
 def above(y, rate, origin):
     """The difference y * rate - origin, rounded once."""
     if INTERPRETED:  # numpy has no fused multiply-add
@@ -103,10 +97,10 @@ def finish_kernel(
         if HAS_TARGET:
             place += tl.load(rank_ptr + at, mask=live, other=0)
         new = tl.maximum(top, m)
-        origin = tl.where(tl.abs(new) == float("inf"), 0.0, new)
-        z = scaled(origin, rate, cap, CAPPED)
-        down = tl.maximum(scaled(top, rate, cap, CAPPED) - z, -87.0)
-        m_down = tl.maximum(scaled(m, rate, cap, CAPPED) - z, -87.0)
+        origin = capped(tl.where(tl.abs(new) == float("inf"), 0.0, new), cap, CAPPED)
+        # Difference first: of two products one would be rounded and the other, fused, not.
+        down = tl.maximum((capped(top, cap, CAPPED) - origin) * rate, -87.0)
+        m_down = tl.maximum((capped(m, cap, CAPPED) - origin) * rate, -87.0)
         share, m_share = tl.exp(down), tl.exp(m_down)
         w = share * (w + down * s) + m_share * (m_weighted + m_down * m_sum)
         s = share * s + m_share * m_sum
@@ -118,11 +112,11 @@ def finish_kernel(
     defined = (s == s) & (tl.abs(top) != float("inf"))
     nan = float("nan")
     log_sum = tl.log(s)
-    z_top = scaled(top, rate, cap, CAPPED)
+    y_top = capped(top, cap, CAPPED)
     entropy = log_sum - w / s
     entropy = tl.where(entropy < 1e-30, 0.0, entropy)  # masked columns weigh 2^-126, not nothing
-    logsumexp = tl.where(defined, z_top + log_sum, tl.where(is_nan, nan, top))
-    margin = z_top - scaled(second, rate, cap, CAPPED)
+    logsumexp = tl.where(defined, y_top * rate + log_sum, tl.where(is_nan, nan, top))
+    margin = (y_top - capped(second, cap, CAPPED)) * rate
     tl.store(entropy_ptr + row, tl.where(defined, entropy, nan), mask=live)
     tl.store(logsumexp_ptr + row, logsumexp, mask=live)
     tl.store(max_logprob_ptr + row, tl.where(defined, 0.0 - log_sum, nan), mask=live)
@@ -131,7 +125,7 @@ def finish_kernel(
     logprob = tl.full([BLOCK], nan, tl.float32)
     if HAS_TARGET:
         level = tl.load(level_ptr + row, mask=live, other=0.0)
-        logprob = tl.where(defined, (scaled(level, rate, cap, CAPPED) - z_top) - log_sum, nan)
+        logprob = tl.where(defined, (capped(level, cap, CAPPED) - y_top) * rate - log_sum, nan)
         place = tl.where(is_nan | (level != level), -1, place)
     else:
         place -= 1

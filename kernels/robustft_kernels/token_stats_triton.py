@@ -322,14 +322,17 @@ def aligned_base(x: Tensor) -> tuple[Tensor, int, int]:
     return torch.as_strided(x, (1,), (1,), offset - extra), extra, bytes_ // size
 
 
-def tile_shape(element_size: int, capped: bool) -> dict[str, int]:
+WARP = 64 if torch.version.hip else 32  # threads
+
+
+def tile_shape(element_size: int, capped: bool, warp: int = WARP) -> dict[str, int]:
     """Tile and warps for the partial kernel: two 128-bit loads a thread, one where tanh is due."""
-    warps = 2 * element_size
+    threads = 64 * element_size
     return {
         "H": 1 if capped else 2,
-        "R": 32 * warps,
+        "R": threads,
         "G": 16 // element_size,
-        "num_warps": warps,
+        "num_warps": threads // warp,
     }
 
 
