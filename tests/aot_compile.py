@@ -30,7 +30,7 @@ TARGETS = {
 }
 POINTERS = {
     **dict.fromkeys(("target_ptr", "argmax_ptr", "rank_ptr", "best_ptr", "place_ptr"), "*i64"),
-    **dict.fromkeys(("rate", "cap"), "fp32"),
+    **dict.fromkeys(("rate", "inverse", "cap"), "fp32"),
     **dict.fromkeys(("inner_stride", "outer_stride", "hidden_stride", "weight_stride"), "i64"),
     **dict.fromkeys(("out_outer_stride", "out_inner_stride"), "i64"),
 }
@@ -101,7 +101,7 @@ def logits_kernel(arch: str, dtype: str, capped: bool, target: bool) -> Any:
     warps = tile.pop("num_warps")
     pairs = target and dtype == "bf16" and arch in ("sm_90", "sm_100")
     constants = {"HAS_TARGET": target, "GIVEN": False, "CAPPED": capped, "CHUNK": logits.CHUNK}
-    constants |= {"ALIGN": 8 * group, "PAIRS": pairs, **tile}
+    constants |= {"ALIGN": 8 * group, "PAIRS": pairs, "WHOLE": True, **tile}
     types = {"x_ptr": "*" + dtype}
     return build(logits.partial_kernel, types, constants, arch, num_warps=warps)
 

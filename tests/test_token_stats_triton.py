@@ -182,6 +182,35 @@ def test_fused_linear(softcap: float, with_bias: bool) -> None:
     assert not violations(found, expected, absolute=1e-5, relative=1e-5)
 
 
+def test_strided_targets() -> None:
+    """A column of a batch of ids, as `generate` hands it over, does not lie in one piece."""
+    x = torch.randn(3, 40, device=DEVICE)
+    ids = torch.tensor([[1, 7, 30], [2, 8, 31], [3, 9, 32]], device=DEVICE)
+    check_forward(forward(x, ids[:, 1]), x, ids[:, 1].contiguous())
+    grads = (torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE), None, None)
+    entropy, _, _, top, argmax, _, _ = token_stats_triton.forward(x, None, 1.0, 0.0, -100)
+    found, expected = torch.empty_like(x), torch.empty_like(x)
+    for target, out in ((ids[:, 1], found), (ids[:, 1].contiguous(), expected)):
+        gradient_triton.backward(grads, x, target, entropy, top, argmax, 1.0, 0.0, -100, out)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tiles", [TILES, {"R": 32}], ids=["chunks", "whole"])
+def test_logits_near_the_end_of_float32(tiles: dict[str, int]) -> None:
+    """Masked with finfo.min, or larger than float32 holds once they are in base-2 units."""
+    least = torch.finfo(torch.float32).min
+    rows = [
+        [least] * 1500,
+        [least] * 700 + [1.0, 2.0, 3.0] * 200 + [least] * 200,
+        [3.0e38] * 1500,
+        [1.0, 2.0, 3.0e38, 3.2e38, 3.2e38] * 300,
+        [-3.0e38, -3.1e38] * 750,
+    ]
+    x = torch.tensor(rows, device=DEVICE)
+    t = torch.tensor([3, 701, 9, 2, 1], device=DEVICE)
+    check_forward(forward(x, t, **tiles), x, t)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 2, 127, 50257, 128256, 128257, 151936, 262144])

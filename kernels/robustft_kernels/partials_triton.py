@@ -52,6 +52,39 @@ def above(y, rate, origin):
 
 
 @triton.jit
+def results(
+    top,  # largest logit as given, the second largest
+    second,
+    s,  # sum e^(z - z(top)), sum e^(z - z(top)) (z - z(top))
+    w,
+    best,  # column of top
+    place,  # rank of the target
+    level,  # its logit, NaN without one
+    rate,  # 1 / temperature
+    cap,
+    CAPPED: tl.constexpr,
+):
+    """(entropy, logprob, logsumexp, max_logprob, margin, argmax, rank) of whole rows."""
+    is_nan = s != s
+    defined = (s == s) & (tl.abs(top) != float("inf"))
+    nan = float("nan")
+    log_sum = tl.log(s)
+    y_top = capped(top, cap, CAPPED)
+    entropy = log_sum - w / s
+    entropy = tl.where(entropy < 1e-30, 0.0, entropy)  # masked columns weigh 2^-126, not nothing
+    entropy = tl.where(defined, entropy, nan)
+    # Differences first: of two products one would be rounded and the other, fused, not.
+    logprob = (capped(level, cap, CAPPED) - y_top) * rate - log_sum
+    logprob = tl.where(defined, logprob, nan)
+    logsumexp = tl.where(defined, y_top * rate + log_sum, tl.where(is_nan, nan, top))
+    max_logprob = tl.where(defined, 0.0 - log_sum, nan)
+    margin = tl.where(defined, (y_top - capped(second, cap, CAPPED)) * rate, nan)
+    best = tl.where(is_nan, -1, best)
+    place = tl.where(is_nan | (level != level), -1, place)
+    return entropy, logprob, logsumexp, max_logprob, margin, best, place
+
+
+@triton.jit
 def finish_kernel(
     max_ptr,  # [chunks, N] partials
     second_ptr,
@@ -98,7 +131,6 @@ def finish_kernel(
             place += tl.load(rank_ptr + at, mask=live, other=0)
         new = tl.maximum(top, m)
         origin = capped(tl.where(tl.abs(new) == float("inf"), 0.0, new), cap, CAPPED)
-        # Difference first: of two products one would be rounded and the other, fused, not.
         down = tl.maximum((capped(top, cap, CAPPED) - origin) * rate, -87.0)
         m_down = tl.maximum((capped(m, cap, CAPPED) - origin) * rate, -87.0)
         share, m_share = tl.exp(down), tl.exp(m_down)
@@ -108,28 +140,18 @@ def finish_kernel(
         best = tl.where(m > top, m_best, best)
         top = new
 
-    is_nan = s != s
-    defined = (s == s) & (tl.abs(top) != float("inf"))
-    nan = float("nan")
-    log_sum = tl.log(s)
-    y_top = capped(top, cap, CAPPED)
-    entropy = log_sum - w / s
-    entropy = tl.where(entropy < 1e-30, 0.0, entropy)  # masked columns weigh 2^-126, not nothing
-    logsumexp = tl.where(defined, y_top * rate + log_sum, tl.where(is_nan, nan, top))
-    margin = (y_top - capped(second, cap, CAPPED)) * rate
-    tl.store(entropy_ptr + row, tl.where(defined, entropy, nan), mask=live)
-    tl.store(logsumexp_ptr + row, logsumexp, mask=live)
-    tl.store(max_logprob_ptr + row, tl.where(defined, 0.0 - log_sum, nan), mask=live)
-    tl.store(margin_ptr + row, tl.where(defined, margin, nan), mask=live)
-    tl.store(best_ptr + row, tl.where(is_nan, -1, best), mask=live)
-    logprob = tl.full([BLOCK], nan, tl.float32)
+    level = tl.full([BLOCK], float("nan"), tl.float32)
     if HAS_TARGET:
         level = tl.load(level_ptr + row, mask=live, other=0.0)
-        logprob = tl.where(defined, (capped(level, cap, CAPPED) - y_top) * rate - log_sum, nan)
-        place = tl.where(is_nan | (level != level), -1, place)
-    else:
-        place -= 1
+    entropy, logprob, logsumexp, max_logprob, margin, best, place = results(
+        top, second, s, w, best, place, level, rate, cap, CAPPED
+    )
+    tl.store(entropy_ptr + row, entropy, mask=live)
     tl.store(logprob_ptr + row, logprob, mask=live)
+    tl.store(logsumexp_ptr + row, logsumexp, mask=live)
+    tl.store(max_logprob_ptr + row, max_logprob, mask=live)
+    tl.store(margin_ptr + row, margin, mask=live)
+    tl.store(best_ptr + row, best, mask=live)
     tl.store(place_ptr + row, place, mask=live)
 
 

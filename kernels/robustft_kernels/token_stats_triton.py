@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustft_kernels.partials_triton import HUGE, LOG2E, Partials, above, capped, on
+from robustft_kernels.partials_triton import HUGE, LOG2E, Partials, above, capped, on, results
 from robustft_kernels.reference import Seven, empty_columns
 from robustft_kernels.results import PartialTokenStats
 from robustft_kernels.token_stats import rows_view
 
 # Columns per program. Fixed, so that a row's sums are formed in one order whatever else is in the
-# batch; small enough that one row still spreads over several processors.
-CHUNK = 65536
+# batch; above all vocabularies in use, so that one launch is enough: a second one takes longer than
+# what spreading a few rows over more processors would save.
+CHUNK = 1 << 19
 
 
 @triton.jit
@@ -138,11 +139,11 @@ def _absorb(
 def partial_kernel(
     x_ptr,  # logits; 16-byte aligned
     target_ptr,  # [N] int64 columns, or a dummy
-    level_ptr,  # [N] float32: the target's logit, NaN without one
-    max_ptr,  # [chunks, N] float32, and so on down to rank_ptr
-    second_ptr,
-    sum_ptr,
-    weighted_ptr,
+    level_ptr,  # [N] float32: the target's logit, NaN without one; if WHOLE, logprob instead
+    max_ptr,  # [chunks, N] float32, and so on down to rank_ptr; if WHOLE, entropy
+    second_ptr,  # logsumexp
+    sum_ptr,  # max_logprob
+    weighted_ptr,  # margin
     argmax_ptr,  # [chunks, N] int64
     rank_ptr,  # [chunks, N] int64
     base,  # elements from x_ptr to the first row
@@ -153,7 +154,9 @@ def partial_kernel(
     vocab,
     ignore_index,
     rate,  # log2(e) / temperature
+    inverse,  # 1 / temperature
     cap,
+    WHOLE: tl.constexpr,  # rows of one chunk: write results, not partials
     HAS_TARGET: tl.constexpr,
     GIVEN: tl.constexpr,  # level is input: another shard may hold the target
     CAPPED: tl.constexpr,
@@ -197,8 +200,9 @@ def partial_kernel(
             wanted = tl.where(inside, wanted, 0)
             level = tl.load(x_ptr + start + wanted, mask=inside, other=float("nan"))
             level = level.to(tl.float32)
-            if chunk == 0:
-                tl.store(level_ptr + row, level)
+            if not WHOLE:  # noqa: SIM102 - one is decided at compile time
+                if chunk == 0:
+                    tl.store(level_ptr + row, level)
         # Columns of this chunk that win a tie against the target: [0, target).
         target = tl.minimum(tl.maximum(wanted - begin + head, 0), length.to(tl.int64)).to(tl.int32)
 
@@ -296,13 +300,36 @@ def partial_kernel(
     runner_up = tl.maximum(runner_up, others)
 
     out = chunk * rows + row
-    tl.store(max_ptr + out, top)
-    tl.store(second_ptr + out, runner_up)
-    tl.store(sum_ptr + out, total)
-    tl.store(weighted_ptr + out, weighted * 0.6931471805599453)
-    tl.store(argmax_ptr + out, begin + (at - head).to(tl.int64))
-    if HAS_TARGET:
-        tl.store(rank_ptr + out, ranked.to(tl.int64))
+    best_column = begin + (at - head).to(tl.int64)
+    weighted *= 0.6931471805599453
+    if WHOLE:
+        entropy, logprob, logsumexp, max_logprob, margin, best_column, rank = results(
+            top,
+            runner_up,
+            total,
+            weighted,
+            best_column,
+            ranked.to(tl.int64),
+            level,
+            inverse,
+            cap,
+            CAPPED,
+        )
+        tl.store(level_ptr + out, logprob)
+        tl.store(max_ptr + out, entropy)
+        tl.store(second_ptr + out, logsumexp)
+        tl.store(sum_ptr + out, max_logprob)
+        tl.store(weighted_ptr + out, margin)
+        tl.store(argmax_ptr + out, best_column)
+        tl.store(rank_ptr + out, rank)
+    else:
+        tl.store(max_ptr + out, top)
+        tl.store(second_ptr + out, runner_up)
+        tl.store(sum_ptr + out, total)
+        tl.store(weighted_ptr + out, weighted)
+        tl.store(argmax_ptr + out, best_column)
+        if HAS_TARGET:
+            tl.store(rank_ptr + out, ranked.to(tl.int64))
 
 
 # ---- launchers ---------------------------------------------------------------------------------
@@ -346,31 +373,27 @@ def adds_pairs(x: Tensor) -> bool:
     )
 
 
-def launch_partials(
-    logits: Tensor,
+def _launch(
+    x: Tensor,
     targets: Tensor | None,
-    level: Tensor | None,
+    given: bool,
     temperature: float,
     softcap: float,
     ignore_index: int,
-    **tuning: int,
-) -> Partials:
-    """Partials of logits [..., V] in float32, bfloat16 or float16; level None: look it up."""
-    x = rows_view(logits)
+    pointers: tuple[Tensor, ...],
+    whole: bool,
+    chunk: int,
+    tuning: dict[str, int],
+) -> None:
+    """Run the kernel on x [outer, inner, V]; `pointers` are its level_ptr to rank_ptr."""
     rows, vocab = x.shape[0] * x.shape[1], x.shape[2]
-    chunk = tuning.pop("CHUNK", CHUNK)
-    partials = Partials(triton.cdiv(vocab, chunk), rows, x.device)
-    if rows == 0:
-        return partials
-    if level is not None:
-        partials.level = level.contiguous()
     base, extra, align = aligned_base(x)
     tile = tile_shape(x.element_size(), softcap > 0) | tuning
     with on(x.device):
-        partial_kernel[(rows * partials.chunks,)](
+        partial_kernel[(rows * triton.cdiv(vocab, chunk),)](
             base,
-            partials.argmax if targets is None else targets.contiguous(),
-            *partials.pointers(),
+            pointers[-1] if targets is None else targets.contiguous(),
+            *pointers,
             extra,
             rows,
             x.shape[1],
@@ -379,16 +402,17 @@ def launch_partials(
             vocab,
             ignore_index,
             LOG2E / temperature,
+            1 / temperature,
             softcap,
+            WHOLE=whole,
             HAS_TARGET=targets is not None,
-            GIVEN=level is not None,
+            GIVEN=given,
             CAPPED=softcap > 0,
             CHUNK=chunk,
             ALIGN=align,
-            PAIRS=targets is not None and level is None and adds_pairs(x),
+            PAIRS=targets is not None and not given and adds_pairs(x),
             **tile,
         )
-    return partials
 
 
 def forward(
@@ -401,10 +425,21 @@ def forward(
 ) -> Seven:
     """`token_stats` of logits [..., V] in float32, bfloat16 or float16."""
     targets = None if target_ids is None else target_ids.reshape(-1).to(torch.int64)
-    options = (temperature, softcap)
-    partials = launch_partials(logits, targets, None, *options, ignore_index, **tuning)
+    x = rows_view(logits)
+    chunk = tuning.pop("CHUNK", CHUNK)
+    rows, chunks = x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], chunk)
     out = empty_columns(logits, logits.shape[:-1])
-    partials.finish(out, targets is not None, *options)
+    if rows == 0:
+        return out
+    options = (temperature, softcap, ignore_index)
+    if chunks == 1:
+        entropy, logprob, logsumexp, max_logprob, argmax, margin, rank = out
+        pointers = (logprob, entropy, logsumexp, max_logprob, margin, argmax, rank)
+        _launch(x, targets, False, *options, pointers, True, chunk, tuning)
+    else:
+        partials = Partials(chunks, rows, x.device)
+        _launch(x, targets, False, *options, partials.pointers(), False, chunk, tuning)
+        partials.finish(out, targets is not None, temperature, softcap)
     return out
 
 
@@ -417,7 +452,14 @@ def chunk_partials(
     **tuning: int,
 ) -> list[PartialTokenStats]:
     """Mergeable partials, one a chunk; targets [N] may lie outside, level [N] is their logit."""
-    made = launch_partials(logits, targets, level, temperature, softcap, -1, **tuning)
+    x = rows_view(logits)
+    chunk = tuning.pop("CHUNK", CHUNK)
+    made = Partials(triton.cdiv(x.shape[2], chunk), x.shape[0] * x.shape[1], x.device)
+    if level is not None:
+        made.level = level.contiguous()
+    if made.rows > 0:
+        options = (temperature, softcap, -1)
+        _launch(x, targets, level is not None, *options, made.pointers(), False, chunk, tuning)
     top, second, total, weighted = made.reals.unbind(0)
     return [
         PartialTokenStats(

@@ -71,19 +71,23 @@ def timed_together(
 ) -> dict[str, Timing]:
     """Time several calls in turn, round after round, so that a change of weather meets them all.
 
-    On a GPU each time is that of a few calls in a row between two events, divided by their number.
+    On a GPU each time is that of some calls in a row between two events, divided by their number:
+    enough for 10 ms, so that the first launch, for which the GPU waits, does not count for much.
     On a CPU a pause lets the threads of the call before, which spin for a while, fall asleep.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    in_a_row = {}
+    for name, call in calls.items():
         call()
+        if device == "cuda":
+            in_a_row[name] = min(50, max(5, int(10 / _milliseconds_on_gpu(call, 2))))
     end = time.perf_counter() + budget
     for turn in range(repeats):
         if turn >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
             if device == "cuda":
-                times[name].append(_milliseconds_on_gpu(call))
+                times[name].append(_milliseconds_on_gpu(call, in_a_row[name]))
             else:
                 time.sleep(0.03)
                 times[name].append(_wall(call))
@@ -96,7 +100,7 @@ def _wall(call: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _milliseconds_on_gpu(call: Callable[[], object], calls: int = 5) -> float:
+def _milliseconds_on_gpu(call: Callable[[], object], calls: int) -> float:
     import torch
 
     event: Any = torch.cuda.Event  # has no types
