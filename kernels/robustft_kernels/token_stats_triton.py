@@ -220,8 +220,8 @@ def partial_kernel(
     x = tl.load(p + column, mask=vector * G < length, other=float("-inf")).to(tl.float32)
     x = tl.where(within, x, float("-inf"))
     if HAS_TARGET:
-        ahead_ = (x > level) | ((x == level) & (column < target))
-        count += tl.sum(tl.sum((ahead_ & within).to(tl.int32), axis=2), axis=1)
+        leads = (x > level) | ((x == level) & (column < target))
+        count += tl.sum(tl.sum((leads & within).to(tl.int32), axis=2), axis=1)
     c, y, m, s, w, second, best = _absorb(x, 0, rate, cap, c, y, m, s, w, second, best, CAPPED, H)
 
     # Whole tiles need no mask. Up to the target's tile a tie counts, from there on it does not.
@@ -259,8 +259,8 @@ def partial_kernel(
         x = tl.load(p + here, mask=full * TILE + vector * G < length, other=float("-inf"))
         x = tl.where(here < length, x.to(tl.float32), float("-inf"))
         if HAS_TARGET:
-            ahead_ = (x > level) | ((x == level) & (here < target))
-            count += tl.sum(tl.sum((ahead_ & (here < length)).to(tl.int32), axis=2), axis=1)
+            leads = (x > level) | ((x == level) & (here < target))
+            count += tl.sum(tl.sum((leads & (here < length)).to(tl.int32), axis=2), axis=1)
         c, y, m, s, w, second, best = _absorb(
             x, full, rate, cap, c, y, m, s, w, second, best, CAPPED, H
         )
