@@ -100,7 +100,7 @@ def many_pairs(monkeypatch: pytest.MonkeyPatch, total: int, width: int) -> None:
     from robustft_kernels import answer_consistency_triton
 
     if not ON_GPU:  # the interpreter pays per operation, however many lanes it has
-        monkeypatch.setattr(answer_consistency_triton, "_WARP", 4096)
+        monkeypatch.setattr(answer_consistency_triton, "WARP", 4096)
     for metric in METRICS:
         assert_same(ragged(6, (total // 120, 16, width), vocabulary=9), metric=metric)
 

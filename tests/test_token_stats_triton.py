@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from robustft_kernels import TokenStats, linear_token_stats, token_stats
+from robustft_kernels.linear_token_stats import target_logits
 from robustft_kernels.reference import backward_by_reference, token_stats_reference
 from robustft_kernels.testing import KINDS, check_forward, make_logits, violations
 
@@ -180,6 +181,18 @@ def test_fused_linear(softcap: float, with_bias: bool) -> None:
     found = TokenStats(entropy, logprob, logsumexp, top, argmax, margin, rank)
     expected = token_stats_reference(logits, t, temperature=0.7, softcap=softcap)
     assert not violations(found, expected, absolute=1e-5, relative=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_target_logits_of_both_designs(with_bias: bool) -> None:
+    hidden, weight = torch.randn(5, 192, device=DEVICE), torch.randn(50, 192, device=DEVICE)
+    hidden, weight = hidden.to(torch.float16), weight.to(torch.float16)
+    bias = torch.randn(50, device=DEVICE).to(torch.float16) if with_bias else None
+    ids = torch.tensor([[3, 0], [-100, 0], [49, 0], [50, 0], [-1, 0]], device=DEVICE)[:, 0]
+    found = linear_token_stats_triton.target_logits(hidden, weight, bias, ids, -100)
+    expected = target_logits(hidden, weight, bias, ids, -100, torch.float32)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5, equal_nan=True)
+    assert found.isnan().tolist() == [False, True, False, True, True]
 
 
 def test_strided_targets() -> None:

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from robustft_kernels.partials_triton import WARP
+
 METRICS = {"exact": 0, "token_f1": 1, "lcs": 2, "edit": 3}
-_WARP = 64 if torch.version.hip else 32
 _CARRY_BYTES = 256 << 20  # questions are taken in chunks so that the carries fit
 
 
@@ -240,7 +241,7 @@ def pairwise(
         return agreement
     steps = max(0, int(length.max()))
     padded = triton.next_power_of_2(slots)
-    lanes = max(_WARP, padded)
+    lanes = max(WARP, padded)
     together = lanes // padded
     carries = steps > 64 and metric != "exact"
     chunk = questions
@@ -268,7 +269,7 @@ def pairwise(
             KP=padded,
             LANES=lanes,
             CARRY=carries,
-            num_warps=lanes // _WARP,
+            num_warps=lanes // WARP,
         )
     return agreement
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustft_kernels.partials_triton import capped, on
+from robustft_kernels.partials_triton import capped, flat_ids, on
 from robustft_kernels.reference import Grads
 from robustft_kernels.token_stats import rows_view
 
@@ -97,7 +97,7 @@ def backward(
         return
     zero = torch.zeros(rows, dtype=torch.float32, device=x.device)
     given = [zero if g is None else g.reshape(-1).contiguous() for g in grads]
-    targets = None if target_ids is None else target_ids.reshape(-1).to(torch.int64).contiguous()
+    targets = None if target_ids is None else flat_ids(target_ids)
     with on(x.device):
         backward_kernel[(rows,)](
             x,

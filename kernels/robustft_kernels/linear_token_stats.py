@@ -26,6 +26,7 @@ from robustft_kernels.token_stats import (
     forward,
     native,
     to_numpy,
+    triton_module,
 )
 
 # CPU tiles of logits: small enough for the last-level cache, large enough for a fast GEMM. Many
@@ -223,12 +224,11 @@ def _fused(
 
 def _fused_is_faster(hidden: Tensor, weight: Tensor) -> bool:
     """Where the fused kernel was measured to win: Hopper, on any shape that it takes."""
-    if hidden.device.type != "cuda" or torch.version.cuda is None:
+    if hidden.device.type != "cuda" or triton_module() is None:
         return False
     from robustft_kernels import linear_token_stats_triton as launch
 
-    hopper = torch.cuda.get_device_capability(hidden.device)[0] == 9
-    return hopper and launch.fits(hidden, weight)
+    return launch.arch_of(hidden.device) == 90 and launch.fits(hidden, weight)
 
 
 def rows_per_chunk(n: int, vocab: int, dtype: torch.dtype) -> int:

@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from robustft_kernels.partials_triton import HUGE, LOG2E, Partials, above, capped, on
+from robustft_kernels.partials_triton import (
+    LOG2E,
+    Partials,
+    above,
+    capped,
+    flat_ids,
+    on,
+    origin_of,
+    weights,
+)
 from robustft_kernels.reference import Seven, empty_columns
 
 # Columns per program. Fixed, so that a row's sums are formed in one order whatever the batch.
@@ -26,12 +35,6 @@ def _next_above(x):
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(x > 0.0, bits + 1, tl.where(x < 0.0, bits - 1, 1))
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-
-
-@triton.jit
-def _origin(highest, rate):
-    """Where sums count from, in base-2 units: finite, as inf - inf would be NaN."""
-    return tl.minimum(tl.maximum(highest * rate, -HUGE), HUGE)
 
 
 @triton.jit
@@ -72,7 +75,7 @@ def _absorb(
         # Before the target's tile a tie counts, after it it does not.
         bar = tl.where(target >= start, level, _next_above(level))
         count += tl.sum((x >= bar[:, None]).to(tl.float32), axis=1).to(tl.int32)
-    c = _origin(y if CAPPED else m, rate)
+    c = origin_of(y if CAPPED else m, rate)
     top = tl.max(x, axis=1)
     at = tl.min(tl.where(x == top[:, None], column[None, :], 2147483647), axis=1)
     others = tl.max(tl.where(column[None, :] == at[:, None], float("-inf"), x), axis=1)
@@ -82,12 +85,10 @@ def _absorb(
     if CAPPED:
         x = capped(x, cap, CAPPED)
         y = tl.maximum(y, tl.max(x, axis=1))
-    origin = _origin(y if CAPPED else m, rate)
+    origin = origin_of(y if CAPPED else m, rate)
     shift = tl.maximum(c - origin, -126.0)
     alpha = tl.exp2(shift)
-    d = above(x, rate, origin[:, None])
-    d = tl.where(d < -126.0, -126.0, d)
-    e = tl.exp2(d)
+    d, e = weights(x, rate, origin[:, None])
     w = alpha * (w + shift * s) + tl.sum(e * d, axis=1)
     s = alpha * s + tl.sum(e, axis=1)
     return y, m, second, s, w, best, count
@@ -135,6 +136,12 @@ def linear_partial_kernel(
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, vocab)
 
+    level = tl.full([BLOCK_N], float("nan"), tl.float32)
+    target = tl.full([BLOCK_N], -1, tl.int32)
+    if HAS_TARGET:
+        level = tl.load(level_ptr + row, mask=live, other=float("nan"))
+        target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
+        target = tl.where(level == level, target, -1)
     y = tl.full([BLOCK_N], float("-inf"), tl.float32)
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     second = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -165,13 +172,6 @@ def linear_partial_kernel(
                 x = tl.dot(a, b, x)
         if HAS_BIAS:
             x += tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
-        # Read for each tile again, as registers are short.
-        level = tl.full([BLOCK_N], float("nan"), tl.float32)
-        target = tl.full([BLOCK_N], -1, tl.int32)
-        if HAS_TARGET:
-            level = tl.load(level_ptr + row, mask=live, other=float("nan"))
-            target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
-            target = tl.where(level == level, target, -1)
         y, m, second, s, w, best, count = _absorb(
             x,
             start,
@@ -195,7 +195,7 @@ def linear_partial_kernel(
     # From the rounded origin to the maximum itself; an infinite one has no sums to move.
     highest = y if CAPPED else m
     shift = tl.where(
-        tl.abs(highest) == float("inf"), 0.0, -above(highest, rate, _origin(highest, rate))
+        tl.abs(highest) == float("inf"), 0.0, -above(highest, rate, origin_of(highest, rate))
     )
     share = tl.exp2(shift)
     w = share * (w + shift * s)
@@ -289,7 +289,11 @@ def target_logits(
     target_ids: Tensor,
     ignore_index: int,
 ) -> Tensor:
-    """The targets' logits [N] in float32, NaN where there is none; for what `fits` accepts."""
+    """The targets' logits [N] in float32, NaN where there is none; for what `fits` accepts.
+
+    One launch and no copies, where the CPU's `linear_token_stats.target_logits` gathers rows of
+    weights a block at a time.
+    """
     out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     if hidden.shape[0] > 0:
         with on(hidden.device):
@@ -297,7 +301,7 @@ def target_logits(
                 hidden,
                 weight,
                 weight if bias is None else bias.contiguous(),
-                target_ids.to(torch.int64).contiguous(),
+                flat_ids(target_ids),
                 out,
                 hidden.stride(0),
                 weight.stride(0),
@@ -345,7 +349,7 @@ def forward(
         linear_partial_kernel[(group, partials.chunks, triton.cdiv(rows, n * group))](
             *operands,
             partials.level if bias is None else bias.contiguous(),
-            partials.argmax if target_ids is None else target_ids.to(torch.int64).contiguous(),
+            partials.argmax if target_ids is None else flat_ids(target_ids),
             *partials.pointers(),
             hidden.stride(0),
             weight.stride(0),

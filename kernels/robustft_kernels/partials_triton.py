@@ -14,6 +14,7 @@ from torch import Tensor
 from robustft_kernels.reference import Seven
 
 LOG2E = 1.4426950408889634
+WARP = 64 if torch.version.hip else 32  # threads
 # Origins of sums, in base-2 units, stay within: just inside float32's range.
 HUGE = tl.constexpr(3e38)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -49,6 +50,20 @@ def above(y, rate, origin):
     if INTERPRETED:  # numpy has no fused multiply-add
         return (y.to(tl.float64) * rate - origin).to(tl.float32)
     return tl.fma(y, rate, -origin)
+
+
+@triton.jit
+def origin_of(highest, rate):
+    """Where sums count from, in base-2 units: finite, as inf - inf would be NaN."""
+    return tl.minimum(tl.maximum(highest * rate, -HUGE), HUGE)
+
+
+@triton.jit
+def weights(y, rate, origin):
+    """(d, 2^d) for d = y * rate - origin; a NaN stays one, a masked column weighs 2^-126."""
+    d = above(y, rate, origin)
+    d = tl.where(d < -126.0, -126.0, d)
+    return d, tl.exp2(d)
 
 
 @triton.jit
@@ -158,6 +173,11 @@ def finish_kernel(
 def on(device: torch.device) -> Any:
     """Make `device` current for a launch; nothing to do under the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def flat_ids(target_ids: Tensor) -> Tensor:
+    """Targets [...] as the kernels read them: [N] int64, in one piece."""
+    return target_ids.reshape(-1).to(torch.int64).contiguous()
 
 
 class Partials:

@@ -11,7 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustft_kernels.partials_triton import HUGE, LOG2E, Partials, above, capped, on, results
+from robustft_kernels.partials_triton import (
+    HUGE,
+    LOG2E,
+    WARP,
+    Partials,
+    above,
+    capped,
+    flat_ids,
+    on,
+    origin_of,
+    results,
+    weights,
+)
 from robustft_kernels.reference import Seven, empty_columns
 from robustft_kernels.results import PartialTokenStats
 from robustft_kernels.token_stats import rows_view
@@ -118,18 +130,16 @@ def _absorb(
     second = tl.maximum(tl.maximum(second, other), tl.minimum(m, top))
     best = tl.where(top > m, H * tile + place, best)
     new = tl.maximum(m, top)
-    # Kept finite, as inf - inf would be NaN: so -inf logits weigh nothing, +inf makes the sum +inf,
-    # and only a NaN logit makes it NaN.
+    # From a finite origin -inf logits weigh nothing, +inf makes the sum +inf, and only a NaN logit
+    # makes it NaN.
     if CAPPED:  # the values summed and their maximum come from one evaluation
         x = capped(x, cap, CAPPED)
         y = tl.maximum(y, tl.max(tl.max(x, axis=2), axis=1))
     highest = y if CAPPED else new
-    origin = tl.minimum(tl.maximum(highest * rate, -HUGE), HUGE)
+    origin = origin_of(highest, rate)
     shift = tl.maximum(c - origin, -126.0)
     alpha = tl.exp2(shift)
-    d = above(x, rate, origin[:, None, None])
-    d = tl.where(d < -126.0, -126.0, d)  # keeps NaN; 2^-126 is what a masked column weighs
-    e = tl.exp2(d)
+    d, e = weights(x, rate, origin[:, None, None])
     w = alpha * (w + shift * s) + tl.sum(tl.sum(e * d, axis=2), axis=1)
     s = alpha * s + tl.sum(tl.sum(e, axis=2), axis=1)
     return origin, y, new, s, w, second, best
@@ -349,9 +359,6 @@ def aligned_base(x: Tensor) -> tuple[Tensor, int, int]:
     return torch.as_strided(x, (1,), (1,), offset - extra), extra, bytes_ // size
 
 
-WARP = 64 if torch.version.hip else 32  # threads
-
-
 def tile_shape(element_size: int, capped: bool, warp: int = WARP) -> dict[str, int]:
     """Tile and warps for the partial kernel: two 128-bit loads a thread, one where tanh is due."""
     threads = 64 * element_size
@@ -392,7 +399,7 @@ def _launch(
     with on(x.device):
         partial_kernel[(rows * triton.cdiv(vocab, chunk),)](
             base,
-            pointers[-1] if targets is None else targets.contiguous(),
+            pointers[-1] if targets is None else flat_ids(targets),
             *pointers,
             extra,
             rows,
@@ -424,7 +431,6 @@ def forward(
     **tuning: int,
 ) -> Seven:
     """`token_stats` of logits [..., V] in float32, bfloat16 or float16."""
-    targets = None if target_ids is None else target_ids.reshape(-1).to(torch.int64)
     x = rows_view(logits)
     chunk = tuning.pop("CHUNK", CHUNK)
     rows, chunks = x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], chunk)
@@ -435,11 +441,11 @@ def forward(
     if chunks == 1:
         entropy, logprob, logsumexp, max_logprob, argmax, margin, rank = out
         pointers = (logprob, entropy, logsumexp, max_logprob, margin, argmax, rank)
-        _launch(x, targets, False, *options, pointers, True, chunk, tuning)
+        _launch(x, target_ids, False, *options, pointers, True, chunk, tuning)
     else:
         partials = Partials(chunks, rows, x.device)
-        _launch(x, targets, False, *options, partials.pointers(), False, chunk, tuning)
-        partials.finish(out, targets is not None, temperature, softcap)
+        _launch(x, target_ids, False, *options, partials.pointers(), False, chunk, tuning)
+        partials.finish(out, target_ids is not None, temperature, softcap)
     return out
 
 
