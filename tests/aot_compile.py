@@ -61,14 +61,14 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: s
 
 
 def facts(compiled: Any, arch: str) -> dict[str, Any]:
-    """Registers, spills, shared memory and the widths of loads and matrix instructions."""
+    """Registers, spills, shared memory, and the loads, stores and matrix instructions."""
     if arch == "gfx942":
         text = compiled.asm["amdgcn"]
 
         def field(name: str) -> int:
             return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
 
-        found = re.findall(r"\b((?:global|buffer)_load_\w+|v_mfma\w+|scratch_\w+)", text)
+        found = re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+|v_mfma\w+|scratch_\w+)", text)
         return {
             "registers": field("vgpr_count"),
             "spills": field("vgpr_spill_count") + field("private_segment_fixed_size"),
@@ -86,7 +86,9 @@ def facts(compiled: Any, arch: str) -> dict[str, Any]:
 
         usage, sass = ask("-res-usage"), ask("-sass")
     registers = re.search(r"REG:(\d+)", usage).group(1)
-    found = re.findall(r"\b(LDG\.[\w.]+|LDGSTS\.[\w.]+|HMMA|HGMMA|UTMALDG|UTC\w*MMA|STL|LDL)", sass)
+    found = re.findall(
+        r"\b(LDG\.[\w.]+|LDGSTS\.[\w.]+|STG\.[\w.]+|HMMA|HGMMA|UTMALDG|UTC\w*MMA|STL|LDL)", sass
+    )
     return {
         "registers": int(registers),
         "spills": found.count("STL") + found.count("LDL"),
@@ -131,7 +133,9 @@ def finish_kernel(arch: str) -> Any:
 
 
 def backward_kernel(arch: str, dtype: str, capped: bool) -> Any:
-    constants = {"HAS_TARGET": True, "CAPPED": capped, "BLOCK": 4096}
+    align = {"bf16": 8, "fp16": 8, "fp32": 4}[dtype]
+    constants = {"HAS_TARGET": True, "CAPPED": capped, "ALIGN": align}
+    constants |= {"BLOCK": gradient_triton.BLOCK}
     types = {"x_ptr": "*" + dtype, "out_ptr": "*" + dtype}
     return build(gradient_triton.backward_kernel, types, constants, arch, num_warps=8)
 
@@ -142,6 +146,7 @@ def main(arch: str, everything: bool) -> None:
         "logits bf16": logits_kernel(arch, "bf16", False, True),
         "logits fp32": logits_kernel(arch, "fp32", False, True),
         "linear bf16": linear_kernel(arch, "bf16", False),
+        "backward bf16": backward_kernel(arch, "bf16", False),
     }
     if everything:
         made |= {
@@ -151,7 +156,6 @@ def main(arch: str, everything: bool) -> None:
             "linear bf16 capped": linear_kernel(arch, "bf16", True),
             "linear fp16": linear_kernel(arch, "fp16", False),
             "finish": finish_kernel(arch),
-            "backward bf16": backward_kernel(arch, "bf16", False),
             "backward bf16 capped": backward_kernel(arch, "bf16", True),
             "backward fp32": backward_kernel(arch, "fp32", False),
         }

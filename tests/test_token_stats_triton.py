@@ -163,6 +163,45 @@ def test_gradient(dtype: torch.dtype, softcap: float) -> None:
     assert torch.equal(in_place, out)
 
 
+# Columns of the buffer before a row and after it, for the logits and for the gradient.
+LYING = {
+    "aligned": ((0, 0), (0, 0)),
+    "odd": ((0, 1), (0, 1)),
+    "alike": ((5, 6), (5, 6)),
+    "apart": ((1, 2), (2, 2)),
+    "strides": ((0, 1), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8192, 8200, 9001])
+@pytest.mark.parametrize("lying", LYING)
+def test_gradient_wherever_rows_lie(vocab: int, lying: str) -> None:
+    """Wide loads and stores reach the row's columns, all of them and no others."""
+
+    def rows_in(around: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        before, after = around
+        buffer = torch.full((2, 2, before + vocab + after), 7.0, device=DEVICE)
+        return buffer, buffer[..., before : before + vocab]
+
+    _, x = rows_in(LYING[lying][0])
+    buffer, out = rows_in(LYING[lying][1])
+    generator = torch.Generator().manual_seed(vocab)
+    x.copy_(torch.randn(2, 2, vocab, generator=generator))
+    x[1, 0] = math.nan  # its cotangents are zero
+    t = torch.tensor([[0, vocab - 1], [0, vocab // 2]], device=DEVICE)
+    grads = list(torch.randn(4, 2, 2, generator=generator).to(DEVICE).unbind(0))
+    for g in grads:
+        g[1, 0] = 0.0
+    exact = token_stats_reference(x, t)
+    saved = (exact.entropy.float(), exact.max_logprob.float(), exact.argmax)
+    expected = backward_by_reference(tuple(grads), x, t, *saved, 1.0, 0.0, -100)
+    gradient_triton.backward(tuple(grads), x, t, *saved, 1.0, 0.0, -100, out)
+    torch.testing.assert_close(out, expected, atol=3e-6, rtol=3e-6)
+    assert not out[1, 0].any()
+    out.fill_(7.0)
+    assert (buffer == 7.0).all()
+
+
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_fused_linear(softcap: float, with_bias: bool) -> None:

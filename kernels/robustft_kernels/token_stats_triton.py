@@ -345,18 +345,26 @@ def partial_kernel(
 # ---- launchers ---------------------------------------------------------------------------------
 
 
-def aligned_base(x: Tensor) -> tuple[Tensor, int, int]:
-    """(storage of x from a boundary at or before x, elements in between, elements of a boundary).
+def based_at(x: Tensor, boundary: int) -> tuple[Tensor, int]:
+    """(storage of x from the last `boundary` bytes' boundary before it, elements in between).
 
-    x is [outer, inner, V]. Rows that all lie on 16-byte boundaries keep to those, so that no sum
-    depends on where its row lies; others are read from boundaries of 128 bytes, which is faster.
+    From the storage's start where that comes first.
+    """
+    offset = int(x.storage_offset())
+    extra = min(x.data_ptr() % boundary // x.element_size(), offset)
+    return torch.as_strided(x, (1,), (1,), offset - extra), extra
+
+
+def aligned_base(x: Tensor) -> tuple[Tensor, int, int]:
+    """`based_at` for the rows of x [outer, inner, V], and the elements of a boundary.
+
+    Rows that all lie on 16-byte boundaries keep to those, so that no sum depends on where its row
+    lies; others are read from boundaries of 128 bytes, which is faster.
     """
     size = x.element_size()
-    offset = int(x.storage_offset())
     odd = any(stride * size % 16 for stride in x.stride()[:2])
-    bytes_ = 128 if odd and x.data_ptr() % 128 <= offset * size else 16
-    extra = min(x.data_ptr() % bytes_ // size, offset)
-    return torch.as_strided(x, (1,), (1,), offset - extra), extra, bytes_ // size
+    boundary = 128 if odd and x.data_ptr() % 128 <= x.storage_offset() * size else 16
+    return *based_at(x, boundary), boundary // size
 
 
 def tile_shape(element_size: int, capped: bool, warp: int = WARP) -> dict[str, int]:
