@@ -271,7 +271,7 @@ def _run_reproduce(options: argparse.Namespace) -> int:
 
 _BENCH_OPTIONS = {
     "vllm-python": ("pipeline",),
-    "only": ("token-stats", "linear-token-stats"),
+    "only": ("token-stats", "token-gradients", "linear-token-stats"),
     "data": ("score",),
     "model": ("score",),
 }
@@ -287,7 +287,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         value = getattr(options, name.replace("-", "_"))
         if value is not None:
             if options.what not in owners:
-                owner = " and ".join(owners)
+                owner = ", ".join(owners)
                 raise UserError(f"--{name} belongs to bench {owner}, not to {options.what}")
             arguments += [f"--{name}", value]
     return int(module.main(arguments) or _DONE)
