@@ -74,6 +74,9 @@ inline F select_greater(F a, F b, F x, F y) {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
 inline bool any_equal(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) != 0; }
+inline bool any_greater(F a, F b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
 
 inline Count zero_count() { return _mm256_setzero_si256(); }
 inline Count add_where(Count c, F mask) { return _mm256_sub_epi32(c, _mm256_castps_si256(mask)); }

@@ -55,6 +55,7 @@ inline F scale2(F p, F n) {
 }
 inline F select_greater(F a, F b, F x, F y) { return vbslq_f32(vcgtq_f32(a, b), x, y); }
 inline bool any_equal(F a, F b) { return vmaxvq_u32(vceqq_f32(a, b)) != 0; }
+inline bool any_greater(F a, F b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
 
 inline Count zero_count() { return vdupq_n_u32(0); }
 inline Count count_greater(Count c, F a, F b) { return vsubq_u32(c, vcgtq_f32(a, b)); }

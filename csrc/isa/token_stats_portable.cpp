@@ -104,10 +104,9 @@ inline F fma(F a, F b, F c) { return a * b + c; }
 inline F round_even(F x) { return (x + splat(12582912.0F)) - splat(12582912.0F); }
 inline F scale2(F p, F n) { return as_float(as_bits(p) + (as_bits(n + splat(12582912.0F)) << 23)); }
 inline F select_greater(F a, F b, F x, F y) { return a > b ? x : y; }
-inline bool any_equal(F a, F b) {
-    const Count equal = a == b;
-    return (equal[0] | equal[1] | equal[2] | equal[3]) != 0;
-}
+inline bool any(Count c) { return (c[0] | c[1] | c[2] | c[3]) != 0; }
+inline bool any_equal(F a, F b) { return any(a == b); }
+inline bool any_greater(F a, F b) { return any(a > b); }
 
 inline Count zero_count() { return Count{0, 0, 0, 0}; }
 inline Count count_greater(Count c, F a, F b) { return c - (a > b); }
