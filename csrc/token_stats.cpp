@@ -200,7 +200,8 @@ void finish(const RowPartial& p, const Transform& z, bool has_target, std::int64
             const Stats<Real>& out) {
     const bool is_nan = std::isnan(p.sum);
     const bool defined = !is_nan && std::isfinite(p.max);
-    const double log_sum = std::log(p.sum), top = z(p.max);
+    // The maximum's own share is 1: less is rounding, and would make a log-probability positive.
+    const double log_sum = std::max(std::log(p.sum), 0.0), top = z(p.max);
     const auto put = [row](Real* where, double value) { where[row] = static_cast<Real>(value); };
     // Masked columns weigh 2^-125 each, not nothing: what they add is no entropy.
     const double entropy = log_sum - p.weighted / p.sum;

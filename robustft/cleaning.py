@@ -20,7 +20,7 @@ from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.files import atomic_file
+from robustft.files import atomic_file, spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import intake_folder, take_in
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
@@ -107,6 +107,8 @@ def run_clean(
         )
     with ExitStack() as stack:
         stack.enter_context(folder_lock(config.out))
+        if not (config.out / "run.sqlite").exists():
+            spare_others(outputs(config.out, source))
         store = stack.enter_context(Store(config.out / "run.sqlite"))
         identity = identity_of(config, source)
         resumed = store.holds(identity)
@@ -176,6 +178,12 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     identity = config.fingerprint() | {"input": source.content_hash}
     del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
     return identity
+
+
+def outputs(out: Path, source: RecordSource) -> list[Path]:
+    """What a run puts into its folder under names that others use, too."""
+    names = ("verdicts.jsonl", "rejects.jsonl", "report.html", "manifest.json")
+    return [out / name for name in (output_name(source), *names)]
 
 
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from robustft.answers import Kind, answer_kind, matches, normalise
 from robustft.errors import UserError
-from robustft.files import replacing
+from robustft.files import replacing, spare, spare_others
 from robustft.formats import dump_json
 from robustft.records import Record, RecordSource, RecordWriter
 
@@ -84,12 +84,13 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
         raise UserError(f"rate: expected a share from 0 to 1, found {rate}")
     if not out.name.lower().endswith(source.suffix):
         raise UserError(f"{out}: expected a name ending in {source.suffix}, as the input has")
-    if out.exists() and Path(source.path).exists() and out.samefile(source.path):
-        raise UserError(f"{out}: is the input itself; choose another name")
+    spare(out, source.path)
+    truth = out.with_name(out.name + ".truth.jsonl")
+    if not (out.exists() and truth.exists()):  # together they are an earlier output
+        spare_others([out, truth])
     kinds, ranks, donors, rejected = _survey(source, seed)
     count = round(rate * len(kinds))
     chosen = _choose(kinds, ranks, count)
-    truth = out.with_name(out.name + ".truth.jsonl")
     with (
         RecordWriter(out, source) as writer,
         replacing(truth) as temporary,

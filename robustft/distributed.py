@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from robustft.cleaning import identity_of, load, open_source
+from robustft.cleaning import identity_of, load, open_source, outputs
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
 from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
+from robustft.files import spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
@@ -117,6 +118,8 @@ def make_plan(
         before = read_plan(config.out)
         records, of = before.records, of or before.of
     else:
+        if not (config.out / "run.sqlite").exists():  # refused below
+            spare_others(outputs(config.out, source))
         with take_in(source, intake_folder(config.out, identity)) as intake:
             records = intake.records
     return Plan(config, identity, models, records, of or pieces(records)).agree()

@@ -17,12 +17,13 @@ from robustft.answers import answer_kind, matches, parse
 from robustft.config import EvalConfig
 from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
+from robustft.files import spare
 from robustft.formats import hash_files
 from robustft.metrics import Tally, macro_f1
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, answer_prompt, letters
 from robustft.records import Record, RecordSource, Reject, count_records, open_records
-from robustft.resumable import ResumableLines
+from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
 
 _CATEGORY_FIELDS = ("Subject", "subject", "Category", "category")
@@ -138,6 +139,9 @@ def evaluate(
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
+    if config.out is not None:
+        spare(config.out, config.input)
+        spare_other_lines(config.out, ("predicted",))
     total = count_records(source)
     started = time.monotonic()
     engine = engine or load_engine(config.engine, config.adapter)

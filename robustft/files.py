@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +36,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text (UTF-8) or bytes to `path` so that a reader sees the old or the new file."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def spare(out: Path, given: str | Path) -> None:
+    """Raise UserError where writing `out` would destroy the input `given`."""
+    if out.exists() and Path(given).exists() and out.samefile(given):
+        raise UserError(f"{out}: is the input itself; choose another name")
+
+
+def spare_others(paths: Iterable[Path]) -> None:
+    """Raise UserError where one of these, of which robustft wrote none, is there and not empty."""
+    for path in paths:
+        if path.exists() and (path.is_dir() or path.stat().st_size):
+            raise UserError(
+                f"{path}: is there already and was not written by this command; choose another "
+                "--out, or move it away"
+            )
 
 
 @contextlib.contextmanager

@@ -83,9 +83,8 @@ def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:
     from tqdm import tqdm
 
     count = "{n:.0f}/{total:.0f} " + unit + " " if unit else ""
-    known = (
-        "{desc}: {percentage:3.0f}% |{bar:20}| " + count + "[{elapsed} elapsed, {remaining} left]"
-    )
+    # The bar comes last: a narrow terminal cuts it, not the time.
+    known = "{percentage:3.0f}% " + count + "[{elapsed} elapsed, {remaining} left] |{bar:20}|"
     return tqdm(
         total=total,
         initial=done,

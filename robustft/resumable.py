@@ -19,6 +19,23 @@ from typing import IO, Any, Self
 import orjson
 
 from robustft.errors import UserError
+from robustft.files import spare_others
+
+
+def spare_other_lines(path: Path, fields: Sequence[str]) -> None:
+    """Raise UserError where `path` is a file of somebody else's.
+
+    That is one whose first line is not a JSON object with at least one of `fields`.
+    """
+    try:
+        with path.open("rb") as file:
+            first = orjson.loads(file.readline(1 << 24))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        first = None
+    if not (isinstance(first, dict) and any(name in first for name in fields)):
+        spare_others([path])
 
 
 class ResumableLines:

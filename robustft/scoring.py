@@ -16,9 +16,10 @@ from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.experts import record_kind
+from robustft.files import spare
 from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
-from robustft.resumable import ResumableLines
+from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS, Stopwatch
 
 
@@ -89,8 +90,8 @@ def score_file(
     that, the same call goes on where it was.
     """
     source = open_records(path, schema=schema, limit=limit, split=split)
-    if out.exists() and Path(path).exists() and out.samefile(path):
-        raise UserError(f"{out}: is the input itself; choose another name")
+    spare(out, path)
+    spare_other_lines(out, ("nll", "rejected"))
     total = count_records(source)
     engine = engine or load_engine(config)
     if not engine.abilities.score:

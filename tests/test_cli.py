@@ -456,5 +456,47 @@ def test_a_terminal_sees_a_bar_and_then_a_clean_line(tmp_path: Path) -> None:
         pass
     os.close(leader)
     assert process.wait() == 0
-    assert b"detect \xc2\xb7 base: 100% |" in shown
+    # The label once, and the time before the bar, which a narrow terminal cuts.
+    assert re.search(rb"\rdetect \xc2\xb7 base: 100% \[00:0\d elapsed, 00:00 left\] \|", shown)
     assert shown.endswith(b"\r\nafter\r\n")
+
+
+# --- what is not robustft's to overwrite -----------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["score", "eval", "corrupt --rate 0.5"])
+def test_the_input_and_other_people_s_files_stay(
+    run: CommandLine, command: str, tmp_path: Path
+) -> None:
+    source = write(
+        tmp_path / "in.jsonl", [{"question": f"{n} + 1?", "answer": n + "1"} for n in "123"]
+    )
+    other = write(tmp_path / "mine.jsonl", [{"mine": True}])
+    before = source.read_bytes(), other.read_bytes()
+    arguments = (command + f" {source} --out").split()
+    done = run(*arguments, str(source))
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "in.jsonl: is the input itself; choose another name" in done.err
+    done = run(*arguments, str(other))
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "mine.jsonl: is there already and was not written by this command" in done.err
+    assert (source.read_bytes(), other.read_bytes()) == before
+    if "corrupt" in command:  # needs no model: what it wrote itself it may write again
+        own = str(tmp_path / "own.jsonl")
+        assert [run(*arguments, own).status for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize(("command", "name"), [("clean", "report.html"), ("train", "README.md")])
+def test_a_folder_of_somebody_else_stays(
+    run: CommandLine, command: str, name: str, tmp_path: Path
+) -> None:
+    source = write(
+        tmp_path / "in.jsonl", [{"question": f"{n} + 1?", "answer": n + "1"} for n in "123"]
+    )
+    mine = tmp_path / "project" / name
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    done = run(command, str(source), "--out", str(mine.parent))
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert f"{name}: is there already and was not written by this command" in done.err
+    assert mine.read_text() == "mine"

@@ -192,3 +192,13 @@ def test_memory_does_not_grow_with_n_times_v() -> None:
         linear_token_stats(hidden, weight, target)
     assert native() is not None
     assert Largest.size <= 8 << 20  # one tile; the logits would be 240 MB
+
+
+def test_operands_elsewhere() -> None:
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(11, 8), torch.randn(11)
+    with pytest.raises(ValueError, match="weight must be on cpu as hidden is, got meta"):
+        linear_token_stats(hidden, weight.to("meta"))
+    with pytest.raises(ValueError, match="bias must be on cpu as hidden is, got meta"):
+        linear_token_stats(hidden, weight, bias=bias.to("meta"))
+    with pytest.raises(TypeError, match=r"weight must be a torch.Tensor, got torch.nn.*Linear"):
+        linear_token_stats(hidden, torch.nn.Linear(8, 11))  # type: ignore[arg-type]

@@ -6,7 +6,9 @@ import math
 import subprocess
 import sys
 import warnings
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -457,3 +459,23 @@ def test_many_rows() -> None:
     assert token_stats(x).entropy.shape == (70001,)
     stats = token_stats(x[:1].expand(2**20, 3))
     assert (stats.entropy == stats.entropy[0]).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 3])
+def test_no_probability_above_one(vocab: int) -> None:
+    """Nor by rounding: logprob of a certain column is 0, not 1e-7."""
+    x = torch.randn(2000, vocab, generator=torch.Generator().manual_seed(0)) * 300
+    stats = token_stats(x, torch.zeros(2000, dtype=torch.long), temperature=0.37)
+    assert stats.logprob is not None
+    assert stats.logprob.max() <= 0
+    assert stats.max_logprob.max() <= 0
+
+
+@pytest.mark.parametrize("wrong", [numpy.zeros((2, 3), "f4"), [[1.0]], None], ids=type)
+def test_what_is_no_tensor(wrong: Any) -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match=r"logits must be a torch.Tensor, got "):
+        token_stats(wrong)
+    if wrong is not None:
+        with pytest.raises(TypeError, match=r"target_ids must be a torch.Tensor, got "):
+            token_stats(x, wrong)

@@ -23,6 +23,7 @@ from robustft_kernels.token_stats import (
     backward,
     check_options,
     check_targets,
+    check_tensor,
     forward,
     native,
     to_numpy,
@@ -408,6 +409,11 @@ def linear_token_stats(
     Raises:
         TypeError, ValueError: as `token_stats`, and where hidden, weight and bias disagree.
     """
+    operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, x in operands.items():
+        check_tensor(x, name)
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {x.device}")
     if hidden.dtype not in FLOATS:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:

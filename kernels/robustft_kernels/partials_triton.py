@@ -84,6 +84,7 @@ def results(
     defined = (s == s) & (tl.abs(top) != float("inf"))
     nan = float("nan")
     log_sum = tl.log(s)
+    log_sum = tl.where(log_sum < 0.0, 0.0, log_sum)  # the maximum's own share is 1
     y_top = capped(top, cap, CAPPED)
     entropy = log_sum - w / s
     entropy = tl.where(entropy < 1e-30, 0.0, entropy)  # masked columns weigh 2^-126, not nothing

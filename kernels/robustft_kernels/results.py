@@ -144,7 +144,7 @@ def finish(p: PartialTokenStats) -> TokenStats:
     """The statistics that a partial covering the whole vocabulary implies."""
     is_nan = p.sum_exp.isnan()
     defined = ~is_nan & p.max.isfinite()
-    log_sum = p.sum_exp.log()
+    log_sum = p.sum_exp.log().clamp_min(0.0)  # the maximum's own share is 1
     entropy = log_sum - p.weighted / p.sum_exp
     # Kernels give masked columns the weight 2^-125, not zero: what they add is no entropy.
     entropy = torch.where(entropy < 1e-30, 0.0, entropy)

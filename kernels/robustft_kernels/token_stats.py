@@ -260,6 +260,7 @@ def check_targets(target_ids: Tensor | None, shape: torch.Size, device: torch.de
     """Targets must be integers of the given shape on the given device."""
     if target_ids is None:
         return
+    check_tensor(target_ids, "target_ids")
     if target_ids.is_floating_point() or target_ids.is_complex() or target_ids.dtype == torch.bool:
         raise TypeError(f"target_ids must be integers, got {target_ids.dtype}")
     if target_ids.shape != shape:
@@ -268,8 +269,16 @@ def check_targets(target_ids: Tensor | None, shape: torch.Size, device: torch.de
         raise ValueError(f"target_ids must be on {device}, got {target_ids.device}")
 
 
+def check_tensor(x: object, name: str) -> None:
+    """Numpy arrays have dtypes and shapes that read like a tensor's."""
+    if not isinstance(x, Tensor):
+        kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind}")
+
+
 def check_logits(logits: Tensor, vocab_size: int | None) -> int:
     """The number of columns that count; raises TypeError or ValueError."""
+    check_tensor(logits, "logits")
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] < 1:

@@ -14,7 +14,7 @@ import robustft
 from robustft.config import TrainConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.errors import UserError
-from robustft.files import write_atomically
+from robustft.files import spare_others, write_atomically
 from robustft.models import DEFAULT_MODEL, find_model, load_causal_lm, load_tokenizer
 from robustft.records import Record, RecordSource, Reject, open_records
 from robustft.store import folder_lock
@@ -128,6 +128,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> TrainResult | None:
     if not path.exists():
         if (out / WEIGHTS).exists():
             raise UserError(f"{out}: holds an adapter that robustft did not train; choose another")
+        spare_others([out / "README.md"])
         write_atomically(path, _json({"identity": identity}))
         return None
     try:
