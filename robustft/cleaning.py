@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -59,6 +61,14 @@ def clean(
     ------
     UserError (a ValueError) with one clear line where the input or an argument is wrong.
     """
+    known = [one.name for one in dataclasses.fields(CleanConfig)]
+    for name in settings.keys() - set(known):
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+        raise UserError(f"clean has no setting {name!r}{meant}")
+    if "without" in settings:
+        parts = settings["without"]
+        settings["without"] = frozenset([parts] if isinstance(parts, str) else parts)
     with output_folder(out) as folder:
         if not isinstance(data, str | Path):
             path = folder / "input.jsonl"
@@ -113,6 +123,11 @@ def run_clean(
         identity = identity_of(config, source)
         resumed = store.holds(identity)
         intake = stack.enter_context(take_in(source, intake_folder(config.out, identity)))
+        if 2 * config.tuned.folds > intake.records:
+            raise UserError(
+                f"--folds: expected at most half the number of records, {intake.records}, found "
+                f"{config.tuned.folds}"
+            )
         engine, embedder = load(config, engine, embedder)
         models = Models.of(engine, embedder)
         # Only now: a run that failed for a wrong --model or --device leaves the folder free.
@@ -177,6 +192,7 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     """What a resumed run must share with the run it resumes."""
     identity = config.fingerprint() | {"input": source.content_hash}
     del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
+    del identity["beta"]  # nobody is asked for it: another share is selected from what was said
     return identity
 
 

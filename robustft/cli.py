@@ -77,14 +77,18 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
 def _run_shards(options: argparse.Namespace, config: Any) -> int:
     from robustft.console import print_clean_summary, print_shard_summary
     from robustft.distributed import merge, run_shard
-    from robustft.processes import run_processes
+    from robustft.processes import require_gpus, run_processes
+    from robustft.store import Stopwatch
 
     count, pinned = max(options.processes, options.gpus), options.gpus > 1
+    if pinned:
+        require_gpus(options.gpus)
     if count > 1:
+        watch = Stopwatch()
         run_processes(options.arguments, options.shard or (0, 1), count, pinned=pinned)
         if options.shard:
             return _DONE
-        result = merge([config.out])
+        result = merge([config.out], watch=watch)
         print_clean_summary(result)
         return _POWERLESS if result.powerless else _DONE
     missing = run_shard(config, *options.shard, wait=options.wait)
@@ -319,6 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.arguments = arguments
         command, verbose = options.command, options.verbose
         resumable = command in _RESUMABLE and options.out is not None
+        for name in ("input", "out"):  # a shell variable that is not set, most likely
+            if getattr(options, name, None) == "":
+                raise UserError(f"{'--' * (name == 'out')}{name}: expected a path, found nothing")
         with _logging(verbose):
             status = _COMMANDS[command](options)
         sys.stdout.flush()

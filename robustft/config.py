@@ -90,6 +90,8 @@ class ExpertConfig:
         _require(self.answer_tokens >= 1, "answer_tokens", "at least 1", self.answer_tokens)
         modes = ("likelihood", "generate")
         _require(self.choice in modes, "choice", f"one of {', '.join(modes)}", self.choice)
+        read = "likelihood where letters are calibrated: generated ones have no probabilities"
+        _require(not self.calibrate or self.choice == "likelihood", "choice", read, self.choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,12 @@ class CleanConfig:
     tuned: TunedConfig = field(default_factory=TunedConfig)
 
     def __post_init__(self) -> None:
+        for name, kind in (("k", int), ("limit", int), ("seed", int), ("beta", float)):
+            value = getattr(self, name)
+            fits = value is None if name == "limit" else False
+            fits = fits or (isinstance(value, int | kind) and not isinstance(value, bool))
+            _require(fits, name, "a number" if kind is float else "a whole number", value)
+        _require(isinstance(self.without, frozenset), "without", "a frozenset", self.without)
         _require(self.k >= 1, "k", "at least 1", self.k)
         in_range = math.isfinite(self.beta) and 0 <= self.beta <= 1
         _require(in_range, "beta", "in [0, 1]", self.beta)

@@ -39,6 +39,8 @@ def print_clean_summary(result: CleanResult) -> None:
     """What happened, where the files are and what to run next."""
     counts, out = result.counts, result.out
     judged = f"{counts['clean']} found clean, {counts['noisy']} noisy"
+    if counts["unjudged"]:
+        judged += f", {counts['unjudged']} not judged"
     if result.powerless:
         judged = "not judged, nothing changed"
     print(f"{counts['input']} records: {judged}, {counts['rejected']} unreadable")
@@ -59,13 +61,20 @@ def print_clean_summary(result: CleanResult) -> None:
     print(f"training set  {result.cleaned}")
     print(f"report        {out / 'report.html'}  (open it in a browser)")
     print(f"verdicts      {out / 'verdicts.jsonl'}")
-    print(f"took          {result.seconds['total']:.0f} s")
+    took = result.seconds["total"]
+    before = sum(seconds for name, seconds in result.seconds.items() if name != "total") - took
+    print(f"took          {took:.0f} s" + _earlier(before))
     if result.next_steps:
         print("next:")
         for command in result.next_steps:
             print(f"  {command}")
     elif not result.powerless:
         print("nothing is left to train on: the report says why; a larger --beta keeps more")
+
+
+def _earlier(seconds: float) -> str:
+    """Work that this command found done, by earlier sessions or beside it by other shards."""
+    return f", and {seconds:.0f} s in earlier sessions or other shards" if seconds >= 1 else ""
 
 
 def print_baseline_summary(result: CleanResult, method: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -39,10 +39,10 @@ class Asked(NamedTuple):
 
 
 class Detection(NamedTuple):
-    """The verdict on one given answer; `noise_score` in [0, 1], higher is noisier."""
+    """The verdict on one given answer."""
 
     noisy: bool
-    noise_score: float
+    noise_score: float  # in [0, 1], higher is noisier; NaN: not judged
     reason: str
 
 
@@ -63,6 +63,8 @@ class Conclusion:
     powerless: bool = False  # no expert was better than chance
     noise_rate: Estimate | None = None  # share of wrong answers
     expected_precision: float = math.nan  # share of the noisy verdicts that are right
+    # learner that votes -> [N, options] its probabilities; zeros where it was not asked
+    learned: Mapping[str, NDArray[np.float16]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # what the split took
 
@@ -70,6 +72,21 @@ class Conclusion:
     def clean(self) -> NDArray[np.bool_]:
         """[N] whom retrieval may show."""
         return ~(self.noisy | self.unjudged)
+
+    def learners_said(self, start: int, count: int) -> Iterator[tuple[int, str, Opinion]]:
+        """Row, learner and opinion of `count` records that follow one another from `start`."""
+        for name, values in self.learned.items():
+            block = values[start : start + count].astype(np.float64)
+            best, logs = block.argmax(1), np.log(np.maximum(block, 1e-12))
+            entropy = -(block * logs).sum(1)
+            rounded = block.round(4).tolist()
+            for row in np.flatnonzero(block.any(1)).tolist():
+                option = int(best[row])
+                nll = -float(logs[row, option])
+                yield (
+                    row, name,
+                    Opinion(LETTERS[option], "", nll, float(entropy[row]), tuple(rounded[row])),
+                )  # fmt: skip
 
     def detections(self, asked: Sequence[Asked]) -> list[Detection]:
         """The verdict on each of some records that follow one another in the input."""
@@ -88,7 +105,7 @@ class Conclusion:
             return None
         noisy = bool(self.noisy[position])
         if self.powerless:
-            return Detection(False, 0.5, "no expert is better than chance on this corpus")
+            return Detection(False, math.nan, "no expert is better than chance on this corpus")
         voters = ", ".join(f"{name} {w:.2f}" for name, w in self.weights.items() if w)
         said = f"given answer wrong with {wrong:.2f}"
         if asked.record.options is not None and self.pooled.shape[1]:
@@ -216,12 +233,16 @@ class CrowdDetector:
         total = len(given)
         wrong = np.full(total, np.nan)
         pooled = np.zeros((total, evidence["base"].shape[1] if "base" in evidence else 0))
+        learned: dict[str, NDArray[np.float16]] = {}
         found: list[Judgement] = []
         chosen = np.flatnonzero((given >= 0) & ~skipped)
         if len(chosen):
             found.append(_judge_choices(evidence, corpus, chosen))
             wrong[chosen] = found[-1].wrong
             pooled[chosen] = 0.0 if found[-1].labels is None else found[-1].labels
+            for name, values in found[-1].learned.items():
+                learned[name] = np.zeros(pooled.shape, np.float16)
+                learned[name][chosen] = values
         opened = np.flatnonzero((given < 0) & ~skipped)
         if len(opened):
             clusters = evidence["clusters"][opened].astype(np.int64)
@@ -235,7 +256,7 @@ class CrowdDetector:
         return Conclusion(
             noisy, skipped, pooled, wrong, weights, powerless,
             _whole_rate([one for one in found if one.noise_rate is not None]),
-            float(wrong[noisy].mean()) if noisy.any() else math.nan,
+            float(wrong[noisy].mean()) if noisy.any() else math.nan, learned,
             (NO_BETTER_THAN_CHANCE,) if powerless else (),
         )  # fmt: skip
 
@@ -329,7 +350,7 @@ def unjudged(asked: Asked) -> Detection | None:
     for name in ("base", "reasoned", "checker"):
         said: Opinion | None = getattr(asked, name)
         if said is not None and said.failure:
-            return Detection(False, 0.5, f"not judged: {name}: {said.failure}")
+            return Detection(False, math.nan, f"not judged: {name}: {said.failure}")
     return None
 
 

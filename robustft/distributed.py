@@ -71,7 +71,7 @@ class Plan:
 
     def _shared(self) -> dict[str, Any]:
         models = {f"{name} loaded": value for name, value in self.models.identity().items()}
-        return {**self.identity, **models, "shards": self.of}
+        return {**self.identity, **models, "shards": self.of, "beta": self.config.beta}
 
 
 def read_plan(out: Path) -> Plan:
@@ -207,7 +207,11 @@ def _say(text: str) -> None:
 
 
 def merge(
-    folders: Sequence[Path], out: Path | None = None, *, data: str | None = None
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    data: str | None = None,
+    watch: Stopwatch | None = None,
 ) -> CleanResult:
     """Select over all shards and write the outputs, once every shard has relabeled.
 
@@ -216,12 +220,13 @@ def merge(
     folders: output folders of `clean --shard`, or folders of shards, that hold all shards of a run.
     out: where the outputs go; None: the first of `folders`.
     data: the input, where it is no longer where the shards found it.
+    watch: started with the shards, where the same command ran them.
 
     Raises:
     ------
     UnfinishedError naming the shards that are missing; UserError for anything else.
     """
-    watch = Stopwatch()
+    watch = watch or Stopwatch()
     roots = list(dict.fromkeys(map(_root, folders)))
     plan = read_plan(roots[0])
     for root in roots[1:]:

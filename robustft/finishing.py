@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -95,6 +95,12 @@ def finish(
     result.counts["input"] = corpus.intake.records + corpus.intake.rejects
     for warning in conclusion.warnings:
         result.warn(warning)
+    for letter in vanished(result.answers_before, result.answers_after):
+        result.warn(
+            f"answer {letter} has all but left the training set: "
+            f"{result.answers_before[letter]} records before, {result.answers_after[letter]} "
+            "after; verdicts.jsonl says why, --beta 1 keeps more"
+        )
     if not models.abilities.choose and config.experts.choice == "likelihood":
         result.warn(
             "the engine gives no probabilities of given words: lettered answers, checker and "
@@ -116,6 +122,16 @@ def finish(
         handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
     write_run_report(config, result, manifest)
     return result
+
+
+def vanished(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    """Answers of at least five records that lost three quarters of their share."""
+    share = sum(after.values()) / max(sum(before.values()), 1)
+    return [
+        answer
+        for answer, count in sorted(before.items())
+        if count >= 5 and after.get(answer, 0) < share * count / 4
+    ]
 
 
 def _manifest(

@@ -177,8 +177,8 @@ class Intake:
             where = self.folder / "records.jsonl"
             raise UserError(f"{where}, records {start} to {stop}: damaged ({error})") from error
 
-    def rows(self, source: RecordSource) -> Iterator[Mapping[str, Any]]:
-        """The row of every record, in input order; `source` must be what was taken in."""
+    def rows(self, source: RecordSource) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Line and row of every record, in input order; `source` must be what was taken in."""
         refused = iter(self._mapped("rejected.i64", self.rejects))
         skipped = next(refused, -1)
         left = self.records
@@ -187,7 +187,7 @@ class Intake:
                 skipped = next(refused, -1)
             elif left and not isinstance(item, Reject):
                 left -= 1
-                yield item[1]
+                yield item
             else:
                 break
         if left:

@@ -50,6 +50,7 @@ from robustft.shards import Published, Shard, first_conclusion, publish
 from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
 
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
+_LEARNED = "learned "  # before a learner's name, where its opinions are published
 _CERTAIN = 0.7  # an answer found clean is kept at any rate where it is right with this probability
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -333,6 +334,7 @@ def conclude(
                 "unjudged": found.unjudged,
                 "pooled": found.pooled,
                 "wrong": found.wrong,
+                **{f"{_LEARNED}{name}": values for name, values in found.learned.items()},
             },
             {
                 "weights": dict(found.weights),
@@ -353,6 +355,11 @@ def conclude(
         read.facts["powerless"],
         Estimate(**rate) if (rate := read.facts["noise_rate"]) else None,
         math.nan if (share := read.facts["expected_precision"]) is None else share,
+        {
+            name.removeprefix(_LEARNED): values
+            for name, values in read.arrays.items()
+            if name.startswith(_LEARNED)
+        },
         tuple(read.facts["warnings"]),
         read.facts.get("stage_seconds", {}),  # a run of an older version told none
     )
@@ -375,7 +382,13 @@ class Selection:
     doubtful: NDArray[np.bool_]  # [N] found clean, but less certain than the new labels kept
     kept: NDArray[np.float64]  # response entropy of those kept, nats
     dropped: NDArray[np.float64]  # and of those dropped for it
-    threshold: float  # the largest kept, nats; NaN where nothing is
+    cuts: Mapping[int, float]  # the largest kept, nats, by label (-1: not the crowd's)
+    label: NDArray[np.int64]  # [N] by position, whose cut counts
+
+    @property
+    def threshold(self) -> float:
+        """The largest response entropy kept, nats; NaN where nothing is."""
+        return max((cut for cut in self.cuts.values() if not math.isnan(cut)), default=math.nan)
 
 
 def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion) -> Selection:
@@ -393,20 +406,21 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
     own = conclusion.own_labels()
     labels = own[positions]
     mask = np.zeros(len(nll), np.bool_)
+    cuts = {}
     doubtful = np.zeros(len(own), np.bool_)
     for label in np.unique(labels):
         same = np.flatnonzero(labels == label)
         kept, worst = select_confident(nll[same], beta)
         mask[same[kept]] = True
+        cuts[int(label)] = worst
         if label >= 0 and beta < 1.0:
             certain = math.exp(-worst) if kept.any() else _CERTAIN
             unsure = conclusion.wrong > 1.0 - min(certain, _CERTAIN)
             doubtful |= conclusion.clean & (own == label) & unsure
-    threshold = float(nll[mask].max()) if mask.any() else math.nan
     selected = np.zeros(len(conclusion.noisy), np.bool_)
     selected[positions[mask]] = True
     finite = np.isfinite(nll)
-    return Selection(selected, doubtful, nll[mask & finite], nll[~mask & finite], threshold)
+    return Selection(selected, doubtful, nll[mask & finite], nll[~mask & finite], cuts, own)
 
 
 def reopen(shard: Shard, store: Store, target: Path, *, published: bool) -> None:

@@ -54,6 +54,18 @@ class _Child:
         return status
 
 
+def require_gpus(count: int) -> None:
+    """Raise UserError where there are fewer GPUs than processes to be pinned to one."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < count:
+        raise UserError(
+            f"--gpus {count}: found {found} GPUs; use --processes for several processes that "
+            "share what there is"
+        )
+
+
 def run_processes(
     arguments: Sequence[str], shard: tuple[int, int], count: int, *, pinned: bool
 ) -> None:

@@ -115,9 +115,12 @@ def parse_text(reply: str) -> Parsed:
     start, stop = _trimmed(reply, body_start(reply), len(reply))
     if is_refusal(reply[start : start + 200]):
         return NOTHING
-    marker = next(iter(deque(_TEXT_MARKER.finditer(reply, start, stop), maxlen=1)), None)
-    if marker and reply[marker.end() : stop].strip():
-        start, stop = _trimmed(reply, marker.end(), stop)
+    body = reply[start:stop]  # a copy: ^ is where the text begins, not the white space before it
+    marker = next(iter(deque(_TEXT_MARKER.finditer(body), maxlen=1)), None)
+    if marker and body[marker.end() :].strip():
+        start, stop = _trimmed(reply, start + marker.end(), stop)
+    elif marker:  # "Answer:", and then the tokens were used up
+        start, stop = _trimmed(reply, start, start + marker.start())
     return _unwrapped(reply, start, stop)
 
 

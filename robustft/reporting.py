@@ -99,7 +99,8 @@ def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
 def _expert_rows(result: CleanResult, totals: dict[str, dict[str, float]]) -> tuple[ExpertRow, ...]:
     tallies: Counter[tuple[str, str]] = result.tallies
     rows = []
-    for name in ("base", "reasoned", "checker", "tuned", "context", "review"):
+    asked = ("base", "reasoned", "checker", "tuned", "context", "review")
+    for name in dict.fromkeys((*asked, *result.weights)):
         if tallies[name, "asked"]:
             cost = totals.get(name, {})
             rows.append(
@@ -110,6 +111,7 @@ def _expert_rows(result: CleanResult, totals: dict[str, dict[str, float]]) -> tu
                     agreed=tallies[name, "agreed"],
                     prompt_tokens=int(cost.get("prompt_tokens", 0)),
                     generated_tokens=int(cost.get("new_tokens", 0)),
+                    learner=name not in asked,
                 )
             )
     return tuple(rows)
@@ -123,7 +125,7 @@ def _suspect(judged: Judged) -> Suspect:
         action=judged.action,
         question=record.question,
         given=record.answer,
-        answer=judged.answer,
+        answer=None if judged.action == "drop" else judged.answer,
         options=record.options,
         opinions=tuple(
             Opinion(name, said.answer, _finite(said.nll), _finite(said.entropy))

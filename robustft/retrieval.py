@@ -332,7 +332,10 @@ def _page_release(rows: NDArray[Any]) -> Callable[[int], None] | None:
 
 
 def _positive(value: int, name: str) -> int:
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
     if number < 1:
         raise ValueError(f"{name} must be >= 1, got {number}")
     return number

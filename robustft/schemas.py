@@ -7,6 +7,7 @@ passed through unseen.
 
 from __future__ import annotations
 
+import logging
 import re
 import string
 from collections import Counter
@@ -20,6 +21,7 @@ from robustft.errors import UserError
 from robustft.formats import BadRowError, has_nan, type_name
 from robustft.framing import MAX_LINE_BYTES
 
+_log = logging.getLogger("robustft")
 LETTERS = string.ascii_uppercase
 Context = tuple[tuple[str, str], ...]
 
@@ -225,6 +227,13 @@ class ChoiceSchema:
                 low += number == 0
                 high += number == len(options)
         one_based = high > low and 2 * digits > total
+        if (digits and not low and not high) or (low and high):
+            why = "both 0 and the number of options occur" if low else "neither 0 nor the number of"
+            why += "" if low else " options occurs"
+            _log.warning(
+                "field %r: answers are read as numbers counted from %d, but %s: write letters "
+                "where that is wrong", self.answer, one_based, why,
+            )  # fmt: skip
         return replace(self, base=int(one_based), digits=0 < digits == total)
 
     def _options(self, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

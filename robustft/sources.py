@@ -66,6 +66,8 @@ def open_reader(path: str, split: str, limit: int) -> Reader:
         return open_folder(file, split, limit)
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: expected a file, found something that cannot be read twice")
+    if split not in ("train", "test"):  # the defaults
+        raise UserError(f"{path}: is one file, which has no split {split!r}: leave --split out")
     return open_files((file,), limit)
 
 

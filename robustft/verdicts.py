@@ -27,6 +27,7 @@ from robustft.detection import Asked, Conclusion, Detection, agrees
 from robustft.files import atomic_file, replacing
 from robustft.pipeline import Selection, opinion_of
 from robustft.progress import Progress
+from robustft.prompts import LETTERS
 from robustft.records import Record, RecordSource, RecordWriter, output_name
 from robustft.relabeling import NewLabel, relabel
 from robustft.shards import Published, Shard
@@ -35,6 +36,7 @@ from robustft.store import Opinion, Store
 _log = logging.getLogger("robustft")
 _SUSPICIOUS = 20
 _SCORE_BINS = 24
+_VERDICTS = {False: "clean", True: "noisy"}
 
 
 @dataclass(slots=True)
@@ -67,12 +69,12 @@ class CleanResult:
     warnings: list[str] = field(default_factory=list)
     threshold: float = float("nan")  # largest response entropy kept, nats (eq. 8)
     seconds: dict[str, float] = field(default_factory=dict)
-    suspicious: list[Judged] = field(default_factory=list)
+    suspicious: list[Judged] = field(default_factory=list, repr=False)
     score_counts: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros((2, _SCORE_BINS), np.int64)
+        default_factory=lambda: np.zeros((2, _SCORE_BINS), np.int64), repr=False
     )
-    kept_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    dropped_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    kept_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
+    dropped_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
     answers_before: Counter[str] = field(default_factory=Counter)
     answers_after: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)  # action and cause -> records
@@ -94,7 +96,7 @@ class CleanResult:
         words = f"{self.noise_rate} of the given answers are wrong"
         if math.isnan(self.expected_precision):
             return f"{words}, by estimate"
-        return f"{words}, and {self.expected_precision:.0%} of those found noisy, by estimate"
+        return f"{words}, and about {self.expected_precision:.0%} of those found noisy, by estimate"
 
     def warn(self, text: str) -> None:
         """Tell the user now, and the report later."""
@@ -118,8 +120,9 @@ def write_outputs(
         noise_rate=conclusion.noise_rate, expected_precision=conclusion.expected_precision,
         kept_nll=selection.kept, dropped_nll=selection.dropped,
     )  # fmt: skip
-    noisy = int(conclusion.noisy.sum())
-    result.counts.update(clean=len(conclusion.noisy) - noisy, noisy=noisy)
+    total, noisy = len(conclusion.noisy), int(conclusion.noisy.sum())
+    unjudged = total if conclusion.powerless else int(conclusion.unjudged.sum())
+    result.counts.update(clean=total - noisy - unjudged, noisy=noisy, unjudged=unjudged)
     result.reject_reasons = corpus.intake.reject_reasons
     suspicious: list[tuple[float, int, Judged]] = []
     with ExitStack() as stack:
@@ -129,13 +132,14 @@ def write_outputs(
         rows = corpus.intake.rows(source)
         for judged in _judged(config, parts, corpus, conclusion):
             lines = []
-            for one, row in zip(judged, rows, strict=False):
-                at = one.record.index
-                settle(one, bool(selection.selected[at]), bool(selection.doubtful[at]))
+            for one, (line, row) in zip(judged, rows, strict=False):
+                settle(one, selection)
                 if one.action != "drop":
                     cleaned.write_row(row, one.answer if one.action == "relabel" else None)
-                lines.append(verdict_line(one))
+                lines.append(verdict_line(one, line))
                 entry = (one.detection.noise_score, -one.record.index, one)
+                if math.isnan(entry[0]):
+                    continue
                 if len(suspicious) < _SUSPICIOUS:
                     heapq.heappush(suspicious, entry)
                 elif entry > suspicious[0]:
@@ -198,6 +202,9 @@ class _Panels:
         opinions = [dict(zip(panel, row, strict=True)) for row in zip(*panel.values(), strict=True)]
         for row, opinion in said.get("tuned", {}).items():
             opinions[row]["tuned"] = opinion
+        start = chunk[0].index if chunk else 0
+        for row, name, opinion in self._conclusion.learners_said(start, len(chunk)):
+            opinions[row][name] = opinion
         judged = list(map(Judged, chunk, opinions, self._conclusion.detections(asked)))
         for row, one in zip(rows, judged, strict=True):
             if one.detection.noisy:
@@ -232,20 +239,21 @@ class _Panels:
         )  # fmt: skip
 
 
-def settle(judged: Judged, selected: bool, doubtful: bool) -> None:
-    """The final action on one record, with its cause; the flags are those of `Selection`."""
+def settle(judged: Judged, selection: Selection) -> None:
+    """The final action on one record, with its cause."""
+    at = judged.record.index
     judged.answer, judged.cause = judged.record.answer, "found clean"
     label = judged.label
-    if label is None and judged.failed:
+    if label is None and math.isnan(judged.detection.noise_score):
         judged.cause = "not judged"
-    elif label is None and doubtful:
+    elif label is None and bool(selection.doubtful[at]):
         judged.action, judged.cause = "drop", "given answer too uncertain"
     if label is not None:
         if label.answer is None:
             judged.action, judged.cause = "drop", "no expert gave an answer"
             if judged.failed:
                 judged.cause = "not answered again"
-        elif not selected:
+        elif not selection.selected[at]:
             judged.action = "drop"
             judged.cause = "new label too uncertain"
         elif agrees(judged.record, Opinion(label.answer)):
@@ -255,10 +263,23 @@ def settle(judged: Judged, selected: bool, doubtful: bool) -> None:
             judged.cause = "new label"
     parts = [judged.detection.reason, judged.cause]
     if label is not None and label.answer is not None:
-        parts.append(f"{label.reason}: {label.answer} (nll {label.nll:.3f})")
+        parts.append(f"{label.reason}: {label.answer}{_confidence(judged, label, selection)}")
     elif label is not None:
         parts[1] = label.reason
     judged.reason = "; ".join(parts)
+
+
+def _confidence(judged: Judged, label: NewLabel, selection: Selection) -> str:
+    """The response entropy of a new label and, where that was too high, what was not."""
+    if not math.isfinite(label.nll):
+        return ""
+    said = f"nll {label.nll:.3f}"
+    if judged.action == "drop":
+        own = int(selection.label[judged.record.index])
+        cut = selection.cuts.get(own, math.nan)
+        among = f" of {LETTERS[own]}" if own >= 0 else ""
+        said += f"; none{among} is kept" if math.isnan(cut) else f"; kept{among}: up to {cut:.3f}"
+    return f" ({said})"
 
 
 def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
@@ -266,8 +287,9 @@ def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
     result.counts.update(one.action for one in judged)
     result.reasons.update(f"{one.action}: {one.cause}" for one in judged)
     scores = np.array([one.detection.noise_score for one in judged])
-    bins = np.minimum((scores * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)
     noisy = np.array([one.detection.noisy for one in judged], np.int64)
+    noisy, scores = noisy[~np.isnan(scores)], scores[~np.isnan(scores)]
+    bins = np.minimum((scores * _SCORE_BINS).astype(np.int64), _SCORE_BINS - 1)
     np.add.at(result.score_counts, (noisy, bins), 1)
     asked: Counter[str] = Counter()
     answered: Counter[str] = Counter()
@@ -287,9 +309,9 @@ def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
     result.answers_after.update(one.answer for one in lettered if one.action != "drop")
 
 
-def verdict_line(judged: Judged) -> bytes:
-    """One line of verdicts.jsonl."""
-    record = judged.record
+def verdict_line(judged: Judged, line: int) -> bytes:
+    """One line of verdicts.jsonl on the record that stands in `line` of the input."""
+    record, score = judged.record, judged.detection.noise_score
     experts: dict[str, Any] = {}
     for name, opinion in judged.opinions.items():
         experts[name] = {
@@ -299,8 +321,9 @@ def verdict_line(judged: Judged) -> bytes:
             experts[name]["probabilities"] = opinion.probabilities
     body = {
         "id": record.id,
-        "verdict": "noisy" if judged.detection.noisy else "clean",
-        "noise_score": round(judged.detection.noise_score, 6),
+        "line": line,
+        "verdict": "not judged" if math.isnan(score) else _VERDICTS[judged.detection.noisy],
+        "noise_score": None if math.isnan(score) else round(score, 6),
         "action": judged.action,
         "given": record.answer,
         "answer": None if judged.action == "drop" else judged.answer,

@@ -209,6 +209,8 @@ def test_hostile_numbers_are_neither_evaluated_nor_expanded() -> None:
         ("Two\nlines", "Two\nlines"),
         ('"a" and "b"', '"a" and "b"'),
         ("Let me think.\nFinal answer: Paris", "Paris"),
+        (" Answer: Paris", "Paris"),
+        ("Paris, I think.\nAnswer:", "Paris, I think."),
         ("I can't help but smile at this poem.", "I can't help but smile at this poem."),
         ("I'm sorry for your loss. Take your time.", "I'm sorry for your loss. Take your time."),
     ],
@@ -224,6 +226,8 @@ def test_text_found(reply: str, answer: str) -> None:
     [
         "",
         " \n",
+        "Answer:",
+        "**Final answer:** ",
         "I cannot answer that.",
         "I'm sorry, but I can't help with that.",
         "I’m sorry, but no.",

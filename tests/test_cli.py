@@ -255,11 +255,34 @@ def test_a_changed_configuration_is_refused_with_the_difference(
     out = tmp_path / "out"
     run("clean", source, "--out", out, *PAPER)
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".jsonl"}
-    said = run.refused("clean", source, "--out", out, *PAPER, "--beta", "0.75", "-k", "5")
-    assert "beta was 0.5, now 0.75; k was 3, now 5; choose another --out" in said
+    said = run.refused("clean", source, "--out", out, *PAPER, "--seed", "7", "-k", "5")
+    assert "k was 3, now 5; seed was 0, now 7; choose another --out" in said
     assert {name: (out / name).read_bytes() for name in before} == before
     # Memory is no part of the result: a run may go on with smaller batches.
     assert run("clean", source, "--out", out, *PAPER, "--batch-tokens", "100").status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("clean", "", "--out", "x"), "input: expected a path, found nothing"),
+        (("clean", "in.jsonl", "--out", ""), "--out: expected a path, found nothing"),
+        (("clean", "in.jsonl", "--out", "x", "--split", "foo"), "has no split 'foo'"),
+        (("clean", "in.jsonl", "--out", "x", "--folds", "16"), "expected at most half the number"),
+        (("clean", "in.jsonl", "--out", "x", "--gpus", "99"), "--gpus 99: found "),
+        (
+            ("clean", "in.jsonl", "--out", "x", "--calibrate", "--choice", "generate"),
+            "choice must be likelihood where letters are calibrated",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_or_a_bad_one_is_refused(
+    run: CommandLine, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...], says: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert says in run.refused(*arguments)
+    assert not (tmp_path / "run.sqlite").exists()
 
 
 def test_a_run_that_never_began_leaves_the_folder_free(

@@ -82,6 +82,7 @@ def test_every_input_line_is_accounted_for(tmp_path: Path) -> None:
     assert counts["rejected"] == 2
     verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")
     assert [verdict["id"] for verdict in verdicts] == [f"r{i}" for i in range(700)]
+    assert [verdict["line"] for verdict in verdicts] == [1, 2, 3, *range(6, 703)]
     assert Counter(v["action"] for v in verdicts) == Counter(
         {name: counts[name] for name in ("keep", "relabel", "drop")}
     )
@@ -216,11 +217,39 @@ def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
 def test_a_changed_configuration_or_input_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", choice_rows(5))
     run(source, tmp_path / "out")
-    with pytest.raises(UserError, match=r"beta was 0\.5, now 0\.6"):
-        run(source, tmp_path / "out", beta=0.6)
+    with pytest.raises(UserError, match="k was 3, now 4"):
+        run(source, tmp_path / "out", k=4)
     write_jsonl(source, choice_rows(6))
     with pytest.raises(UserError, match="input was"):
         run(source, tmp_path / "out")
+
+
+def test_another_share_is_selected_without_asking_again(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(100))
+    run(source, tmp_path / "out", beta=0.25)
+    engine = ScriptedEngine()
+    more = run(source, tmp_path / "out", engine, beta=0.75)
+    assert engine.asked == []
+    run(source, tmp_path / "fresh", beta=0.75)
+    for name in ("cleaned.jsonl", "verdicts.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    assert more.counts["relabel"] > 0
+
+
+def test_settings_are_named_in_errors(tmp_path: Path) -> None:
+    for settings, says in (
+        ({"betta": 1.0}, "no setting 'betta'; did you mean 'beta'"),
+        ({"k": "3"}, "k must be a whole number, got '3'"),
+        ({"beta": None}, "beta must be a number, got None"),
+        ({"without": ["rel", "frob"]}, "without must be one of"),
+    ):
+        with pytest.raises(UserError, match=says):
+            clean(choice_rows(8), out=tmp_path / "out", engine=ScriptedEngine(), **settings)
+    made = clean(
+        choice_rows(8), out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder(),
+        without="rel",
+    )  # fmt: skip
+    assert len(repr(made)) < 1500
 
 
 def test_rows_in_memory(tmp_path: Path) -> None:
@@ -408,6 +437,7 @@ def test_an_answer_found_clean_is_held_to_the_standard_of_the_new_ones(tmp_path:
     for one in verdicts:
         if one["verdict"] == "noisy" and one["action"] != "drop":
             sure = math.exp(-float(one["reason"].rpartition("(nll ")[2].rstrip(")")))
+            assert one["experts"]["regression"]["probabilities"]
             least[one["answer"]] = min(sure, least.get(one["answer"], 0.7))
     assert set(least) == set("ABC")
     doubtful = 0
@@ -430,6 +460,11 @@ def test_experts_at_chance_change_nothing_and_say_so(tmp_path: Path) -> None:
     result = run(source, tmp_path / "out", detector="crowd")
     assert result.powerless
     assert "no more than chance" in result.warnings[0]
+    assert (result.counts["clean"], result.counts["unjudged"]) == (0, 300)
+    for verdict in read_jsonl(tmp_path / "out/verdicts.jsonl"):
+        assert (verdict["verdict"], verdict["noise_score"]) == ("not judged", None)
+        assert verdict["reason"].endswith("; not judged")
+    assert "No record was suspicious enough" in (tmp_path / "out/report.html").read_text()
     assert read_jsonl(tmp_path / "out/cleaned.jsonl") == read_jsonl(source)
 
 

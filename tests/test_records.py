@@ -441,3 +441,25 @@ def test_real_corpora(tmp_path: Path) -> None:
             assert rewrite(source, tmp_path / "o.csv") == path.read_bytes()
     with pytest.raises(UserError, match="ground_truth"):
         open_records(str(data_folder() / "gsm8k_solutions" / "solutions.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "read", "says"),
+    [
+        ([1, 2, 1], "BCB", "counted from 0, but neither 0 nor the number of options occurs"),
+        ([1, 2, 3, 3], "ABCC", None),
+        ([0, 2, 1], "ACB", None),
+        ([0, 3, 1], "AB", "counted from 0, but both 0 and the number of options occur"),
+    ],
+)
+def test_numbers_that_may_count_from_0_or_1(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    answers: list[int],
+    read: str,
+    says: str | None,
+) -> None:
+    rows = [{"question": "?", "options": ["x", "y", "z"], "answer": one} for one in answers]
+    source = open_records(save(tmp_path / "in.jsonl", jsonl(rows)))
+    assert "".join(one.answer for one in source if isinstance(one, Record)) == read
+    assert [says in r.message for r in caplog.records if says] == [True] * bool(says)

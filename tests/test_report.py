@@ -240,7 +240,7 @@ def test_hostile_data_stays_text() -> None:
         ({"suspects": (suspect(opinions=()),)}, "No expert's opinion is recorded."),
         ({"suspects": (suspect(reason=""),)}, "no reason recorded"),
         ({"before": {}, "after": {}}, "No answer to count."),
-        ({"scores_clean": None, "scores_noisy": None}, "No record was scored."),
+        ({"scores_clean": None, "scores_noisy": None}, "No record was judged."),
         ({"reasons": {}, "reject_reasons": {}}, "No reason was recorded."),
         ({"stage_seconds": {}}, "Not measured."),
     ],
@@ -360,3 +360,9 @@ def test_the_vote_is_shown() -> None:
     assert "Share of the vote" in page
     assert "63 %" in page
     assert "Share of the vote" not in render(sample())
+
+
+def test_a_dropped_record_has_no_final_answer() -> None:
+    dropped = Page(render(sample(suspects=(suspect(action="drop", answer=None),)))).text
+    assert "final" not in dropped
+    assert "final" in Page(render(sample(suspects=(suspect(action="relabel"),)))).text

@@ -367,7 +367,11 @@ def two_rows() -> CosineKNN:
         (lambda: CosineKNN(gaussian(2, 3), ids=[1.5, 2]), TypeError, "ids must be integers"),
         (lambda: CosineKNN(gaussian(2, 3), threads=0), ValueError, "threads must be >= 1, got 0"),
         (lambda: two_rows().search(gaussian(1, 3), 0), ValueError, "k must be >= 1, got 0"),
-        (lambda: two_rows().search(gaussian(1, 3), 1.5), TypeError, "integer"),
+        (
+            lambda: two_rows().search(gaussian(1, 3), 1.5),
+            TypeError,
+            "k must be a whole number, got 1.5",
+        ),
         (lambda: two_rows().search(gaussian(1, 4), 1), ValueError, r"be \[Q, 3\], got \[1, 4\]"),
         (
             lambda: two_rows().search(np.full((1, 3), np.nan), 1),

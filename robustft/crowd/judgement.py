@@ -32,6 +32,7 @@ class Judgement:
     noise_rate: Estimate | None  # share of wrong answers; None where nobody can tell
     weights: Mapping[str, float] = field(default_factory=dict)  # share of the vote; 0 = muted
     labels: Floats | None = None  # [N, C] probability of every option being the right one
+    learned: Mapping[str, Floats] = field(default_factory=dict)  # learner that votes -> its [N, C]
 
     @property
     def powerless(self) -> bool:
@@ -39,7 +40,11 @@ class Judgement:
         return not any(self.weights.values())
 
     def expected_precision(self, threshold: float = 0.5) -> float:
-        """Expected share of truly wrong answers among those flagged; NaN where none is."""
+        """Expected share of truly wrong answers among those flagged; NaN where none is.
+
+        Without an interval: it is as good as the probabilities' calibration, which no count of
+        records improves.
+        """
         flagged = self.wrong > threshold
         return float(self.wrong[flagged].mean()) if flagged.any() else float("nan")
 

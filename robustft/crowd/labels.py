@@ -108,7 +108,9 @@ def judge_labels(
     weights |= dict(zip(experts, (mean / max(mean.sum(), 1e-12)).tolist(), strict=True))
     labels, rates = _posterior(opinions, given, spread, pools, evidence)
     wrong = np.clip(1.0 - labels[np.arange(len(given)), given], 0.0, 1.0)
-    return Judgement(wrong, rate_estimate(rates, evidence, len(given)), weights, labels)
+    voting = set(experts).intersection(learners.names if learners else ())
+    learned = {name: softmax(values) for name, values in experts.items() if name in voting}
+    return Judgement(wrong, rate_estimate(rates, evidence, len(given)), weights, labels, learned)
 
 
 def _able(learners: Learners, given: Labels, frequencies: Floats, spread: Floats) -> list[str]:

@@ -88,7 +88,7 @@ def _outcome(summary: ReportData) -> str:
         (_DROP, counts.drop),
         (_REJECT, counts.rejected),
     ]
-    judged = counts.clean + counts.noisy
+    judged = counts.records
     if counts.input == 0:
         sentence = "The input held no record."
     elif judged == 0:
@@ -149,12 +149,12 @@ def _figures(summary: ReportData) -> str:
                 (Series("noisy", "noisy"), summary.scores_noisy),
                 "noise score",
             ),
-            "No record was scored.",
+            "No record was judged.",
         ),
         _card(
             "Confidence of the new answers",
             "Entropy of each denoised answer (eq. 7, mean nll). Selection keeps the most "
-            "confident ones.",
+            "confident ones, of every label where the corpus' own learners settle it.",
             _stacked(
                 (Series("kept", "relabel"), summary.nll_kept),
                 (Series("dropped", "drop"), summary.nll_dropped),
@@ -245,6 +245,7 @@ def _experts(summary: ReportData) -> str:
             f"<td class='num'>{e.asked - e.answered:,}</td><td class='num'>{e.prompt_tokens:,}</td>"
             f"<td class='num'>{e.generated_tokens:,}</td></tr>"
             for e in summary.experts
+            if not e.learner
         )
         body = (
             "<div class='cards'><figure class='card'><figcaption><h3>Agreement with the given "

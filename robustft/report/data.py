@@ -49,7 +49,7 @@ class Histogram:
 class Counts:
     """How many records went where.
 
-    `input` = clean + noisy + rejected = keep + relabel + drop + rejected.
+    `input` = clean + noisy + unjudged + rejected = keep + relabel + drop + rejected.
     """
 
     input: int
@@ -59,11 +59,20 @@ class Counts:
     relabel: int
     drop: int
     rejected: int
+    unjudged: int = 0
+
+    @property
+    def records(self) -> int:
+        """Lines that could be read."""
+        return self.input - self.rejected
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertRow:
-    """One expert's work: questions asked, answers read, answers equal to the given one, tokens."""
+    """One expert's work: questions asked, answers read, answers equal to the given one, tokens.
+
+    `learner`: it learnt from the corpus and was asked nothing.
+    """
 
     name: str
     asked: int
@@ -71,6 +80,7 @@ class ExpertRow:
     agreed: int
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    learner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +122,7 @@ class Suspect:
     action: str  # keep, relabel or drop
     question: str
     given: str
-    answer: str  # the final one
+    answer: str | None  # the final one; None: dropped
     options: tuple[str, ...] | None = None
     opinions: tuple[Opinion, ...] = ()
     neighbours: tuple[NeighbourRow, ...] = ()

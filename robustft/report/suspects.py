@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from robustft.report import markup
-from robustft.report.data import NeighbourRow, Opinion, Suspect
+from robustft.report.data import Opinion, Suspect
 from robustft.report.figures import gauge
 
 SHOWN = 20
@@ -46,7 +46,7 @@ def _shared_opening(questions: Sequence[str]) -> int:
 def _card(rank: int, suspect: Suspect, shared: int) -> str:
     action = suspect.action if suspect.action in _ACTIONS else "keep"
     change = f"<span class='given'>{_short(suspect, suspect.given)}</span>"
-    if action == "relabel" and suspect.answer != suspect.given:
+    if action == "relabel" and suspect.answer is not None and suspect.answer != suspect.given:
         change += f" → <span class='final'>{_short(suspect, suspect.answer)}</span>"
     score = 0.0 if math.isnan(suspect.noise_score) else min(max(suspect.noise_score, 0.0), 1.0)
     headline = "… " * bool(shared) + suspect.question[shared : shared + 160]
@@ -58,7 +58,7 @@ def _card(rank: int, suspect: Suspect, shared: int) -> str:
         f"<span class='score'>{gauge(score)}{score:.2f}</span></span></summary>"
         f"<div class='body'><p class='question'>{markup.data(suspect.question)}</p>"
         f"{_options(suspect)}{_answers(suspect)}{_opinions(suspect.opinions)}"
-        f"{_neighbours(suspect.neighbours)}"
+        f"{_neighbours(suspect)}"
         f"<p class='reason'><b>Why:</b> {markup.data(suspect.reason or 'no reason recorded', 600)}"
         f"</p><p class='id'>record {markup.data(suspect.id, 80)}</p></div></details>"
     )
@@ -86,7 +86,7 @@ def _answers(suspect: Suspect) -> str:
     given = f"<dt>Given</dt><dd>{markup.data(suspect.given, 800)}</dd>"
     final = (
         ""
-        if suspect.answer == suspect.given
+        if suspect.answer in (None, suspect.given)
         else (f"<dt>Final</dt><dd>{markup.data(suspect.answer, 800)}</dd>")
     )
     return f"<dl class='answers'>{given}{final}</dl>"
@@ -109,8 +109,11 @@ def _opinions(opinions: Sequence[Opinion]) -> str:
     )
 
 
-def _neighbours(neighbours: Sequence[NeighbourRow]) -> str:
+def _neighbours(suspect: Suspect) -> str:
+    neighbours = suspect.neighbours
     if not neighbours:
+        if all(opinion.expert != "context" for opinion in suspect.opinions):
+            return ""
         return "<p class='empty'>No clean neighbours were shown to the context expert.</p>"
     items = "".join(
         f"<li><span class='cosine'>{neighbour.cosine:.2f}</span> "
