@@ -346,6 +346,7 @@ def conclude(
             },
         )
     read = Published(target)
+    arrays = read.arrays
     return Conclusion(
         read["noisy"],
         read["unjudged"],
@@ -356,9 +357,9 @@ def conclude(
         Estimate(**rate) if (rate := read.facts["noise_rate"]) else None,
         math.nan if (share := read.facts["expected_precision"]) is None else share,
         {
-            name.removeprefix(_LEARNED): values
-            for name, values in read.arrays.items()
-            if name.startswith(_LEARNED)
+            name: arrays[_LEARNED + name]
+            for name in read.facts["weights"]
+            if _LEARNED + name in arrays
         },
         tuple(read.facts["warnings"]),
         read.facts.get("stage_seconds", {}),  # a run of an older version told none
