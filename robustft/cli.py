@@ -48,7 +48,6 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
     from robustft.console import (
         print_announcement,
         print_baseline_summary,
-        print_clean_summary,
     )
     from robustft.tuned import refuse_folds
 
@@ -57,7 +56,9 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
         from robustft.methods import clean_by
 
         refuse_folds(config, f"--method {options.method}")
-        print_baseline_summary(clean_by(options.method, config), options.method)
+        result = clean_by(options.method, config)
+        print_baseline_summary(result, options.method)
+        _print_truth(result, options)
         return _DONE
     if options.estimate:
         from robustft.estimating import estimate
@@ -69,13 +70,27 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
     if options.ray or options.shard or options.processes > 1 or options.gpus > 1:
         refuse_folds(config, "shards")
         return (_run_ray if options.ray else _run_shards)(options, config)
-    result = run_clean(config, announce=print_announcement)
+    return _conclude(run_clean(config, announce=print_announcement), options)
+
+
+def _conclude(result: Any, options: argparse.Namespace) -> int:
+    """Print what was done; the exit status."""
+    from robustft.console import print_clean_summary
+
     print_clean_summary(result)
+    _print_truth(result, options)
     return _POWERLESS if result.powerless else _DONE
 
 
+def _print_truth(result: Any, options: argparse.Namespace) -> None:
+    from robustft.truth import compare
+
+    if getattr(options, "truth", None):  # `merge` has no such option
+        print(compare(result.out, Path(options.truth)))
+
+
 def _run_shards(options: argparse.Namespace, config: Any) -> int:
-    from robustft.console import print_clean_summary, print_shard_summary
+    from robustft.console import print_shard_summary
     from robustft.distributed import merge, run_shard
     from robustft.processes import require_gpus, run_processes
     from robustft.store import Stopwatch
@@ -88,35 +103,27 @@ def _run_shards(options: argparse.Namespace, config: Any) -> int:
         run_processes(options.arguments, options.shard or (0, 1), count, pinned=pinned)
         if options.shard:
             return _DONE
-        result = merge([config.out], watch=watch)
-        print_clean_summary(result)
-        return _POWERLESS if result.powerless else _DONE
+        return _conclude(merge([config.out], watch=watch), options)
     missing = run_shard(config, *options.shard, wait=options.wait)
     print_shard_summary(options.shard, missing, config)
     return _DONE
 
 
 def _run_ray(options: argparse.Namespace, config: Any) -> int:
-    from robustft.console import print_clean_summary
     from robustft.raycluster import run_ray
 
     if options.shard:
         raise UserError("--shard does not go with --ray, which makes shards of its own")
     address = None if options.ray == "local" else options.ray
     count = max(options.processes, options.gpus)
-    result = run_ray(config, address, count if count > 1 else None)
-    print_clean_summary(result)
-    return _POWERLESS if result.powerless else _DONE
+    return _conclude(run_ray(config, address, count if count > 1 else None), options)
 
 
 def _run_merge(options: argparse.Namespace) -> int:
-    from robustft.console import print_clean_summary
     from robustft.distributed import merge
 
     out = None if options.out is None else Path(options.out)
-    result = merge([Path(folder) for folder in options.folders], out, data=options.input)
-    print_clean_summary(result)
-    return _POWERLESS if result.powerless else _DONE
+    return _conclude(merge(list(map(Path, options.folders)), out, data=options.input), options)
 
 
 def _clean_config(options: argparse.Namespace) -> Any:
@@ -157,16 +164,13 @@ def _clean_config(options: argparse.Namespace) -> Any:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    from robustft.console import print_demo_truth
     from robustft.settings import parse
 
     defaults = parse(
         ["clean", str(demo_corpus()), "--out", options.out, "--reasoning-tokens", "48",
-         "--rounds", "1"]
+         "--rounds", "1", "--truth", str(demo_corpus().with_suffix(".truth.jsonl"))]
     )  # fmt: skip
-    status = _run_clean(defaults)
-    print_demo_truth(Path(options.out), demo_corpus().with_suffix(".truth.jsonl"))
-    return status
+    return _run_clean(defaults)
 
 
 def demo_corpus() -> Path:

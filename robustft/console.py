@@ -5,9 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import orjson
 
 from robustft.cleaning import Announcement
 from robustft.config import CleanConfig
@@ -99,24 +96,6 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
         print(f"next:\n  robustft train {result.cleaned} --out {adapter}")
     else:
         print("nothing is left to train on")
-
-
-def print_demo_truth(out: Path, truth: Path) -> None:
-    """How the verdicts of the demo compare with the errors planted in it."""
-    wrong = {
-        line["id"]: line["corrupted"] for line in map(orjson.loads, truth.read_bytes().splitlines())
-    }
-    verdicts = [orjson.loads(line) for line in (out / "verdicts.jsonl").read_bytes().splitlines()]
-    flagged = [v["id"] for v in verdicts if v["verdict"] == "noisy"]
-    hits = sum(wrong[id_] for id_ in flagged)
-    noisy = [v["noise_score"] for v in verdicts if wrong[v["id"]]]
-    clean = [v["noise_score"] for v in verdicts if not wrong[v["id"]]]
-    pairs = [(a > b) + 0.5 * (a == b) for a in noisy for b in clean]
-    print(
-        f"this corpus has {len(noisy)} planted errors in {len(verdicts)} records: "
-        f"{hits} of the {len(flagged)} flagged are real; noise_score ranks an error above a "
-        f"correct answer {sum(pairs) / len(pairs):.0%} of the time (chance: 50%)"
-    )
 
 
 def print_shard_summary(

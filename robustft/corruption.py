@@ -52,7 +52,8 @@ class CorruptionReport:
             f"(rate {self.rate:g}, seed {self.seed}){unread}\n"
             f"noisy copy  {self.out}\n"
             f"truth       {self.truth}\n"
-            f"next:\n  robustft clean {quote(str(self.out))} --out {quote(f'{self.out}.cleaned')}"
+            f"next:\n  robustft clean {quote(str(self.out))} --out {quote(f'{self.out}.cleaned')} "
+            f"--truth {quote(str(self.truth))}"
         )
 
 

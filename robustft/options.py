@@ -318,6 +318,11 @@ def _add_clean(commands: Any) -> None:
         choices=("robustft", "self-label", "self-select", "noiseal"),
         help="robustft, or a baseline of the paper's table 1, which writes no report",
     )  # fmt: skip
+    parser.add_argument(
+        "--truth", metavar="FILE",
+        help="compare the verdicts with the truth: JSON lines in input order, id and truth, as "
+        "robustft corrupt writes them; nothing else reads it (default: not compared)",
+    )  # fmt: skip
     _add_model(parser)
     _add_engine(parser)
     _add_expert_options(parser)

@@ -1,0 +1,113 @@
+"""How a run's verdicts compare with the truth, where somebody knows it (as `corrupt` does)."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from robustft.answers import answer_kind, matches
+from robustft.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Counts of records; `str()` is the closing lines."""
+
+    records: int
+    wrong: int  # given answers that are not the truth
+    noisy: int  # found noisy
+    hits: int  # of those, wrong
+    ranked: float | None  # AUROC of the noise score; None where nothing or all is wrong or judged
+    kept: int  # in the training set
+    right: int  # of those, with the true answer
+
+    def __str__(self) -> str:
+        lines = f"truth         {self.wrong} of {self.records} given answers are wrong"
+        if self.noisy:
+            lines += (
+                f"; of {self.noisy} found noisy {self.hits} are (precision "
+                f"{self.hits / self.noisy:.0%}, recall {self.hits / max(self.wrong, 1):.0%})"
+            )
+        if self.ranked is not None:
+            lines += (
+                "\n              noise_score ranks a wrong answer above a right one "
+                f"{self.ranked:.0%} of the time (chance: 50%)"
+            )
+        given = (self.records - self.wrong) / max(self.records, 1)
+        return lines + (
+            f"\n              right answers: {given:.1%} as given, "
+            f"{self.right / max(self.kept, 1):.1%} of {self.kept} in the training set"
+        )
+
+
+def compare(out: Path, truth: Path) -> Comparison:
+    """Compare `out`/verdicts.jsonl with a truth file: one JSON line a record, `id` and `truth`.
+
+    Both are in the input's order; the truth may go on where a run had a --limit. Raises UserError
+    where the file cannot be read or belongs to another input.
+    """
+    scores, errors = array("d"), array("b")
+    noisy = hits = kept = right = 0
+    for number, (verdict, known) in enumerate(
+        zip_longest(_lines(out / "verdicts.jsonl"), _lines(truth)), 1
+    ):
+        if verdict is None:
+            break
+        if known is None or known.get("id") != verdict["id"] or "truth" not in known:
+            found = "nothing" if known is None else f"{orjson.dumps(known).decode():.80}"
+            raise UserError(
+                f"{truth}, line {number}: expected the id {verdict['id']!r} and its truth, "
+                f"found {found}"
+            )
+        wrong = not _same(known["truth"], verdict["given"])
+        flagged = verdict.get("verdict") == "noisy"  # baselines give no verdict and no score
+        noisy += flagged
+        hits += flagged and wrong
+        score = verdict.get("noise_score")
+        scores.append(np.nan if score is None else score)
+        errors.append(wrong)
+        if verdict["answer"] is not None:
+            kept += 1
+            right += _same(known["truth"], verdict["answer"])
+    is_wrong = np.frombuffer(errors, np.int8).astype(np.bool_)
+    ranked = _auroc(np.frombuffer(scores), is_wrong)
+    return Comparison(len(scores), int(is_wrong.sum()), noisy, hits, ranked, kept, right)
+
+
+def _same(truth: str, answer: str) -> bool:
+    return truth == answer or matches(truth, answer, kind=answer_kind(truth, None), options=None)
+
+
+def _auroc(scores: np.ndarray[Any, Any], wrong: np.ndarray[Any, Any]) -> float | None:
+    from scipy.stats import rankdata
+
+    judged = ~np.isnan(scores)
+    scores, wrong = scores[judged], wrong[judged]
+    positive, negative = int(wrong.sum()), int((~wrong).sum())
+    if not positive or not negative:
+        return None
+    ranks = float(rankdata(scores)[wrong].sum())
+    return (ranks - positive * (positive + 1) / 2) / (positive * negative)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                value = orjson.loads(line)
+                if not isinstance(value, dict):
+                    raise UserError(f"{path}, line {number}: expected an object")
+                yield value
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: expected JSON lines ({error})") from error

@@ -1,0 +1,58 @@
+"""Verdicts against the truth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from robustft.errors import UserError
+from robustft.truth import compare
+
+VERDICTS = [  # id, verdict, score, given, answer
+    ("a", "noisy", 0.9, "A", "B"),
+    ("b", "noisy", 0.6, "A", None),
+    ("c", "clean", 0.2, "the cat", "the cat"),
+    ("d", "clean", 0.3, "12", "12"),
+    ("e", "not judged", None, "C", "C"),
+]
+TRUTH = {"a": "B", "b": "A", "c": "The cat.", "d": "13", "e": "D"}
+
+
+def write(folder: Path, verdicts: list[tuple[object, ...]], truth: dict[str, str]) -> Path:
+    names = ("id", "verdict", "noise_score", "given", "answer")
+    lines = [dict(zip(names, verdict, strict=True)) for verdict in verdicts]
+    (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known = [{"id": id_, "truth": value} for id_, value in truth.items()]
+    path = folder / "truth.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in known))
+    return path
+
+
+def test_counts_by_hand(tmp_path: Path) -> None:
+    found = compare(tmp_path, write(tmp_path, VERDICTS, TRUTH | {"beyond the limit": "A"}))
+    assert (found.records, found.wrong, found.noisy, found.hits) == (5, 3, 2, 1)
+    assert (found.kept, found.right) == (4, 2)  # a and c
+    assert found.ranked == 0.75  # wrong .9 .3 over right .6 .2: three of four pairs
+    assert "precision 50%, recall 33%" in str(found)
+    assert "40.0% as given, 50.0% of 4 in the training set" in str(found)
+
+
+def test_nothing_judged_or_nothing_there(tmp_path: Path) -> None:
+    found = compare(tmp_path, write(tmp_path, VERDICTS[4:], {"e": "D"}))
+    assert (found.wrong, found.ranked) == (1, None)
+    assert "noise_score" not in str(found)
+    assert compare(tmp_path, write(tmp_path, [], {})).records == 0
+
+
+def test_a_truth_of_another_input_is_refused(tmp_path: Path) -> None:
+    for truth in ({"x": "B"}, {}):
+        path = write(tmp_path, VERDICTS[:1], truth)
+        with pytest.raises(UserError, match=r"truth.jsonl, line 1: expected the id 'a'"):
+            compare(tmp_path, path)
+    path.write_text("{broken\n")
+    with pytest.raises(UserError, match="expected JSON lines"):
+        compare(tmp_path, path)
+    with pytest.raises(UserError, match="cannot be read"):
+        compare(tmp_path, tmp_path / "none.jsonl")
