@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from robustft.errors import UnfinishedError, UserError
 
 _DONE, _OTHER, _USER, _POWERLESS, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
+_TERMINATED = 143  # as a shell tells SIGTERM
 _RESUMABLE = {"clean", "demo", "eval", "reproduce", "score", "train"}  # with --out
 
 # --- commands ------------------------------------------------------------------------------
@@ -330,15 +332,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("input", "out"):  # a shell variable that is not set, most likely
             if getattr(options, name, None) == "":
                 raise UserError(f"{'--' * (name == 'out')}{name}: expected a path, found nothing")
-        with _logging(verbose):
+        said = _Stdout(sys.stdout)
+        with _logging(verbose), _ended_by_sigterm(), contextlib.redirect_stdout(said):
             status = _COMMANDS[command](options)
-        sys.stdout.flush()
+            said.flush()
+        if said.lost is not None and not isinstance(said.lost, BrokenPipeError):
+            return _fail(_OTHER, f"stdout: {said.lost.strerror}; all but the words is done")
     except UnfinishedError as error:
         return _fail(_UNFINISHED, str(error))
     except UserError as error:
         return _fail(_USER, str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         after = "run the same command again to resume" if resumable else "no output was written"
+        if isinstance(error, _TerminatedError):
+            return _fail(_TERMINATED, f"terminated; {after}")
         return _fail(_INTERRUPTED, f"interrupted; {after}")
     except Exception as error:
         if verbose:
@@ -374,13 +381,61 @@ def _unexpected(error: Exception, *, resumable: bool) -> str:
     return f"{type(error).__name__}: {first} (--verbose shows more){kept}"
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, as Slurm and Kubernetes send it: handled wherever Ctrl-C is."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise _TerminatedError
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Stdout:
+    """Standard output whose reader may leave or whose disk may fill: the work goes on.
+
+    `lost` says why words were lost, where they were.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or remember why not."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or remember why not."""
+        self._try(self._stream.flush)
+
+    def _try(self, step: Callable[[], object]) -> None:
+        if self.lost is None:
+            try:
+                step()
+            except OSError as error:
+                self.lost = error
+                # What is buffered goes nowhere, or the interpreter would complain at its end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def _fail(status: int, message: str) -> int:
     """Say in one line on stderr why the command ends with `status`."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Nobody reads stdout any more; without this the interpreter would complain at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _Stdout(sys.stdout).flush()
     after_echo = "\n" if status == _INTERRUPTED and sys.stderr.isatty() else ""  # of ^C
     print(f"{after_echo}robustft: {printable(message)}", file=sys.stderr)
     return status

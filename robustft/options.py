@@ -98,8 +98,8 @@ def build_parser() -> Parser:
         epilog="Start with `robustft demo`; `robustft COMMAND --help` explains a command. "
         "Results go to stdout, progress to stderr. Exit status: 0 done, 2 wrong input or "
         "arguments, 3 no expert is better than chance (nothing changed), 4 other shards are still "
-        "at work (the same command goes on), 130 interrupted (the same command resumes), "
-        "1 anything else.",
+        "at work (the same command goes on), 130 interrupted and 143 terminated (the same command "
+        "resumes), 1 anything else.",
     )
     parser.add_argument("--version", action="version", version=f"robustft {__version__}")
     commands = parser.add_subparsers(

@@ -108,6 +108,8 @@ def _finished(child: _Child) -> bool:
     status = child.end()
     if status is None or status == 0:
         return status == 0
+    if status == 128 + signal.SIGTERM:  # a child says so itself
+        status = -signal.SIGTERM
     if status < 0 and child.starts < _TRIES:
         name = signal.Signals(-status).name
         print(f"robustft: shard {child.name}: {name}; starting it again", file=sys.stderr)

@@ -443,8 +443,9 @@ def test_ctrl_c_saves_and_the_same_command_resumes(run: CommandLine, tmp_path: P
     assert (out / "verdicts.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("sink", ["closed pipe", "full disk"])
-def test_nobody_reads_stdout(tmp_path: Path, sink: str) -> None:
+def test_nobody_reads_stdout(tmp_path: Path, sink: str, unbuffered: str) -> None:
     source = write(tmp_path / "in.jsonl", quiz(10))
     command = [sys.executable, "-c", "import sys; from robustft.cli import main; sys.exit(main())",
                "corrupt", str(source), "--out", str(tmp_path / "n.jsonl")]  # fmt: skip
@@ -453,10 +454,14 @@ def test_nobody_reads_stdout(tmp_path: Path, sink: str) -> None:
     else:
         reader, stdout = os.pipe()
         os.close(reader)
-    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
     os.close(stdout)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
+    said = done.stderr.splitlines()
+    assert (done.returncode, len(said)) == ((1, 1) if sink == "full disk" else (0, 0))
+    assert all("stdout: No space left" in line for line in said)
     assert (tmp_path / "n.jsonl").exists()
 
 

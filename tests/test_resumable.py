@@ -127,7 +127,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return CommandLine(monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Signals) -> None:
     source = write(tmp_path / "in.jsonl", [*quiz(60), b"{broken", *quiz(3)])
 
@@ -144,8 +144,9 @@ def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Sign
         time.sleep(0.02)
     process.send_signal(how)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    if how == signal.SIGINT:
+    statuses = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+    assert process.returncode == statuses[how]
+    if how != signal.SIGKILL:
         assert said.splitlines()[-1].endswith("run the same command again to resume")
     assert not out.exists()
 
