@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -179,6 +180,34 @@ def _flat(config: Any, without: set[str]) -> dict[str, Any]:
         else:
             flat[name] = sorted(value) if isinstance(value, frozenset) else value
     return {name: value for name, value in flat.items() if name not in without}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, by the names of the command line."""
+    said = []
+    for name in sorted(before.keys() | now.keys()):
+        was, is_ = before.get(name), now.get(name)
+        if was == is_:
+            continue
+        if name == "input":
+            said.append("the input is not the one that it began with")
+        else:
+            said.append(f"{_option(name)} was {_value(was)}, now {_value(is_)}")
+    return said
+
+
+def _option(name: str) -> str:
+    outer, _, inner = name.rpartition(".")
+    option = ("fold-" if outer == "tuned" and inner != "folds" else "") + inner.replace("_", "-")
+    if " " in option or option == "shards":
+        return name  # what no option names
+    return "-k" if option == "k" else f"--{option}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "not given"
+    return "not given" if value is None else str(value)
 
 
 @dataclass(frozen=True, slots=True)

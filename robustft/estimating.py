@@ -39,8 +39,8 @@ class CostEstimate:
                 f"{self.records:,} records, {self.rejects:,} unreadable",
                 f"tokens        {tokens}",
                 f"time          {_duration(self.hours)} with one process like this one",
-                f"memory        {self.memory_bytes / 1e9:.1f} GB at most",
-                f"disk          {self.disk_bytes / 1e9:.2f} GB in --out",
+                f"memory        {_size(self.memory_bytes)} at most",
+                f"disk          {_size(self.disk_bytes)} in --out",
                 f"measured on   {self.sample} records spread over the input, "
                 f"{self.noisy:.0%} of them answered again; nothing was written",
             )
@@ -48,7 +48,13 @@ class CostEstimate:
 
 
 def _duration(hours: float) -> str:
+    if hours < 1 / 30:
+        return f"{hours * 3600:.0f} seconds"
     return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:,.1f} hours"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e8 else f"{size / 1e9:,.1f} GB"
 
 
 def estimate(

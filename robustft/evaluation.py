@@ -58,6 +58,7 @@ class EvalResult:
     unanswered: int = 0
     failed: int = 0  # the engine gave no reply: left out
     rejected: int = 0
+    truncated: int = 0  # prompts of this session that lost their middle: too long for the window
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -82,6 +83,10 @@ class EvalResult:
             )
         if self.rejected:
             lines.append(f"{self.rejected:,} lines could not be read and were left out.")
+        if self.truncated:
+            lines.append(
+                f"{self.truncated:,} prompts exceeded the model's window and lost their middle."
+            )
         for name, tally in sorted(self.categories.items()):
             low, high = tally.interval
             lines.append(
@@ -147,6 +152,7 @@ def evaluate(
     engine = engine or load_engine(config.engine, config.adapter)
     result = EvalResult(engine.model_id, None if config.adapter is None else str(config.adapter))
     scores = _Scores(result)
+    truncated = getattr(engine, "truncated", 0)  # not every engine sees tokens
     with _output(config, engine, source) as out, Progress("eval", total, unit="records") as shown:
         for chunk in _chunks(source, result):
             kept = [] if out is None else out.take(len(chunk))
@@ -162,6 +168,7 @@ def evaluate(
             for prediction in predictions:
                 scores.add(prediction)
     scores.finish()
+    result.truncated = getattr(engine, "truncated", 0) - truncated
     result.seconds = time.monotonic() - started
     return result
 

@@ -306,9 +306,20 @@ _ROLES = {
 }
 
 
+def _parts(value: Any) -> bool:
+    """Whether a turn's content is a list of texts, as OpenAI's parts are."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(
+        isinstance(part, Mapping) and part.get("type") == "text"
+        and isinstance(part.get("text"), str) for part in value
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class ChatSchema:
-    """A list of turns that ends with the assistant's answer to a user's question."""
+    """A list of turns that ends with the assistant's answer to a user's question.
+
+    A turn's content is a text or a list of parts, all of them texts; a new answer is one part.
+    """
 
     name: str
     turns: str
@@ -320,7 +331,7 @@ class ChatSchema:
 
     def parse(self, row: Mapping[str, Any]) -> Parsed:
         """Read a row; raises `BadRowError`."""
-        turns = [self._turn(turn, n) for n, turn in enumerate(self._turns(row), 1)]
+        turns = [self._turn(turn, n) for n, turn in enumerate(self._turns(row))]
         for role, at in (("assistant", -1), ("user", -2)):
             if len(turns) < -at or turns[at][0] != role:
                 found = "nothing" if len(turns) < -at else f"the {turns[at][0]}'s"
@@ -336,7 +347,9 @@ class ChatSchema:
     def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
         """Return the turns with the last one's text replaced."""
         turns = self._turns(row)
-        last = {**turns[-1], self._keys(turns[-1])[1]: answer}
+        name = self._keys(turns[-1])[1]
+        given = turns[-1][name]
+        last = {**turns[-1], name: [{**given[0], "text": answer}] if _parts(given) else answer}
         value: Any = [*turns[:-1], last]
         return {
             self.turns: orjson.dumps(value).decode() if isinstance(row[self.turns], str) else value
@@ -351,7 +364,9 @@ class ChatSchema:
         return value
 
     def _keys(self, turn: Mapping[str, Any]) -> tuple[str, str]:
-        return ("role", "content") if "role" in turn else ("from", "value")
+        both = (("role", "content"), ("from", "value"))
+        first, second = both if self.name == "messages" else both[::-1]
+        return second if second[0] in turn and first[0] not in turn else first
 
     def _turn(self, turn: Any, number: int) -> tuple[str, str]:
         name = f"{self.turns}[{number}]"
@@ -363,7 +378,10 @@ class ChatSchema:
             raise BadRowError(
                 f"field {name!r}: expected the role system, user or assistant, found {role!r:.60}"
             )
-        return _ROLES[role.lower()], text(field(turn, text_key), name)
+        value = field(turn, text_key)
+        if _parts(value):
+            value = "".join(part["text"] for part in value)
+        return _ROLES[role.lower()], text(value, f"{name}.{text_key}")
 
 
 SCHEMAS: tuple[Schema, ...] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
@@ -22,6 +22,8 @@ from robustft.records import Record, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS, Stopwatch
 
+_NAMED = 5  # truncated records that the summary names
+
 
 @dataclass(slots=True)
 class ScoreSummary:
@@ -31,6 +33,8 @@ class ScoreSummary:
     records: int = 0  # scored
     rejects: int = 0
     failures: int = 0  # requests that the engine did not answer
+    truncated: int = 0  # of those scored: longer than the model's window
+    longest: list[str] = field(default_factory=list)  # ids of the first of them
     tokens: int = 0
     total_nll: float = 0.0  # of all records, each in nats per token
     resumed: int = 0  # tokens that an earlier session had scored
@@ -50,6 +54,9 @@ class ScoreSummary:
                 self.failures += 1
             else:
                 self.records += 1
+                if body.get("truncated"):
+                    self.truncated += 1
+                    self.longest += [body["id"]] * (self.truncated <= _NAMED)
                 self.tokens += body["tokens"]
                 self.total_nll += body["nll"] if body["tokens"] else 0.0
                 self.resumed += body["tokens"] if resumed else 0
@@ -59,8 +66,15 @@ class ScoreSummary:
         rate = fresh / self.seconds if self.seconds else 0.0
         failed = f", {self.failures} not answered by the engine" if self.failures else ""
         before = f"; {self.resumed} more in an earlier session" if self.resumed else ""
+        cut = ""
+        if self.truncated:
+            more = ", …" if self.truncated > _NAMED else ""
+            cut = (
+                f"truncated   {self.truncated} did not fit the model's window and were scored in "
+                f"part: {', '.join(self.longest)}{more}\n"
+            )
         return (
-            f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n"
+            f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n{cut}"
             f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
             f"took        {self.seconds:.1f} s, {fresh} response tokens ({rate:.0f}/s){before}\n"
             f"statistics  {self.path}"

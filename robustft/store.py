@@ -25,6 +25,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from robustft.config import differences
 from robustft.errors import UserError
 
 UNIT_ROWS = 512  # records of one unit, the last one's but for the remainder
@@ -143,11 +144,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def refuse_changes(folder: Path, found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
     """Raise UserError naming every difference between a run's configuration and the one given."""
     now = orjson.loads(orjson.dumps(fingerprint))
-    changed = [
-        f"{field} was {found.get(field)!r}, now {now.get(field)!r}"
-        for field in sorted(found.keys() | now.keys())
-        if found.get(field) != now.get(field)
-    ]
+    changed = differences(found, now)
     if changed:
         raise UserError(
             f"{folder}: holds a run with another configuration: {'; '.join(changed)}; choose "

@@ -212,13 +212,13 @@ def test_field_of_the_wrong_kind(tmp_path: Path, change: dict[str, Any], reason:
         ([], "expected the assistant's message in the last place, found nothing"),
         ([{"role": "user", "content": "q"}], "in the last place, found the user's"),
         ([{"role": "assistant", "content": "a"}], "in the second last place, found nothing"),
-        ([{"role": "wizard", "content": "a"}], "'messages[1]': expected the role system, user or"),
+        ([{"role": "wizard", "content": "a"}], "'messages[0]': expected the role system, user or"),
         ([{"role": "user"}], "missing field 'content'; fields found: role"),
-        ([{"content": "q"}], "missing field 'from'"),
-        (["q"], "field 'messages[1]': expected an object, found text"),
+        ([{"content": "q"}], "missing field 'role'; fields found: content"),
+        (["q"], "field 'messages[0]': expected an object, found text"),
         (
             [{"role": "user", "content": [{"type": "image"}]}],
-            "'messages[1]': expected text, found a list",
+            "'messages[0].content': expected text, found a list",
         ),
         (
             [{"role": "user", "content": " "}, {"role": "assistant", "content": "a"}],

@@ -256,7 +256,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(
     run("clean", source, "--out", out, *PAPER)
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".jsonl"}
     said = run.refused("clean", source, "--out", out, *PAPER, "--seed", "7", "-k", "5")
-    assert "k was 3, now 5; seed was 0, now 7; choose another --out" in said
+    assert "-k was 3, now 5; --seed was 0, now 7; choose another --out" in said
     assert {name: (out / name).read_bytes() for name in before} == before
     # Memory is no part of the result: a run may go on with smaller batches.
     assert run("clean", source, "--out", out, *PAPER, "--batch-tokens", "100").status == 0

@@ -156,14 +156,14 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, source: Path) -> 
     out = tmp_path / "out"
     with pytest.raises(UnfinishedError):
         shard(source, out, 0, 2)
-    with pytest.raises(UserError, match=r"beta was 0\.5, now 0\.6"):
+    with pytest.raises(UserError, match=r"--beta was 0\.5, now 0\.6"):
         shard(source, out, 1, 2, beta=0.6)
     with pytest.raises(UserError, match="shards was 2, now 3"):
         shard(source, out, 1, 3)
     with pytest.raises(UserError, match="holds the shards of a run"):
         whole(source, out)
     other = write(tmp_path / "other.jsonl", quiz(600))
-    with pytest.raises(UserError, match="input was"):
+    with pytest.raises(UserError, match="the input is not the one that it began with"):
         shard(other, out, 1, 2)
     with pytest.raises(UserError, match="holds no shards"):
         merge([tmp_path])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from robustft.config import EngineConfig
+from robustft.config import EngineConfig, EvalConfig
 from robustft.engines import Engine, Message, Prompt
 from robustft.engines.cache import GrowingLayer
 from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
+from robustft.evaluation import evaluate
+from robustft.scoring import score_file
 
 TEXTS = ["hi", "a much longer question than the others, by far", "B?", "ünïcödé 🙂", ""]
 
@@ -165,6 +168,20 @@ def test_a_prompt_longer_than_the_window_is_cut_in_the_middle(engine: Transforme
     reply = engine.generate([prompt("start " + "x" * 5000 + " end")], 4)[0]
     assert reply.prompt_tokens == 2044
     assert engine.truncated >= 1
+
+
+def test_what_does_not_fit_the_window_is_told(engine: TransformersEngine, tmp_path: Path) -> None:
+    rows = [("long", "q", "x" * 5000), ("asked", "q" * 9000, "x"), ("short", "q", "x")]
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        "".join(json.dumps({"id": i, "question": q, "answer": a}) + "\n" for i, q, a in rows)
+    )
+    summary = score_file(str(source), tmp_path / "out.jsonl", EngineConfig(), engine=engine)
+    lines = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [line["truncated"] for line in lines] == [True, True, False]
+    assert "2 did not fit the model's window and were scored in part: long, asked" in str(summary)
+    asked = evaluate(EvalConfig(str(source), answer_tokens=2), engine=engine)
+    assert "1 prompts exceeded the model's window" in str(asked)
 
 
 def test_empty_requests(engine: TransformersEngine) -> None:

@@ -217,10 +217,10 @@ def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
 def test_a_changed_configuration_or_input_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", choice_rows(5))
     run(source, tmp_path / "out")
-    with pytest.raises(UserError, match="k was 3, now 4"):
+    with pytest.raises(UserError, match="-k was 3, now 4"):
         run(source, tmp_path / "out", k=4)
     write_jsonl(source, choice_rows(6))
-    with pytest.raises(UserError, match="input was"):
+    with pytest.raises(UserError, match="the input is not the one that it began with"):
         run(source, tmp_path / "out")
 
 

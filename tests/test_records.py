@@ -463,3 +463,20 @@ def test_numbers_that_may_count_from_0_or_1(
     source = open_records(save(tmp_path / "in.jsonl", jsonl(rows)))
     assert "".join(one.answer for one in source if isinstance(one, Record)) == read
     assert [says in r.message for r in caplog.records if says] == [True] * bool(says)
+
+
+def test_content_parts_go_in_and_come_out_as_parts(tmp_path: Path) -> None:
+    def parts(*texts: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    turns = [
+        {"role": "user", "content": parts("What is ", "2+2?")},
+        {"role": "assistant", "content": parts("5"), "name": "bot"},
+    ]
+    source = open_records(save(tmp_path / "in.jsonl", jsonl([{"messages": turns, "n": 1}])))
+    (record,) = records(source)
+    assert (record.question, record.answer) == ("What is 2+2?", "5")
+    with RecordWriter(tmp_path / "out.jsonl", source) as writer:
+        writer.write(record, "4")
+    out = orjson.loads((tmp_path / "out.jsonl").read_bytes())
+    assert out == {"messages": [turns[0], {**turns[1], "content": parts("4")}], "n": 1}

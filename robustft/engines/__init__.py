@@ -83,12 +83,14 @@ class ResponseScore:
     max_entropy: float
     margin: float  # mean top-1 minus top-2 log-probability, nats
     rank: float  # mean rank of the given token, 0 = the model's first choice
+    truncated: bool = False  # question and response did not fit the model's window as a whole
 
     @classmethod
-    def of(cls, values: TokenValues) -> ResponseScore:
+    def of(cls, values: TokenValues, truncated: bool = False) -> ResponseScore:
         """The means over a response's tokens; NaN without any."""
         if len(values.nll) == 0:
-            return cls(0, *[float("nan")] * 5)
+            nan = float("nan")
+            return cls(0, nan, nan, nan, nan, nan, truncated)
         return cls(
             tokens=len(values.nll),
             nll=float(values.nll.mean(dtype=np.float64)),
@@ -96,6 +98,7 @@ class ResponseScore:
             max_entropy=float(values.entropy.max()),
             margin=float(values.margin.mean(dtype=np.float64)),
             rank=float(values.rank.mean(dtype=np.float64)),
+            truncated=truncated,
         )
 
 

@@ -58,12 +58,36 @@ class PromptEncoder:
     def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
         """Token ids of every prompt, its middle cut out where `room` more would not fit."""
         encoded = self.encode(prompts)
-        keep = max(self.window - room, 2)
-        for index, ids in enumerate(encoded):
-            if len(ids) > keep:
-                self.truncated += 1
-                encoded[index] = ids[: keep - keep // 2] + ids[len(ids) - keep // 2 :]
+        self._cut(encoded, room)
         return encoded
+
+    def fit_with(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], room: int = 0
+    ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+        """Token ids of every prompt and of its response, and whether one of them was cut.
+
+        A response loses what is beyond half the window, a prompt its middle.
+        """
+        most = max(self.window // 2, 1)
+        endings = [
+            self.continuation(prompt.prefix, response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        cut = [len(ids) > most for ids in endings]
+        endings = [ids[:most] for ids in endings]
+        encoded = self.encode(prompts)
+        shorter = self._cut(encoded, max((len(ids) + room for ids in endings), default=0))
+        return encoded, endings, [a or b for a, b in zip(cut, shorter, strict=True)]
+
+    def _cut(self, encoded: list[list[int]], room: int) -> list[bool]:
+        """Cut the middle out of those where `room` more would not fit; which they were."""
+        keep = max(self.window - room, 2)
+        cut = [len(ids) > keep for ids in encoded]
+        for index in itertools.compress(range(len(encoded)), cut):
+            ids = encoded[index]
+            encoded[index] = ids[: keep - keep // 2] + ids[len(ids) - keep // 2 :]
+        self.truncated += sum(cut)
+        return cut
 
     def decode(self, tokens: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         """Text of generated `tokens` and the character offset at which each token starts."""

@@ -163,15 +163,10 @@ class TokenEngine(ABC):
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> list[ResponseScore | Failure]:
         """Teacher-forced statistics of the given responses."""
-        limit = max(self.encoder.window // 2, 1)
-        endings = [
-            self.encoder.continuation(prompt.prefix, response)[:limit]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        encoded = self.encoder.fit(prompts, max((len(ids) + 1 for ids in endings), default=0))
+        encoded, endings, cut = self.encoder.fit_with(prompts, responses, room=1)
         return [
-            found if isinstance(found, Failure) else ResponseScore.of(found)
-            for found in self._forced(encoded, endings)
+            found if isinstance(found, Failure) else ResponseScore.of(found, cut[row])
+            for row, found in enumerate(self._forced(encoded, endings))
         ]
 
 

@@ -314,17 +314,11 @@ class TransformersEngine:
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:
         """Teacher-forced statistics of the given responses, response positions only."""
-        endings = [
-            self.encoder.continuation(prompt.prefix, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        limit = max(self.encoder.window // 2, 1)
-        endings = [ids[:limit] for ids in endings]
-        encoded = self.encoder.fit(prompts, max((len(ids) for ids in endings), default=0))
+        encoded, endings, cut = self.encoder.fit_with(prompts, responses)
 
         def ask(rows: Sequence[int]) -> list[ResponseScore]:
             found = self._nll([encoded[row] for row in rows], [endings[row] for row in rows])
-            return [ResponseScore.of(values) for values in found]
+            return [ResponseScore.of(one, cut[row]) for row, one in zip(rows, found, strict=True)]
 
         return self._with_back_off(range(len(prompts)), ask) if prompts else []
 

@@ -25,7 +25,9 @@ from robustft_kernels.answer_consistency import Metric, answer_consistency
 __all__ = ["AgreeingAnswers", "NearestNeighbours", "ResponseScorer", "build_index"]
 
 Batch = Mapping[str, Any]
-_UNSCORED = ResponseScore(0, *[float("nan")] * 5)
+_NAN = float("nan")
+_UNSCORED = ResponseScore(0, _NAN, _NAN, _NAN, _NAN, _NAN)
+_DTYPES: dict[str, type[np.generic]] = {"tokens": np.int64, "truncated": np.bool_}
 
 
 class _Lazy:
@@ -44,7 +46,7 @@ class ResponseScorer(_Lazy):
     """Adds token statistics of given responses: `response_nll`, `response_entropy` and more.
 
     The columns are the fields of `robustft.engines.ResponseScore` with "response_" before them:
-    tokens, nll (eq. 7 of arXiv 2412.14922), entropy, max_entropy, margin (nats), rank.
+    tokens, nll (eq. 7 of arXiv 2412.14922), entropy, max_entropy, margin (nats), rank, truncated.
 
     Args:
         model: hub id, folder or .gguf file; None is the embedded small model.
@@ -83,12 +85,12 @@ class ResponseScorer(_Lazy):
         return [found[row] for row in range(len(asked))]
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """The batch with its statistics, float32 (tokens int64); NaN where there are none."""
+        """The batch with its statistics, float32 (tokens int64, truncated bool), else NaN."""
         scores = self.score(list(batch[self.prompt]), list(batch[self.response]))
         added = {
             f"response_{field.name}": np.array(
                 [getattr(score, field.name) for score in scores],
-                np.int64 if field.name == "tokens" else np.float32,
+                _DTYPES.get(field.name, np.float32),
             )
             for field in dataclasses.fields(ResponseScore)
         }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from robustft.config import ReproduceConfig
 from robustft.engines.encoding import PromptEncoder
@@ -36,19 +37,23 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
     lines = [f"{study.title}: {len(cells)} cells"]
     total: Counter[str] = Counter()
     speeds: dict[str, float] = {}
+    lacking: defaultdict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         name = f"{METHODS[cell.method].title} on {cell.task} at {cell.noise} %, seed {cell.seed}"
         try:
             work = _work(bench, cell)
             speeds = speeds or bench.shop(cell.model).speeds()
         except UserError as error:
-            lines.append(f"  {name}: not run: {error}")
+            lacking[str(error)].append(cell)
             continue
         total.update(dataclasses.asdict(work))
         lines.append(
             f"  {name}: {work.read:,} tokens read, {work.written:,} written, "
             f"{work.trained:,} trained on"
         )
+    lines += [f"  not run: {_named(some)}: {why}" for why, some in lacking.items()]
+    if lacking and config.data is None:
+        lines.append("  with --data FOLDER the data come from a folder with one folder a task")
     lines.append("at most: " + ", ".join(f"{total[part]:,} tokens {part}" for part in _PARTS))
     if all(speeds.get(part) for part in _PARTS):
         seconds = sum(total[part] / speeds[part] for part in _PARTS)
@@ -56,6 +61,14 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
     else:
         lines.append("time: unknown until this machine has run something; try --limit 50 first")
     return "\n".join(lines)
+
+
+def _named(cells: Sequence[Cell]) -> str:
+    """What a number of cells share, in few words."""
+    methods = dict.fromkeys(METHODS[cell.method].title for cell in cells)
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    cells_ = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+    return f"{cells_} ({', '.join(methods)} on {', '.join(tasks)})"
 
 
 def _work(bench: Bench, cell: Cell) -> _Work:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import robustft
-from robustft.config import TrainConfig
+from robustft.config import TrainConfig, differences
 from robustft.devices import pick_device, pick_dtype
 from robustft.errors import UserError
 from robustft.files import spare_others, write_atomically
@@ -136,11 +136,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> TrainResult | None:
         before, result = state["identity"], state.get("result")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the state of a training run ({error})") from error
-    changed = [
-        f"{name} was {before.get(name)!r}, is now {identity.get(name)!r}"
-        for name in sorted({*before, *identity})
-        if before.get(name) != identity.get(name)
-    ]
+    changed = differences(before, json.loads(_json(identity)))
     if changed:
         raise UserError(
             f"{out}: holds a run with another configuration: {'; '.join(changed)}; "
