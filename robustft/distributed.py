@@ -235,6 +235,8 @@ def merge(
     source = open_source(config)
     if source.content_hash != plan.identity["input"]:
         raise UserError(f"{config.input}: is not the input that the shards were made from")
+    if config.out not in roots and not (config.out / ".lock").exists():
+        spare_others(outputs(config.out, source))
     shards = [_found(shard, roots) for shard in plan.shards() if shard.rows]
     missing = [shard.number for shard in shards if not shard.phase("relabeled").is_dir()]
     if missing:
