@@ -2,10 +2,12 @@
 
 Model of one record (x: what the experts see, z: the true label, y: the given one):
 
-    p(z | x)  =  softmax_z( b[z] + sum_m w_m log p_m(z | x) )        pooled experts, w_m >= 0
-    p(y | z)  =  1 - e  where y = z,  e R[z, y]  elsewhere           how labels go wrong
-    p(z | x, y)  ~  p(z | x) p(y | z)                                the judgement
+    p(z | x)  =  softmax_z( b[z] + sum_m w_m log p_m(z | x) / p_m(z) )   pooled experts, w_m >= 0
+    p(y | z)  =  1 - e  where y = z,  e R[z, y]  elsewhere               how labels go wrong
+    p(z | x, y)  ~  p(z | x) p(y | z)                                    the judgement
 
+p_m(z) is an expert's mean over the records: what it says of every record alike counts once, in b,
+and not as often as there are experts. Otherwise rare labels would be judged wrong for being rare.
 Weights, bias and noise rate e are those that make the given labels likely: maximise
 sum_i log sum_z p(z | x_i) p(y_i | z). No truth is needed because every expert is ignorant of the
 y it judges. That is the confusion model of Dawid and Skene (1979) with the given label as a
@@ -35,10 +37,10 @@ _FIT_ROWS = 20_000  # the pool is fitted on at most this many rows
 _CHUNK = 65_536
 # Summed weight expected a priori. Learners are fitted under a penalty, on labels that are wrong in
 # part: their probabilities are too flat. A language model's are taken at their word.
-_EXPECTED = {"learners": 3.5, "panel": 1.0, "tuned": 1.0}
+_EXPECTED = {"learners": 4.5, "panel": 1.0, "tuned": 1.0}
 _SUM_SPREAD = 0.7  # standard deviation of that sum, a priori
 _SPREAD = 1.0  # standard deviation of a single weight around its share of the sum
-_BIAS_SPREAD = 0.5
+_BIAS_SPREAD = 0.5  # standard deviation of b[z] around the log of how frequent z is
 _PSEUDO_COUNTS = 50.0  # wrong labels of every true label, spread evenly, added to those found
 
 
@@ -92,10 +94,15 @@ def judge_labels(
             experts = anchors | heard | {n: _logs(v) for n, v in taught.items() if n in able}
         if not experts:
             break
-        opinions = np.stack(list(experts.values()))
         kinds = {name: "panel" for name in anchors} | {name: "tuned" for name in heard}
+        means = {name: np.exp(v).mean(0, dtype=np.float64) for name, v in experts.items()}
+        opinions = np.stack([v - np.log(means[name], dtype=np.float32)
+                             for name, v in experts.items()])  # fmt: skip
+        # Who has learnt from the corpus knows how frequent each label is without the wrong ones.
+        taught_means = [mean for name, mean in means.items() if name not in anchors]
+        frequent = np.mean(taught_means or [np.maximum(frequencies, _FLOOR)], axis=0)
         prior = _weight_prior([kinds.get(name, "learners") for name in experts])
-        pools = _fit_pools(opinions, given, spread, prior, ceiling)
+        pools = _fit_pools(opinions, given, spread, prior, np.log(frequent), ceiling)
         evidence = softmax(np.array([pool.log_evidence for pool in pools]))
         before, rate = rate, float(evidence @ [pool.rate for pool in pools])
         spread = _wrong_labels(opinions, given, spread, pools, evidence)
@@ -165,7 +172,12 @@ def _weight_prior(kinds: Sequence[str]) -> tuple[Floats, Floats]:
 
 
 def _fit_pools(
-    opinions: Floats, given: Labels, spread: Floats, prior: tuple[Floats, Floats], ceiling: float
+    opinions: Floats,
+    given: Labels,
+    spread: Floats,
+    prior: tuple[Floats, Floats],
+    log_frequent: Floats,
+    ceiling: float,
 ) -> list[_Pool]:
     """The best pool under every noise rate of the grid, neighbours starting from each other."""
     if len(given) > _FIT_ROWS:
@@ -173,9 +185,9 @@ def _fit_pools(
         opinions, given = opinions[:, rows], given[rows]
     opinions = opinions.astype(np.float64)
     pools: list[_Pool] = []
-    start = np.concatenate([prior[0], np.zeros(len(spread))])
+    start = np.concatenate([prior[0], log_frequent])
     for rate in np.arange(0.01, ceiling - 0.005, _RATE_STEP):
-        pool = _fit_pool(float(rate), opinions, given, spread, prior, start)
+        pool = _fit_pool(float(rate), opinions, given, spread, prior, log_frequent, start)
         start = np.concatenate([pool.weights, pool.bias])
         pools.append(pool)
     return pools
@@ -187,6 +199,7 @@ def _fit_pool(
     given: Labels,
     spread: Floats,
     prior: tuple[Floats, Floats],
+    log_frequent: Floats,
     start: Floats,
 ) -> _Pool:
     expected, precision = prior
@@ -199,11 +212,11 @@ def _fit_pool(
         joint = predicted * likelihood
         evidence = joint.sum(1)
         off = predicted - joint / evidence[:, None]  # gradient with respect to the scores
-        strayed = weights - expected
-        pull = precision @ strayed
-        penalty = 0.5 * float(strayed @ pull) + 0.5 * float(bias @ bias) / _BIAS_SPREAD**2
+        strayed, off_bias = weights - expected, bias - log_frequent
+        pull, pull_bias = precision @ strayed, off_bias / _BIAS_SPREAD**2
+        penalty = 0.5 * float(strayed @ pull + off_bias @ pull_bias)
         by_weight = np.einsum("nc,mnc->m", off, opinions) + pull
-        by_bias = off.sum(0) + bias / _BIAS_SPREAD**2
+        by_bias = off.sum(0) + pull_bias
         return penalty - float(np.log(evidence).sum()), np.concatenate([by_weight, by_bias])
 
     bounds = [(0.0, None)] * count + [(None, None)] * classes
