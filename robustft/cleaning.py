@@ -117,8 +117,7 @@ def run_clean(
         )
     with ExitStack() as stack:
         stack.enter_context(folder_lock(config.out))
-        if not (config.out / "run.sqlite").exists():
-            spare_others(outputs(config.out, source))
+        spare_folder(config.out, source, "run.sqlite")
         store = stack.enter_context(Store(config.out / "run.sqlite"))
         identity = identity_of(config, source)
         resumed = store.holds(identity)
@@ -196,10 +195,14 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     return identity
 
 
-def outputs(out: Path, source: RecordSource) -> list[Path]:
-    """What a run puts into its folder under names that others use, too."""
+def spare_folder(out: Path, source: RecordSource, sign: str) -> None:
+    """Raise UserError where a run's outputs would land on files of somebody else's.
+
+    `sign` names the file that shows the folder to be an earlier run's.
+    """
     names = ("verdicts.jsonl", "rejects.jsonl", "report.html", "manifest.json")
-    return [out / name for name in (output_name(source), *names)]
+    if not (out / sign).exists():
+        spare_others(out / name for name in (output_name(source), *names))
 
 
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:

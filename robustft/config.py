@@ -140,9 +140,10 @@ class CleanConfig:
     def __post_init__(self) -> None:
         for name, kind in (("k", int), ("limit", int), ("seed", int), ("beta", float)):
             value = getattr(self, name)
-            fits = value is None if name == "limit" else False
-            fits = fits or (isinstance(value, int | kind) and not isinstance(value, bool))
-            _require(fits, name, "a number" if kind is float else "a whole number", value)
+            absent = name == "limit" and value is None
+            number = isinstance(value, int | kind) and not isinstance(value, bool)
+            wanted = "a number" if kind is float else "a whole number"
+            _require(absent or number, name, wanted, value)
         _require(isinstance(self.without, frozenset), "without", "a frozenset", self.without)
         _require(self.k >= 1, "k", "at least 1", self.k)
         in_range = math.isfinite(self.beta) and 0 <= self.beta <= 1

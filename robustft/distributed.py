@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from robustft.cleaning import identity_of, load, open_source, outputs
+from robustft.cleaning import identity_of, load, open_source, spare_folder
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
 from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
-from robustft.files import spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
@@ -118,8 +117,7 @@ def make_plan(
         before = read_plan(config.out)
         records, of = before.records, of or before.of
     else:
-        if not (config.out / "run.sqlite").exists():  # refused below
-            spare_others(outputs(config.out, source))
+        spare_folder(config.out, source, "run.sqlite")  # which is refused below
         with take_in(source, intake_folder(config.out, identity)) as intake:
             records = intake.records
     return Plan(config, identity, models, records, of or pieces(records)).agree()
@@ -235,8 +233,8 @@ def merge(
     source = open_source(config)
     if source.content_hash != plan.identity["input"]:
         raise UserError(f"{config.input}: is not the input that the shards were made from")
-    if config.out not in roots and not (config.out / ".lock").exists():
-        spare_others(outputs(config.out, source))
+    if config.out not in roots:
+        spare_folder(config.out, source, ".lock")
     shards = [_found(shard, roots) for shard in plan.shards() if shard.rows]
     missing = [shard.number for shard in shards if not shard.phase("relabeled").is_dir()]
     if missing:

@@ -346,7 +346,6 @@ def conclude(
             },
         )
     read = Published(target)
-    arrays = read.arrays
     return Conclusion(
         read["noisy"],
         read["unjudged"],
@@ -356,11 +355,7 @@ def conclude(
         read.facts["powerless"],
         Estimate(**rate) if (rate := read.facts["noise_rate"]) else None,
         math.nan if (share := read.facts["expected_precision"]) is None else share,
-        {
-            name: arrays[_LEARNED + name]
-            for name in read.facts["weights"]
-            if _LEARNED + name in arrays
-        },
+        {name: read[_LEARNED + name] for name in read.facts["weights"] if _LEARNED + name in read},
         tuple(read.facts["warnings"]),
         read.facts.get("stage_seconds", {}),  # a run of an older version told none
     )

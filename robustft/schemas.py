@@ -227,9 +227,9 @@ class ChoiceSchema:
                 low += number == 0
                 high += number == len(options)
         one_based = high > low and 2 * digits > total
-        if (digits and not low and not high) or (low and high):
-            why = "both 0 and the number of options occur" if low else "neither 0 nor the number of"
-            why += "" if low else " options occurs"
+        if digits and bool(low) == bool(high):
+            both, neither = "both 0 and", "neither 0 nor"
+            why = f"{both if low else neither} the number of options occur{'' if low else 's'}"
             _log.warning(
                 "field %r: answers are read as numbers counted from %d, but %s: write letters "
                 "where that is wrong", self.answer, one_based, why,

@@ -34,7 +34,7 @@ class ScoreSummary:
     rejects: int = 0
     failures: int = 0  # requests that the engine did not answer
     truncated: int = 0  # of those scored: longer than the model's window
-    longest: list[str] = field(default_factory=list)  # ids of the first of them
+    truncated_ids: list[str] = field(default_factory=list)  # of the first of them
     tokens: int = 0
     total_nll: float = 0.0  # of all records, each in nats per token
     resumed: int = 0  # tokens that an earlier session had scored
@@ -56,7 +56,8 @@ class ScoreSummary:
                 self.records += 1
                 if body.get("truncated"):
                     self.truncated += 1
-                    self.longest += [body["id"]] * (self.truncated <= _NAMED)
+                    if self.truncated <= _NAMED:
+                        self.truncated_ids.append(body["id"])
                 self.tokens += body["tokens"]
                 self.total_nll += body["nll"] if body["tokens"] else 0.0
                 self.resumed += body["tokens"] if resumed else 0
@@ -71,7 +72,7 @@ class ScoreSummary:
             more = ", …" if self.truncated > _NAMED else ""
             cut = (
                 f"truncated   {self.truncated} did not fit the model's window and were scored in "
-                f"part: {', '.join(self.longest)}{more}\n"
+                f"part: {', '.join(self.truncated_ids)}{more}\n"
             )
         return (
             f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n{cut}"

@@ -147,6 +147,9 @@ class Published:
             found: dict[str, Any] = orjson.loads((self.folder / _FACTS).read_bytes())
         return found
 
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / f"{name}.npy").exists()
+
     def __getitem__(self, name: str) -> NDArray[Any]:
         with self._telling():
             path = self.folder / f"{name}.npy"

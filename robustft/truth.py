@@ -86,15 +86,11 @@ def _same(truth: str, answer: str) -> bool:
 
 
 def _auroc(scores: np.ndarray[Any, Any], wrong: np.ndarray[Any, Any]) -> float | None:
-    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
 
     judged = ~np.isnan(scores)
     scores, wrong = scores[judged], wrong[judged]
-    positive, negative = int(wrong.sum()), int((~wrong).sum())
-    if not positive or not negative:
-        return None
-    ranks = float(rankdata(scores)[wrong].sum())
-    return (ranks - positive * (positive + 1) / 2) / (positive * negative)
+    return float(roc_auc_score(wrong, scores)) if len(np.unique(wrong)) == 2 else None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -107,7 +103,5 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield value
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+    except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: expected JSON lines ({error})") from error

@@ -246,7 +246,7 @@ def settle(judged: Judged, selection: Selection) -> None:
     label = judged.label
     if label is None and math.isnan(judged.detection.noise_score):
         judged.cause = "not judged"
-    elif label is None and bool(selection.doubtful[at]):
+    elif label is None and selection.doubtful[at]:
         judged.action, judged.cause = "drop", "given answer too uncertain"
     if label is not None:
         if label.answer is None:

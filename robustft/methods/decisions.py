@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import orjson
 
 from robustft.answers import answer_kind, matches
-from robustft.cleaning import outputs
+from robustft.cleaning import spare_folder
 from robustft.config import CleanConfig
 from robustft.errors import UserError
-from robustft.files import atomic_file, spare_others, write_atomically
+from robustft.files import atomic_file, write_atomically
 from robustft.records import Record, RecordWriter, Reject, open_records, output_name
 from robustft.store import Stopwatch, folder_lock
 from robustft.verdicts import CleanResult
@@ -47,8 +47,7 @@ def write_decisions(
     result = CleanResult(out, out / output_name(source))
     if result.cleaned.exists() and result.cleaned.resolve().samefile(config.input):
         raise UserError(f"{config.input}: would be overwritten; choose another --out")
-    if not (out / ".lock").exists():
-        spare_others(outputs(out, source))
+    spare_folder(out, source, ".lock")
     with (
         folder_lock(out),
         RecordWriter(result.cleaned, source) as cleaned,

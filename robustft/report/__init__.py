@@ -88,25 +88,25 @@ def _outcome(summary: ReportData) -> str:
         (_DROP, counts.drop),
         (_REJECT, counts.rejected),
     ]
-    judged = counts.records
+    records = counts.records
     if counts.input == 0:
         sentence = "The input held no record."
-    elif judged == 0:
+    elif records == 0:
         sentence = "No line of the input could be read as a record: see <code>rejects.jsonl</code>."
     elif summary.powerless:
         sentence = (
-            f"The experts could not judge these {markup.count(judged, 'record')}: nothing was "
+            f"The experts could not judge these {markup.count(records, 'record')}: nothing was "
             "changed, and the cleaned set is the input as it came."
         )
     elif counts.noisy == 0:
         sentence = (
-            f"None of the {markup.count(judged, 'record')} looked noisy: the cleaned set is the "
+            f"None of the {markup.count(records, 'record')} looked noisy: the cleaned set is the "
             "input as it came."
         )
     else:
         sentence = (
-            f"<b>{counts.noisy:,}</b> of {markup.count(judged, 'record')} looked noisy "
-            f"({markup.percent(counts.noisy, judged)}). The cleaned set holds "
+            f"<b>{counts.noisy:,}</b> of {markup.count(records, 'record')} looked noisy "
+            f"({markup.percent(counts.noisy, records)}). The cleaned set holds "
             f"<b>{counts.keep + counts.relabel:,}</b>."
         )
     tiles = "".join(

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import robustft
-from robustft.config import TrainConfig, differences
+from robustft.config import TrainConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.errors import UserError
 from robustft.files import spare_others, write_atomically
 from robustft.models import DEFAULT_MODEL, find_model, load_causal_lm, load_tokenizer
 from robustft.records import Record, RecordSource, Reject, open_records
-from robustft.store import folder_lock
+from robustft.store import folder_lock, refuse_changes
 from robustft.training import trackers
 from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
 from robustft.training.data import TrainingSet, encode_records
@@ -136,12 +136,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> TrainResult | None:
         before, result = state["identity"], state.get("result")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the state of a training run ({error})") from error
-    changed = differences(before, json.loads(_json(identity)))
-    if changed:
-        raise UserError(
-            f"{out}: holds a run with another configuration: {'; '.join(changed)}; "
-            "choose another --out or repeat the old settings"
-        )
+    refuse_changes(out, before, identity)
     if result is None or not (out / WEIGHTS).exists():
         return None
     return TrainResult(**result | {"out": out, "history": History(**result["history"])})
