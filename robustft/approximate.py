@@ -69,21 +69,6 @@ class ApproximateKNN:
         )
         return ids, np.where(ids < 0, np.float32(np.nan), cosines)
 
-    def self_search(self, k: int) -> Found:
-        """Search every row among all others, [N, k] each."""
-        all_ids = np.empty((len(self), k), np.int64)
-        all_cosines = np.empty((len(self), k), np.float32)
-        start = 0
-        for rows in self._chunks():
-            stop = start + len(rows)
-            ids, cosines = self.search(rows, k + 1)
-            own = ids == np.arange(start, stop)[:, None]
-            own[~own.any(1), k] = True  # not among its own neighbours: the last one goes
-            all_ids[start:stop] = ids[~own].reshape(-1, k)
-            all_cosines[start:stop] = cosines[~own].reshape(-1, k)
-            start = stop
-        return all_ids, all_cosines
-
     def _chunks(self) -> Iterator[NDArray[np.float32]]:
         for part in self._parts:
             for start in range(0, len(part), _CHUNK):

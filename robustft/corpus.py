@@ -100,7 +100,7 @@ class Corpus:
         self.shards = shards
         self._parts = [_embeddings(shard) for shard in shards]
         self._starts = np.array([shard.start for shard in shards])
-        self._threads = threads
+        self.threads = threads
         self._retriever = retriever
         self._index: NeighbourIndex | None = None
 
@@ -129,9 +129,9 @@ class Corpus:
 
     def _make_index(self) -> NeighbourIndex:
         if self._retriever == "approximate":
-            return ApproximateKNN(self._parts, threads=self._threads)
+            return ApproximateKNN(self._parts, threads=self.threads)
         first, *others = self._parts
-        index = CosineKNN(first, threads=self._threads)
+        index = CosineKNN(first, threads=self.threads)
         for rows in others:
             index.add(rows, copy=False)
         return index

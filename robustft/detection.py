@@ -147,7 +147,9 @@ class Detector(Protocol):
         """What `conclude` needs to know of the records of one unit."""
         ...
 
-    def conclude(self, evidence: Evidence, corpus: crowd.Corpus) -> Conclusion:
+    def conclude(
+        self, evidence: Evidence, corpus: crowd.Corpus, progress: crowd.Progress | None = None
+    ) -> Conclusion:
         """Decide on all records: the evidence of every unit, `stacked`, in input order."""
         ...
 
@@ -177,7 +179,9 @@ class PaperDetector:
         noisy, skipped = _by_paper(asked, np.ones(len(asked), np.bool_))
         return {"noisy": noisy, "unjudged": skipped}
 
-    def conclude(self, evidence: Evidence, corpus: crowd.Corpus) -> Conclusion:
+    def conclude(
+        self, evidence: Evidence, corpus: crowd.Corpus, progress: crowd.Progress | None = None
+    ) -> Conclusion:
         """The rule looks at one record at a time: nothing is left to decide."""
         total = len(evidence["noisy"])
         silent = np.full(total, np.nan)
@@ -227,7 +231,9 @@ class CrowdDetector:
             "unjudged": skipped, "given": given, "options": kinds, "clusters": clusters, **panel
         }  # fmt: skip
 
-    def conclude(self, evidence: Evidence, corpus: crowd.Corpus) -> Conclusion:
+    def conclude(
+        self, evidence: Evidence, corpus: crowd.Corpus, progress: crowd.Progress | None = None
+    ) -> Conclusion:
         """Judge the records with options, then those without."""
         skipped, given = evidence["unjudged"], evidence["given"]
         total = len(given)
@@ -237,7 +243,7 @@ class CrowdDetector:
         found: list[Judgement] = []
         chosen = np.flatnonzero((given >= 0) & ~skipped)
         if len(chosen):
-            found.append(_judge_choices(evidence, corpus, chosen))
+            found.append(_judge_choices(evidence, corpus, chosen, progress))
             wrong[chosen] = found[-1].wrong
             pooled[chosen] = 0.0 if found[-1].labels is None else found[-1].labels
             for name, values in found[-1].learned.items():
@@ -262,7 +268,10 @@ class CrowdDetector:
 
 
 def _judge_choices(
-    evidence: Evidence, corpus: crowd.Corpus, chosen: NDArray[np.int64]
+    evidence: Evidence,
+    corpus: crowd.Corpus,
+    chosen: NDArray[np.int64],
+    progress: crowd.Progress | None,
 ) -> Judgement:
     given = evidence["given"][chosen].astype(np.int64)
     panel, tuned = (
@@ -272,9 +281,8 @@ def _judge_choices(
     classes = panel["base"].shape[1]
     learners = None
     if len(np.unique(evidence["options"][chosen])) == 1 and len(chosen) > 1:
-        total = len(evidence["given"])
-        learners = crowd.Learners.of(corpus, chosen, total, given, classes)
-    return crowd.judge_labels(panel, given, classes, learners, tuned)
+        learners = crowd.Learners.of(corpus, chosen, given, classes, progress)
+    return crowd.judge_labels(panel, given, classes, learners, tuned, progress=progress)
 
 
 def _whole_rate(found: Sequence[Judgement]) -> Estimate | None:

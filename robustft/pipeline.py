@@ -42,7 +42,7 @@ from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.experts import Panel
 from robustft.intake import Intake
-from robustft.progress import Progress
+from robustft.progress import Progress, Stages
 from robustft.records import Record
 from robustft.relabeling import relabel
 from robustft.selection import select_confident
@@ -326,7 +326,8 @@ def conclude(
         watch = Stopwatch()
         evidence = stacked([Published(shard.phase("detected")).arrays for shard in shards])
         evidence |= more or {}
-        found = make_detector(config).conclude(evidence, corpus)
+        with Stages("split") as stages:
+            found = make_detector(config).conclude(evidence, corpus, stages)
         publish(
             target,
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -77,6 +78,39 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Stages:
+    """Progress through stages that name themselves: `stages("neighbours", done, total)`.
+
+    A stage is over when the next one begins, with its total or without.
+    """
+
+    def __init__(self, desc: str, *, quiet: bool = False) -> None:
+        self._desc, self._quiet = desc, quiet
+        self._stage, self._done = "", 0
+        self._open = contextlib.ExitStack()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `stage` are over."""
+        if stage != self._stage:
+            self._open.close()
+            shown = Progress(f"{self._desc} · {stage}", total, quiet=self._quiet)
+            self._progress = self._open.enter_context(shown)
+            self._stage, self._done = stage, 0
+        self._progress.update(done - self._done)
+        self._done = done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
 
 
 def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:

@@ -41,10 +41,6 @@ class NeighbourIndex(Protocol):
         """Ids and cosines [Q, k] of the nearest rows, those `allowed` [N] only."""
         ...
 
-    def self_search(self, k: int) -> Found:
-        """Ids and cosines [N, k] of every row's nearest other rows."""
-        ...
-
 
 class CosineKNN:
     """Exact cosine kNN over rows that stay where they are.

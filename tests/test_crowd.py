@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from robustft import crowd
 from robustft.crowd import learners, open_answers
 from robustft.crowd.labels import skill, transition
-from robustft.retrieval import CosineKNN
 
 
 def auroc(wrong: np.ndarray, score: np.ndarray) -> float:
@@ -162,11 +162,56 @@ def test_no_record_judges_itself() -> None:
     changed[0] = (labels[0] + 1) % 3
     clean = np.eye(3)
     for expert in (
-        lambda given: learners.neighbour_vote(CosineKNN(rows), given, 3),
+        lambda given: learners.neighbour_vote(rows, given, 3),
         lambda given: learners.out_of_fold(rows, given, clean),
     ):
         before, after = expert(labels)[0], expert(changed)[0]
         assert abs(before - after).max() < 0.02  # only through the label frequencies
+
+
+class OnDisk:
+    """A corpus whose embeddings come when they are asked for."""
+
+    threads = 1
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows, self.largest = rows, 0
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        self.largest = max(self.largest, len(positions))
+        return self.rows[positions]
+
+    def questions(self, positions: np.ndarray) -> Iterator[str]:
+        return (f"word{number % 7}" for number in positions.tolist())
+
+
+def test_a_large_corpus_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Voters are a sample, rows are gathered in chunks, and the judgement is hardly another."""
+    rows, truth, labels = corpus(5, 3000)
+    rows = rows.astype(np.float32)
+    chosen, whole = np.arange(1, 3000), OnDisk(rows)
+    expected = crowd.Learners(rows[1:], labels[1:], 3).predict(np.eye(3))
+    for name, size in {
+        "_WORD_ROWS": 100,
+        "_VOTERS": 1000,
+        "_FIT_ROWS": 1000,
+        "_CHUNK": 512,
+    }.items():
+        monkeypatch.setattr(learners, name, size)
+    told: list[tuple[str, int, int]] = []
+    taught = crowd.Learners.of(whole, chosen, labels[1:], 3, lambda *step: told.append(step))
+    assert whole.largest == 1000
+    assert told == [("neighbours", min(done, 2999), 2999) for done in range(512, 3073, 512)]
+    found = taught.predict(np.eye(3))
+    assert whole.largest == 1000
+    assert set(found) == set(expected) == {"regression", "neighbours"}
+    for name, values in found.items():
+        right, more = ((v.argmax(1) == truth[1:]).mean() for v in (values, expected[name]))
+        assert right > more - 0.05
+    steps: list[tuple[str, int, int]] = []
+    crowd.judge_labels({}, labels[1:], 3, taught, progress=lambda *step: steps.append(step))
+    assert [done for _, done, _ in steps] == list(range(1, len(steps) + 1))
+    assert len(steps) <= steps[0][2]
 
 
 def test_the_regression_without_noise_is_scikit_learns() -> None:

@@ -8,7 +8,7 @@ whose answers are free text. Both return a `Judgement`.
 
 from robustft.crowd.judgement import Estimate, Judgement
 from robustft.crowd.labels import judge_labels
-from robustft.crowd.learners import Corpus, Learners
+from robustft.crowd.learners import Corpus, Learners, Progress
 from robustft.crowd.open_answers import judge_partitions, partition
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Estimate",
     "Judgement",
     "Learners",
+    "Progress",
     "judge_labels",
     "judge_partitions",
     "partition",

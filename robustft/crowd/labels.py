@@ -18,14 +18,15 @@ The noise rate is not fixed at one value: hypotheses e on a grid are weighted by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
 
 from robustft.crowd.judgement import Floats, Judgement, rate_estimate
-from robustft.crowd.learners import Labels, Learners, label_frequencies, softmax
+from robustft.crowd.learners import Labels, Learners, Progress, label_frequencies, softmax
 
 _SIGNIFICANT = 2.6  # standard deviations above chance; 0.5 % of the experts at chance pass
 _FLOOR = 1e-4  # least probability an expert is taken to mean
@@ -64,6 +65,8 @@ def judge_labels(
     classes: int,
     learners: Learners | None = None,
     tuned: Mapping[str, Floats] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Judgement:
     """Judge every given label by experts that did not see it.
 
@@ -73,6 +76,7 @@ def judge_labels(
     given: [N] labels in [0, C).
     learners: experts trained on the given labels, out of fold.
     tuned: expert -> [N, C] probabilities, from models fine-tuned on labels, out of fold.
+    progress: called as `progress("learners", done, total)`, over early where the rate settles.
 
     An expert that predicts the given labels no better than their frequencies do is muted. A panel
     expert may also predict them *worse* than chance: then most answers are wrong, and the panel
@@ -87,11 +91,21 @@ def judge_labels(
     heard = {n: v for n, v in trained.items() if skill(v, given, frequencies) > _SIGNIFICANT}
     experts, pools, evidence = anchors | heard, list[_Pool](), np.zeros(0)
     rate = _FIRST_RATE
-    able = _able(learners, given, frequencies, spread) if learners else []
+    passes = itertools.count(1)
+
+    def teach(rate: float) -> dict[str, Floats]:
+        found = learners.predict(transition(rate, spread)) if learners else {}
+        if progress is not None:
+            progress("learners", next(passes), _ROUNDS + 1)
+        return {name: _logs(values) for name, values in found.items()}
+
+    taught = teach(rate) if learners else {}
+    able = _able(taught, teach, given, frequencies) if learners else []
     for number in range(_ROUNDS if able else 1):
-        if learners and able and (number or not (anchors or heard)):
-            taught = learners.predict(transition(rate, spread))
-            experts = anchors | heard | {n: _logs(v) for n, v in taught.items() if n in able}
+        if able and number:
+            taught = teach(rate)
+        if able and (number or not (anchors or heard)):
+            experts = anchors | heard | {name: taught[name] for name in able if name in taught}
         if not experts:
             break
         kinds = {name: "panel" for name in anchors} | {name: "tuned" for name in heard}
@@ -120,18 +134,23 @@ def judge_labels(
     return Judgement(wrong, rate_estimate(rates, evidence, len(given)), weights, labels, learned)
 
 
-def _able(learners: Learners, given: Labels, frequencies: Floats, spread: Floats) -> list[str]:
+def _able(
+    taught: Mapping[str, Floats],
+    teach: Callable[[float], Mapping[str, Floats]],
+    given: Labels,
+    frequencies: Floats,
+) -> list[str]:
     """Names of the learners to hear; none where not one of them beats chance.
 
-    Tried as if little and as if much were wrong, for under the wrong noise rate a regression learns
-    less. All learn from the same records: what one of them proves, that these can be learnt, no
-    other has to prove again.
+    Tried as if little (`taught`) and as if much were wrong, for under the wrong noise rate a
+    regression learns less. All learn from the same records: what one of them proves, that these can
+    be learnt, no other has to prove again.
     """
-    classes = len(spread)
+    classes = len(frequencies)
     skills: dict[str, float] = {}
-    for rate in (_FIRST_RATE, 0.75 * (classes - 1) / classes):
-        for name, values in learners.predict(transition(rate, spread)).items():
-            found = skill(_logs(values), given, frequencies)
+    for logs in (taught, teach(0.75 * (classes - 1) / classes)):
+        for name, values in logs.items():
+            found = skill(values, given, frequencies)
             skills[name] = max(found, skills.get(name, found))
     proven = max(skills.values(), default=0.0) > _SIGNIFICANT
     return [name for name, found in skills.items() if proven and found > 0]

@@ -7,8 +7,8 @@ that into the label y that was given ("forward correction", Patrini et al. 2017,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,31 +16,31 @@ from scipy import sparse
 from scipy.optimize import minimize
 
 from robustft.crowd.judgement import Floats
-from robustft.retrieval import CosineKNN, NeighbourIndex
+from robustft.retrieval import CosineKNN
 
 _FOLDS = 5
 _CUTS = 2
 _PENALTY = 1.0  # half the squared norm of the coefficients is added to the summed log-loss
 _FIT_ROWS = 40_000  # a fold is fitted on at most this many rows
-_CHUNK = 65_536  # rows predicted at once
-_VOTERS = 20
+_CHUNK = 16_384  # rows predicted at once
+_VOTES = 20  # neighbours that each record asks
+_VOTERS = 131_072  # of a larger corpus so many records, drawn at random, are neighbours
 _WORDS = 1 << 16
 _WORD_ROWS = 100_000  # of a larger corpus words are not counted: memory stays bounded
 _TOKEN = r"\w+|[^\w\s]"
 
 Labels = NDArray[np.int64]
-Features = Any  # [N, d] dense float64 or scipy CSR
+Features = Any  # [N, d]: dense, scipy CSR, or what gathers such rows by their numbers
+Progress: TypeAlias = Callable[[str, int, int], object]  # what is done, how much of it, of how much
 
 
 class Corpus(Protocol):
     """The records of a corpus by position, possibly in several files."""
 
+    threads: int | None  # for searches among its embeddings; None: all cores
+
     def __getitem__(self, positions: NDArray[np.int64], /) -> NDArray[np.float32]:
         """Gather embeddings [len(positions), d]."""
-        ...
-
-    def index(self) -> NeighbourIndex:
-        """Return an index of all embeddings, each found under its position."""
         ...
 
     def questions(self, positions: NDArray[np.int64]) -> Iterator[str]:
@@ -71,6 +71,16 @@ def word_features(texts: Iterable[str]) -> Features | None:
     return sparse.diags_array(1.0 / np.maximum(norms, 1e-12)).dot(weighted).tocsr()
 
 
+class _Gathered:
+    """Some records' embeddings, read when they are asked for: a large corpus stays on disk."""
+
+    def __init__(self, corpus: Corpus, positions: NDArray[np.int64]) -> None:
+        self._corpus, self._positions = corpus, positions
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+        return self._corpus[self._positions[rows]]
+
+
 class Learners:
     """Regressions and a neighbour vote on the given labels of one corpus.
 
@@ -79,30 +89,35 @@ class Learners:
     embeddings: [N, d] unit-length rows.
     given: [N] labels in [0, classes).
     words: [N, v] from `word_features`, or None.
-    index: of the embeddings, where there is one already.
+    progress: called as `progress("neighbours", done, total)`, in records.
     """
 
     def __init__(
-        self, embeddings: NDArray[np.float32], given: Labels, classes: int,
-        words: Features | None = None, *, index: NeighbourIndex | None = None, seed: int = 0,
+        self, embeddings: Features, given: Labels, classes: int, words: Features | None = None, *,
+        seed: int = 0, threads: int | None = None, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self._given, self._seed = given, seed
         self.features: dict[str, Features] = {"regression": embeddings}
         if words is not None:
             both = [sparse.csr_matrix(embeddings, dtype=np.float64), words]
             self.features["regression with words"] = sparse.hstack(both, format="csr")
-        self._votes = neighbour_vote(index or CosineKNN(embeddings), given, classes)
+        self._votes = neighbour_vote(
+            embeddings, given, classes, seed=seed, threads=threads, progress=progress
+        )
         self.names = (*self.features, "neighbours")
 
     @classmethod
     def of(
-        cls, corpus: Corpus, positions: NDArray[np.int64], total: int, given: Labels, classes: int
-    ) -> Learners:
-        """Learners on the records at `positions` of a corpus of `total`."""
-        rows = corpus[positions]
-        index = corpus.index() if len(positions) == total else None
-        words = word_features(corpus.questions(positions)) if len(rows) <= _WORD_ROWS else None
-        return cls(rows, given, classes, words, index=index)
+        cls, corpus: Corpus, positions: NDArray[np.int64], given: Labels, classes: int,
+        progress: Progress | None = None,
+    ) -> Learners:  # fmt: skip
+        """Learners on the records at `positions` of a corpus."""
+        rows: Features = _Gathered(corpus, positions)
+        words = None
+        if len(positions) <= _WORD_ROWS:
+            rows = corpus[positions]
+            words = word_features(corpus.questions(positions))
+        return cls(rows, given, classes, words, threads=corpus.threads, progress=progress)
 
     def predict(self, transition: Floats) -> dict[str, Floats]:
         """Expert -> [N, C] probabilities of the true label, given how labels go wrong.
@@ -135,20 +150,24 @@ def _one_cut(
 ) -> Floats:
     rng = np.random.default_rng(seed)
     fold = _folds(given, rng)
-    classes = len(transition)
-    found = np.full((len(given), classes), 1.0 / classes)
+    fitted = []
     for number in range(int(fold.max(initial=-1)) + 1):
         train = np.flatnonzero(fold != number)
         if len(train) > _FIT_ROWS:
             train = np.sort(rng.choice(train, _FIT_ROWS, replace=False))
-        if len(train) == 0:
-            continue
-        weights = fit_regression(features[train], given[train], transition, penalty)
-        test = np.flatnonzero(fold == number)
-        for low in range(0, len(test), _CHUNK):
-            rows = test[low : low + _CHUNK]
-            found[rows] = softmax(_scores(features[rows], weights))
-    return found
+        fitted.append(
+            fit_regression(features[train], given[train], transition, penalty)
+            if len(train)
+            else None
+        )
+    predicted = np.full((len(given), len(transition)), 1.0 / len(transition))
+    for low in range(0, len(given), _CHUNK):
+        rows, owner = features[low : low + _CHUNK], fold[low : low + _CHUNK]
+        for number, weights in enumerate(fitted):
+            mine = np.flatnonzero(owner == number)
+            if weights is not None:
+                predicted[low + mine] = softmax(_scores(rows[mine], weights))
+    return predicted
 
 
 def _folds(given: Labels, rng: np.random.Generator) -> Labels:
@@ -197,15 +216,31 @@ def fit_regression(
     return np.asarray(found.x).reshape(classes, width + 1)
 
 
-def neighbour_vote(index: NeighbourIndex, given: Labels, classes: int) -> Floats:
+def neighbour_vote(
+    features: Features,
+    given: Labels,
+    classes: int,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Floats:
     """[N, C] cosine-weighted votes of each row's nearest other rows, smoothed by one vote."""
-    ids, cosines = index.self_search(min(_VOTERS, max(len(given) - 1, 1)))
-    votes = np.tile(label_frequencies(given, classes), (len(given), 1))
-    rows = np.arange(len(given))
-    for near, cosine in zip(ids.T, cosines.T, strict=True):
-        real = near >= 0
-        trust = np.clip(cosine[real].astype(np.float64), 0, 1)
-        np.add.at(votes, (rows[real], given[near[real]]), trust)
+    total = len(given)
+    votes = np.tile(label_frequencies(given, classes), (total, 1))
+    voters = np.arange(total)
+    if total > _VOTERS:
+        voters = np.sort(np.random.default_rng(seed).choice(total, _VOTERS, replace=False))
+    index = CosineKNN(features[voters], ids=voters, threads=threads)
+    for low in range(0, total, _CHUNK):
+        rows = np.arange(low, min(low + _CHUNK, total))
+        ids, cosines = index.search(features[rows], min(_VOTES, max(total - 1, 1)), exclude=rows)
+        for near, cosine in zip(ids.T, cosines.T, strict=True):
+            real = near >= 0
+            trust = np.clip(cosine[real].astype(np.float64), 0, 1)
+            np.add.at(votes, (rows[real], given[near[real]]), trust)
+        if progress is not None:
+            progress("neighbours", int(rows[-1]) + 1, total)
     return np.asarray(votes / votes.sum(1, keepdims=True))
 
 
