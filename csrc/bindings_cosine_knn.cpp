@@ -91,7 +91,7 @@ class Index {
             reinterpret_cast<std::uintptr_t>(blocks.data()) % alignof(knn::BlockHead) != 0) {
             throw std::invalid_argument("blocks must be those of the rows, aligned");
         }
-        const std::unique_lock lock(mutex_);
+        const auto lock = locked<std::unique_lock<std::shared_timed_mutex>>();
         index_.attach(block, ids ? ids->data() : nullptr, blocks.data());
         keep(rows);
         keep(blocks);
@@ -102,7 +102,7 @@ class Index {
     py::list blocks(const py::object& self) const {
         py::list out;
         const auto bytes = static_cast<py::ssize_t>(index_.blocks().block_bytes());
-        const std::shared_lock lock(mutex_);
+        const auto lock = locked<std::shared_lock<std::shared_timed_mutex>>();
         for (const auto& span :
              index_.blocks().spans((index_.size() + knn::kBlockRows - 1) / knn::kBlockRows)) {
             out.append(py::array_t<std::uint8_t>({static_cast<py::ssize_t>(span.blocks), bytes},
@@ -160,21 +160,28 @@ class Index {
     }
 
     Ids ids() const {
-        const std::shared_lock lock(mutex_);
+        const auto lock = locked<std::shared_lock<std::shared_timed_mutex>>();
         return Ids(static_cast<py::ssize_t>(index_.ids().size()), index_.ids().data());
     }
     const CosineIndex& core() const { return index_; }
     std::size_t size() const {
-        const std::shared_lock lock(mutex_);
+        const auto lock = locked<std::shared_lock<std::shared_timed_mutex>>();
         return index_.size();
     }
     std::size_t extra_bytes() const {
-        const std::shared_lock lock(mutex_);
+        const auto lock = locked<std::shared_lock<std::shared_timed_mutex>>();
         return index_.extra_bytes();
     }
 
   private:
-    // Waits for the lock without the GIL, and so that Ctrl-C still works.
+    // Waits for the lock without the GIL, which whoever holds the lock needs from time to time.
+    template <class Lock>
+    Lock locked() const {
+        const py::gil_scoped_release release;
+        return Lock(mutex_);
+    }
+
+    // The same, and Ctrl-C still works.
     template <class Lock>
     Lock locked(Monitor& monitor) {
         Lock lock(mutex_, std::defer_lock);

@@ -47,20 +47,25 @@ class Detection(NamedTuple):
 
 
 _PANEL = ("base", "reasoned")  # experts that do not see the given answer
+_ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
+_MOST_SETS = 32  # the largest so many
+_LETTER = 0.9  # the probability an expert is taken to give the letter it names without one
+_WIDE = 0.3  # a noise rate whose interval is wider says little
 TUNED = "tuned"  # the model fine-tuned out of fold: [n, options] probabilities, where it was asked
 Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Conclusion:
     """The split of a whole corpus, by position in the input (arrays may be mapped files)."""
 
     noisy: NDArray[np.bool_]  # [N]
     unjudged: NDArray[np.bool_]  # [N] an expert could not be reached
     pooled: NDArray[np.float64]  # [N, options] the crowd's probabilities; no column: no crowd
-    wrong: NDArray[np.float64]  # [N] that the given answer is wrong; NaN where no crowd judged
-    weights: Mapping[str, float] = field(default_factory=dict)  # expert -> share of the vote
-    powerless: bool = False  # no expert was better than chance
+    wrong: NDArray[np.float64]  # [N] that the given answer is wrong; NaN where no crowd could tell
+    jury: NDArray[np.int8]  # [N] which of `votes` counts for the record; -1: no crowd
+    votes: Sequence[Mapping[str, float]] = ()  # of each jury: expert -> share of the vote
+    powerless: bool = False  # no expert was better than chance, on any record
     noise_rate: Estimate | None = None  # share of wrong answers
     expected_precision: float = math.nan  # share of the noisy verdicts that are right
     # learner that votes -> [N, options] its probabilities; zeros where it was not asked
@@ -69,9 +74,24 @@ class Conclusion:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # what the split took
 
     @property
+    def silent(self) -> NDArray[np.bool_]:
+        """[N] records without a verdict."""
+        return self.unjudged | ((self.jury >= 0) & np.isnan(self.wrong))
+
+    @property
     def clean(self) -> NDArray[np.bool_]:
         """[N] whom retrieval may show."""
-        return ~(self.noisy | self.unjudged)
+        return ~(self.noisy | self.silent)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Expert -> share of the vote, over all records that a crowd judged."""
+        counts = np.bincount(self.jury[self.jury >= 0], minlength=len(self.votes))
+        found: dict[str, float] = {}
+        for votes, count in zip(self.votes, counts.tolist(), strict=True):
+            for name, share in votes.items():
+                found[name] = found.get(name, 0.0) + share * count / max(int(counts.sum()), 1)
+        return found
 
     def learners_said(self, start: int, count: int) -> Iterator[tuple[int, str, Opinion]]:
         """Row, learner and opinion of `count` records that follow one another from `start`."""
@@ -99,20 +119,22 @@ class Conclusion:
         ]
 
     def _by_crowd(self, asked: Asked, position: int) -> Detection | None:
-        """The crowd's verdict; None where it judged nothing."""
+        """The crowd's verdict; None where there is no crowd."""
+        jury = int(self.jury[position])
+        if jury < 0:
+            return None
+        voters = ", ".join(f"{name} {w:.2f}" for name, w in self.votes[jury].items() if w)
+        if not voters:
+            return Detection(False, math.nan, "no expert is better than chance on these records")
         wrong = float(self.wrong[position])
         if math.isnan(wrong):
-            return None
-        noisy = bool(self.noisy[position])
-        if self.powerless:
-            return Detection(False, math.nan, "no expert is better than chance on this corpus")
-        voters = ", ".join(f"{name} {w:.2f}" for name, w in self.weights.items() if w)
+            return Detection(False, math.nan, "not judged: the model gave no answer")
         said = f"given answer wrong with {wrong:.2f}"
         if asked.record.options is not None and self.pooled.shape[1]:
             row = self.pooled[position]
             best = int(row.argmax())
             said = f"{LETTERS[best]} ({row[best]:.2f}), {said}"
-        return Detection(noisy, wrong, f"crowd: {said}; votes {voters}")
+        return Detection(bool(self.noisy[position]), wrong, f"crowd: {said}; votes {voters}")
 
     def own_label(self, record: Record) -> tuple[str, float] | None:
         """The crowd's label and its negative log-probability where it outranks the panel's.
@@ -121,7 +143,7 @@ class Conclusion:
         these labels than the corpus itself does, and so would its context-enhanced answer and its
         review.
         """
-        if record.options is None or not self._outranks_the_panel:
+        if record.options is None or not self._outranks_the_panel[self.jury[record.index]]:
             return None
         row = self.pooled[record.index]
         best = int(row.argmax())
@@ -129,15 +151,17 @@ class Conclusion:
 
     def own_labels(self) -> NDArray[np.int64]:
         """[N] option of every `own_label`; -1 where there is none."""
-        if not self._outranks_the_panel:
+        if not self._outranks_the_panel.any():
             return np.full(len(self.pooled), -1)
-        return np.where(self.pooled.any(1), self.pooled.argmax(1), -1)
+        own = self._outranks_the_panel[self.jury] & self.pooled.any(1)
+        return np.where(own, self.pooled.argmax(1), -1)
 
-    @property
-    def _outranks_the_panel(self) -> bool:
-        if self.pooled.shape[1] == 0:
-            return False
-        return sum(w for name, w in self.weights.items() if name not in _PANEL) > 0.5
+    @functools.cached_property
+    def _outranks_the_panel(self) -> NDArray[np.bool_]:
+        """[juries + 1] whether learners hold most of the vote; the last, of no jury: no."""
+        shares = [sum(w for n, w in votes.items() if n not in _PANEL) for votes in self.votes]
+        learnt = self.pooled.shape[1] > 0
+        return np.array([*(learnt and share > 0.5 for share in shares), False])
 
 
 class Detector(Protocol):
@@ -185,29 +209,35 @@ class PaperDetector:
         """The rule looks at one record at a time: nothing is left to decide."""
         total = len(evidence["noisy"])
         silent = np.full(total, np.nan)
-        return Conclusion(evidence["noisy"], evidence["unjudged"], np.zeros((total, 0)), silent)
+        nobody = np.full(total, -1, np.int8)
+        return Conclusion(
+            evidence["noisy"], evidence["unjudged"], np.zeros((total, 0)), silent, nobody
+        )
 
 
 class CrowdDetector:
     """Experts as a crowd, each trusted as far as the corpus shows (`robustft.crowd`).
 
-    Where every multiple-choice record offers the same options, learners on the corpus join the
-    panel; elsewhere letters mean something else in every question and nothing learns from them.
-    Open answers are compared as answers. The checker has no vote: it sees the given answer, so
-    agreeing with it proves nothing.
+    Multiple-choice records that offer the same options are a crowd of their own, where learners on
+    the corpus join the panel; letters that mean something else in every question teach nothing,
+    and there the panel judges alone. Open answers are compared as answers. The checker has no
+    vote: it sees the given answer, so agreeing with it proves nothing.
     """
 
     def evidence(self, asked: Sequence[Asked]) -> Evidence:
         """What the crowd needs of each record.
 
-        unjudged [n] bool; given [n] int8, -1 without options; options [n] int64, which set of
-        options; base and reasoned [n, options] probabilities; clusters [n, 2] int8, which of the
-        given and the model's answer are the same (without options).
+        unjudged [n] bool; question [n] int64, equal where the same is asked; given [n] int8, -1
+        without options; options [n] int64, which set of options; width [n] int8, how many; base and
+        reasoned [n, options] probabilities; clusters [n, 2] int8, which of the given and the
+        model's answer are the same (without options); answered [n] bool, whether it gave one.
         """
         width = max((len(a.record.options or ()) for a in asked), default=0)
         given = np.full(len(asked), -1, np.int8)
         kinds = np.zeros(len(asked), np.int64)
+        widths = np.zeros(len(asked), np.int8)
         clusters = np.zeros((len(asked), 2), np.int8)
+        answered = np.ones(len(asked), np.bool_)
         panel = {
             name: np.zeros((len(asked), width), np.float32)
             for name in _PANEL
@@ -220,79 +250,133 @@ class CrowdDetector:
                 said = (one.reasoned or one.base).answer or one.base.answer
                 kind = record_kind(one.record)
                 clusters[position] = crowd.partition([one.record.answer, said], kind)
+                answered[position] = said is not None
                 continue
-            given[position] = LETTERS.index(one.record.answer)
+            letter = LETTERS.index(one.record.answer)
+            given[position], widths[position] = letter, len(options)
             kinds[position] = _kind_of(options)
             for name, values in panel.items():
                 opinion: Opinion = getattr(one, name)
-                values[position, : len(options)] = option_probabilities(opinion, len(options))
+                found = option_probabilities(opinion, len(options))
+                values[position, : len(options)] = _as_one(found, options, letter)
         skipped = np.array([unjudged(one) is not None for one in asked], np.bool_)
+        keys = [one.record.question_key[:8] for one in asked]
         return {
-            "unjudged": skipped, "given": given, "options": kinds, "clusters": clusters, **panel
+            "unjudged": skipped, "question": np.frombuffer(b"".join(keys), "<i8"), "given": given,
+            "options": kinds, "width": widths, "clusters": clusters, "answered": answered, **panel,
         }  # fmt: skip
 
     def conclude(
         self, evidence: Evidence, corpus: crowd.Corpus, progress: crowd.Progress | None = None
     ) -> Conclusion:
-        """Judge the records with options, then those without."""
+        """Judge the records with options, set by set, then those without."""
         skipped, given = evidence["unjudged"], evidence["given"]
         total = len(given)
-        wrong = np.full(total, np.nan)
+        wrong, jury = np.full(total, np.nan), np.full(total, -1, np.int8)
         pooled = np.zeros((total, evidence["base"].shape[1] if "base" in evidence else 0))
         learned: dict[str, NDArray[np.float16]] = {}
         found: list[Judgement] = []
-        chosen = np.flatnonzero((given >= 0) & ~skipped)
-        if len(chosen):
-            found.append(_judge_choices(evidence, corpus, chosen, progress))
-            wrong[chosen] = found[-1].wrong
-            pooled[chosen] = 0.0 if found[-1].labels is None else found[-1].labels
-            for name, values in found[-1].learned.items():
-                learned[name] = np.zeros(pooled.shape, np.float16)
-                learned[name][chosen] = values
+
+        def hear(judgement: Judgement, positions: NDArray[np.int64]) -> None:
+            jury[positions] = len(found)
+            found.append(judgement)
+            if not judgement.powerless:
+                wrong[positions] = judgement.wrong
+
+        for positions, alike in _option_sets(evidence, np.flatnonzero((given >= 0) & ~skipped)):
+            judgement = _judge_choices(evidence, corpus, positions, alike, progress)
+            hear(judgement, positions)
+            if judgement.labels is not None:
+                pooled[positions, : judgement.labels.shape[1]] = judgement.labels
+            for name, values in judgement.learned.items():
+                whole = learned.setdefault(name, np.zeros(pooled.shape, np.float16))
+                whole[positions, : values.shape[1]] = values
         opened = np.flatnonzero((given < 0) & ~skipped)
         if len(opened):
-            clusters = evidence["clusters"][opened].astype(np.int64)
-            found.append(crowd.judge_partitions(clusters, ["model"]))
-            wrong[opened] = found[-1].wrong
+            answered = opened[evidence["answered"][opened]]
+            clusters = evidence["clusters"][answered].astype(np.int64)
+            hear(crowd.judge_partitions(clusters, ["model"]), answered)
+            jury[opened] = len(found) - 1
         noisy = np.nan_to_num(wrong) > 0.5
-        powerless = bool(found) and all(one.powerless for one in found)
-        weights: dict[str, float] = {}
-        for one in found:
-            weights |= one.weights
+        sizes = np.bincount(jury[jury >= 0], minlength=len(found)).tolist()
+        rate = _whole_rate(found, sizes)
         return Conclusion(
-            noisy, skipped, pooled, wrong, weights, powerless,
-            _whole_rate([one for one in found if one.noise_rate is not None]),
+            noisy, skipped, pooled, wrong, jury, [one.weights for one in found],
+            bool(found) and all(one.powerless for one in found), rate,
             float(wrong[noisy].mean()) if noisy.any() else math.nan, learned,
-            (NO_BETTER_THAN_CHANCE,) if powerless else (),
+            tuple(_warnings(found, sizes, rate)),
         )  # fmt: skip
+
+
+def _option_sets(
+    evidence: Evidence, chosen: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], bool]]:
+    """The records at `chosen` in parts to be judged together, and whether all options are alike.
+
+    Large sets of options one by one, whatever is left at the end.
+    """
+    if not len(chosen):
+        return
+    names, inverse, counts = np.unique(
+        evidence["options"][chosen], return_inverse=True, return_counts=True
+    )
+    enough = 1 if len(names) == 1 else _ENOUGH
+    largest = [n for n in np.argsort(-counts, kind="stable")[:_MOST_SETS] if counts[n] >= enough]
+    for number in largest:
+        yield chosen[inverse == number], True
+    rest = chosen[~np.isin(inverse, largest)]
+    if len(rest):
+        yield rest, False
 
 
 def _judge_choices(
     evidence: Evidence,
     corpus: crowd.Corpus,
     chosen: NDArray[np.int64],
+    alike: bool,
     progress: crowd.Progress | None,
 ) -> Judgement:
-    given = evidence["given"][chosen].astype(np.int64)
+    given, widths = (evidence[name][chosen].astype(np.int64) for name in ("given", "width"))
+    classes = int(widths.max())
     panel, tuned = (
-        {name: evidence[name][chosen].astype(np.float64) for name in names if name in evidence}
+        {n: evidence[n][chosen, :classes].astype(np.float64) for n in names if n in evidence}
         for names in (_PANEL, (TUNED,))
     )
-    classes = panel["base"].shape[1]
     learners = None
-    if len(np.unique(evidence["options"][chosen])) == 1 and len(chosen) > 1:
-        learners = crowd.Learners.of(corpus, chosen, given, classes, progress)
-    return crowd.judge_labels(panel, given, classes, learners, tuned, progress=progress)
+    if alike and len(chosen) > 1:
+        questions = evidence["question"][chosen]
+        learners = crowd.Learners.of(corpus, chosen, given, classes, questions, progress)
+    return crowd.judge_labels(
+        panel, given, classes, learners, tuned, options=widths, progress=progress
+    )
 
 
-def _whole_rate(found: Sequence[Judgement]) -> Estimate | None:
-    """The noise rate over all judged records."""
-    sizes = [len(one.wrong) for one in found]
-    rates = [one.noise_rate for one in found if one.noise_rate is not None]
-    if not rates:
+def _warnings(
+    found: Sequence[Judgement], sizes: Sequence[int], rate: Estimate | None
+) -> Iterator[str]:
+    """What the user should know of juries that could not tell, or hardly."""
+    if found and all(one.powerless for one in found):
+        yield NO_BETTER_THAN_CHANCE
+        return
+    lost = sum(size for one, size in zip(found, sizes, strict=True) if one.powerless)
+    if lost:
+        yield f"on {lost:,} records no expert is better than chance: these are kept as given"
+    if rate is not None and rate.high - rate.low > _WIDE:
+        yield (
+            f"these experts leave open whether {rate.low:.0%} or {rate.high:.0%} of the given "
+            "answers are wrong: a stronger model, or one that gives probabilities, tells more; "
+            "--detector paper takes its word"
+        )
+
+
+def _whole_rate(found: Sequence[Judgement], sizes: Sequence[int]) -> Estimate | None:
+    """The noise rate over all records that could be judged."""
+    rates = [(one.noise_rate, size) for one, size in zip(found, sizes, strict=True)]
+    known = [((r.value, r.low, r.high), size) for r, size in rates if r is not None]
+    if not known:
         return None
-    parts = [(rate.value, rate.low, rate.high) for rate in rates]
-    return Estimate(*np.average(parts, axis=0, weights=sizes).tolist())
+    parts, weights = zip(*known, strict=True)
+    return Estimate(*np.average(parts, axis=0, weights=weights).tolist())
 
 
 def _by_paper(
@@ -315,13 +399,25 @@ def _kind_of(options: tuple[str, ...]) -> int:
 
 
 def option_probabilities(said: Opinion, options: int) -> NDArray[np.float32]:
-    """[options] an expert's probabilities; all on its letter where only that is known."""
+    """[options] an expert's probabilities; most on its letter where only that is known."""
     if said.probabilities is not None:
         return np.array(said.probabilities, dtype=np.float32)
     values = np.full(options, 1.0 / options, dtype=np.float32)
-    if said.answer is not None and said.answer in LETTERS[:options]:
-        values[:] = 0.0
-        values[LETTERS.index(said.answer)] = 1.0
+    if said.answer is not None and said.answer in LETTERS[:options] and options > 1:
+        values[:] = (1.0 - _LETTER) / (options - 1)
+        values[LETTERS.index(said.answer)] = _LETTER
+    return values
+
+
+def _as_one(
+    values: NDArray[np.float32], options: tuple[str, ...], given: int
+) -> NDArray[np.float32]:
+    """Probabilities where options that read like the given one count as it."""
+    same = [n for n, option in enumerate(options) if n != given and option == options[given]]
+    if same:
+        values = values.copy()
+        values[given] += values[same].sum()
+        values[same] = 0.0
     return values
 
 
@@ -368,7 +464,8 @@ def agrees(record: Record, opinion: Opinion) -> bool:
         return False
     options = record.options
     if options is not None and opinion.answer in LETTERS[: len(options)]:
-        return opinion.answer == record.answer
+        said, given = (LETTERS.index(letter) for letter in (opinion.answer, record.answer))
+        return options[said] == options[given]
     kind = record_kind(record)
     return answers.matches(record.answer, opinion.answer, kind=kind, options=record.options)
 

@@ -335,10 +335,11 @@ def conclude(
                 "unjudged": found.unjudged,
                 "pooled": found.pooled,
                 "wrong": found.wrong,
+                "jury": found.jury,
                 **{f"{_LEARNED}{name}": values for name, values in found.learned.items()},
             },
             {
-                "weights": dict(found.weights),
+                "votes": list(map(dict, found.votes)),
                 "powerless": found.powerless,
                 "noise_rate": found.noise_rate,
                 "expected_precision": found.expected_precision,
@@ -347,16 +348,18 @@ def conclude(
             },
         )
     read = Published(target)
+    learners = dict.fromkeys(name for votes in read.facts["votes"] for name in votes)
     return Conclusion(
         read["noisy"],
         read["unjudged"],
         read["pooled"],
         read["wrong"],
-        read.facts["weights"],
+        read["jury"],
+        read.facts["votes"],
         read.facts["powerless"],
         Estimate(**rate) if (rate := read.facts["noise_rate"]) else None,
         math.nan if (share := read.facts["expected_precision"]) is None else share,
-        {name: read[_LEARNED + name] for name in read.facts["weights"] if _LEARNED + name in read},
+        {name: read[_LEARNED + name] for name in learners if _LEARNED + name in read},
         tuple(read.facts["warnings"]),
         read.facts.get("stage_seconds", {}),  # a run of an older version told none
     )

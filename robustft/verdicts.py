@@ -121,7 +121,7 @@ def write_outputs(
         kept_nll=selection.kept, dropped_nll=selection.dropped,
     )  # fmt: skip
     total, noisy = len(conclusion.noisy), int(conclusion.noisy.sum())
-    unjudged = total if conclusion.powerless else int(conclusion.unjudged.sum())
+    unjudged = int(conclusion.silent.sum())
     result.counts.update(clean=total - noisy - unjudged, noisy=noisy, unjudged=unjudged)
     result.reject_reasons = corpus.intake.reject_reasons
     suspicious: list[tuple[float, int, Judged]] = []

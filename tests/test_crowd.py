@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from robustft import crowd
 from robustft.crowd import learners, open_answers
-from robustft.crowd.labels import skill, transition
+from robustft.crowd.labels import _Given, skill, transition
 
 
 def auroc(wrong: np.ndarray, score: np.ndarray) -> float:
@@ -148,7 +148,7 @@ def test_skill_is_standard_normal_under_chance() -> None:
     for _ in range(300):
         labels = rng.choice(4, p=[0.4, 0.3, 0.2, 0.1], size=200)
         expert = np.log(rng.dirichlet(np.full(4, 0.3), size=200) + 1e-4)
-        scores.append(skill(expert, labels, learners.label_frequencies(labels, 4)))
+        scores.append(skill(expert, _Given(labels, 4)))
     assert abs(np.mean(scores)) < 0.2
     assert abs(np.std(scores) - 1) < 0.15
 
@@ -199,7 +199,9 @@ def test_a_large_corpus_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     }.items():
         monkeypatch.setattr(learners, name, size)
     told: list[tuple[str, int, int]] = []
-    taught = crowd.Learners.of(whole, chosen, labels[1:], 3, lambda *step: told.append(step))
+    taught = crowd.Learners.of(
+        whole, chosen, labels[1:], 3, progress=lambda *step: told.append(step)
+    )
     assert whole.largest == 1000
     assert told == [("neighbours", min(done, 2999), 2999) for done in range(512, 3073, 512)]
     found = taught.predict(np.eye(3))
@@ -338,8 +340,8 @@ def test_a_liking_for_one_option_neither_proves_nor_hides_what_an_expert_knows()
     labels = rng.integers(0, 3, 600)
     leaning = np.array([0.0, -5.0, -5.0])
     knowing = 0.3 * np.eye(3)[labels] + rng.normal(0.0, 1.0, (600, 3))
-    frequencies = learners.label_frequencies(labels, 3)
-    alone = skill(rng.normal(0.0, 1.0, (600, 3)) + leaning, labels, frequencies)
-    both = skill(knowing + leaning, labels, frequencies)
+    given_labels = _Given(labels, 3)
+    alone = skill(rng.normal(0.0, 1.0, (600, 3)) + leaning, given_labels)
+    both = skill(knowing + leaning, given_labels)
     assert abs(alone) < 2.6 < both
-    assert both == pytest.approx(skill(knowing, labels, frequencies))
+    assert both == pytest.approx(skill(knowing, given_labels))

@@ -189,7 +189,7 @@ def test_too_little_to_learn_from(tiny_model: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "one.jsonl", [row] * 6)  # one question, so all in one fold
     config = config_for(path, tiny_model, tmp_path)
     nothing, certain = np.zeros(6, np.bool_), np.tile([1.0, 0.0, 0.0], (6, 1))
-    first = Conclusion(nothing, nothing, certain, np.zeros(6))
+    first = Conclusion(nothing, nothing, certain, np.zeros(6), np.zeros(6, np.int8))
     with (
         take_in(open_records(str(path)), tmp_path / "intake") as intake,
         Store(tmp_path / "run.sqlite") as store,

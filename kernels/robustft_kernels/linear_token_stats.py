@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from robustft_kernels.token_stats import (
     FLOATS,
     assemble,
     backward,
+    check_factor,
     check_options,
     check_targets,
     check_tensor,
@@ -394,7 +394,7 @@ def linear_token_stats(
         bias: [V], or None. -inf masks a column.
         temperature: divides the (capped) logits.
         softcap: Gemma-2's cap, applied after `logit_scale`; None for no cap.
-        logit_scale: Cohere's multiplier; above 0.
+        logit_scale: Cohere's multiplier, in [1e-30, 1e30].
         ignore_index: the target of positions that have none.
         vocab_size: use only the first `vocab_size` rows of weight.
         cu_seqlens: [sequences + 1], see `token_stats`; hidden must then be [N, D].
@@ -434,19 +434,21 @@ def linear_token_stats(
         raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], got {vocab_size}")
     if weight.shape[0] < 1:
         raise ValueError("weight must have at least one row, got none")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be finite and above 0, got {logit_scale}")
+    check_factor(logit_scale, "logit_scale")
     if design not in ("auto", "chunked", "fused"):
         raise ValueError(f"design must be 'auto', 'chunked' or 'fused', got {design!r}")
     cap = check_options(temperature, softcap)
+    # scale * x capped at c is c/scale capping x, times scale: no second multiplication.
+    for name, value in (("temperature", temperature), ("softcap", cap)):
+        if value:
+            check_factor(value / logit_scale, f"{name} / logit_scale")
     shape = hidden.shape[:-1]
-    check_targets(target_ids, shape, hidden.device)
+    target_ids = check_targets(target_ids, shape, hidden.device)
     found = linear_token_stats_op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight[:vocab_size],
         None if target_ids is None else target_ids.reshape(-1),
         None if bias is None else bias[:vocab_size].to(hidden.dtype),
-        # scale * x capped at c is c/scale capping x, times scale: no second multiplication.
         temperature / logit_scale,
         cap / logit_scale,
         ignore_index,

@@ -8,9 +8,9 @@ from torch import Tensor
 from robustft_kernels.results import (
     PartialTokenStats,
     TokenStats,
+    capped,
     finish,
     reshape,
-    transform,
 )
 
 # entropy, logprob, logsumexp, max_logprob, argmax, margin, rank
@@ -32,7 +32,7 @@ def partial_reference(
     argmax = torch.where(x == top[:, None], column, x.shape[1]).min(1).values
     others = x.masked_fill(column == argmax[:, None], -torch.inf)
     origin = torch.where(top.isinf(), torch.zeros_like(top), top)
-    d = transform(x, temperature, softcap) - transform(origin, temperature, softcap)[:, None]
+    d = (capped(x, softcap) - capped(origin, softcap)[:, None]) / temperature
     e = d.exp()
     rank = None
     if target_ids is not None and target_logits is not None:
@@ -175,7 +175,7 @@ def backward_by_reference(
         else:
             target = target_ids.reshape(-1)[rows, None]
             g_logprob = torch.where(target == ignore_index, zero, g_logprob)
-        z = transform(x, temperature, softcap)
+        z = capped(x, softcap) / temperature
         log_p = z - z.gather(1, best.clamp_min(0)) + max_logprob.reshape(-1)[rows, None].double()
         p = log_p.exp()
         h = entropy.reshape(-1)[rows, None].double()

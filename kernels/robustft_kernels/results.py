@@ -97,11 +97,11 @@ class PartialTokenStats:
     softcap: float  # 0: none
 
 
-def transform(x: Tensor, temperature: float, softcap: float) -> Tensor:
-    """The scaled logits softcap(x) / temperature; infinite logits do not go through the cap."""
+def capped(x: Tensor, softcap: float) -> Tensor:
+    """Logits under the soft cap (0: none); infinite ones do not go through it."""
     if softcap:
         x = torch.where(x.isinf(), x, softcap * torch.tanh(x / softcap))
-    return x / temperature
+    return x
 
 
 def merge_partials(partials: Sequence[PartialTokenStats]) -> PartialTokenStats:
@@ -113,9 +113,8 @@ def merge_partials(partials: Sequence[PartialTokenStats]) -> PartialTokenStats:
     top = maxima.max(0).values
     sums = torch.stack([p.sum_exp for p in partials])
     weighted = torch.stack([p.weighted for p in partials])
-    shift = transform(maxima, first.temperature, first.softcap) - transform(
-        top, first.temperature, first.softcap
-    )
+    # Differences first, here and below: quotients would be rounded, and their difference with them.
+    shift = (capped(maxima, first.softcap) - capped(top, first.softcap)) / first.temperature
     # A shard of -inf weighs nothing; inf - inf and inf * 0 must not become NaN.
     shift = shift.masked_fill(maxima == top, 0.0).clamp_min(-1e4)
     share = shift.exp().masked_fill(maxima == -torch.inf, 0.0)
@@ -148,21 +147,23 @@ def finish(p: PartialTokenStats) -> TokenStats:
     entropy = log_sum - p.weighted / p.sum_exp
     # Kernels give masked columns the weight 2^-125, not zero: what they add is no entropy.
     entropy = torch.where(entropy < 1e-30, 0.0, entropy)
-    top = transform(p.max, p.temperature, p.softcap)
+    top = capped(p.max, p.softcap)
     nan = torch.full_like(top, torch.nan)
     logprob = rank = None
     if p.target_logit is not None and p.rank is not None:
-        target = transform(p.target_logit, p.temperature, p.softcap)
-        logprob = torch.where(defined, (target - top) - log_sum, nan)
+        above = (capped(p.target_logit, p.softcap) - top) / p.temperature
+        logprob = torch.where(defined, above - log_sum, nan)
         rank = p.rank.masked_fill(is_nan | p.target_logit.isnan(), -1)
     return TokenStats(
         entropy=torch.where(defined, entropy, nan),
         logprob=logprob,
-        logsumexp=torch.where(defined, top + log_sum, torch.where(is_nan, nan, p.max)),
+        logsumexp=torch.where(
+            defined, top / p.temperature + log_sum, torch.where(is_nan, nan, p.max)
+        ),
         max_logprob=torch.where(defined, -log_sum, nan),
         argmax=p.argmax.masked_fill(is_nan, -1),
         margin=torch.where(
-            defined, top - transform(p.second, p.temperature, p.softcap), nan
+            defined, (top - capped(p.second, p.softcap)) / p.temperature, nan
         ).detach(),
         rank=rank,
     )

@@ -25,8 +25,10 @@ def shard_target_logits(logits: Tensor, target_ids: Tensor, vocab_start: int = 0
     whose logit it does not know.
     """
     check_logits(logits, None)
-    check_targets(target_ids, logits.shape[:-1], logits.device)
-    local = target_ids - vocab_start
+    ids = check_targets(target_ids, logits.shape[:-1], logits.device)
+    if ids is None:
+        raise TypeError("target_ids must be a torch.Tensor, got None")
+    local = ids - vocab_start
     inside = (local >= 0) & (local < logits.shape[-1])
     found = logits.detach().gather(-1, local.where(inside, 0)[..., None])[..., 0]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -67,7 +69,7 @@ def partial_token_stats(
             target_logits is given.
     """
     check_logits(logits, None)
-    check_targets(target_ids, logits.shape[:-1], logits.device)
+    target_ids = check_targets(target_ids, logits.shape[:-1], logits.device)
     cap = check_options(temperature, softcap)
     if (target_ids is None) != (target_logits is None):
         raise ValueError("target_ids and target_logits must be given together")
@@ -79,7 +81,7 @@ def partial_token_stats(
             raise ValueError(
                 f"target_logits must be shaped {tuple(shape)}, got {tuple(target_logits.shape)}"
             )
-        ids = target_ids.reshape(-1).to(torch.int64)
+        ids = target_ids.reshape(-1)
         level = target_logits.reshape(-1).to(wide).masked_fill(ids == ignore_index, torch.nan)
         ids = ids - vocab_start
     core, launch = kernels_of(x)

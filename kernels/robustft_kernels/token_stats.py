@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ from robustft_kernels.results import TokenStats
 from robustft_kernels.sequences import reduce_sequences
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LEAST_FACTOR = 1e-30
 
 
 # ---- CPU ---------------------------------------------------------------------------------------
@@ -249,17 +249,24 @@ token_stats_op.register_autograd(_differentiate, setup_context=_save)
 
 def check_options(temperature: float, softcap: float | None) -> float:
     """The soft cap as the operators take it (0: none); raises ValueError."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or finite and above 0, got {softcap}")
+    check_factor(temperature, "temperature")
+    if softcap is not None:
+        check_factor(softcap, "softcap")
     return softcap or 0.0
 
 
-def check_targets(target_ids: Tensor | None, shape: torch.Size, device: torch.device) -> None:
-    """Targets must be integers of the given shape on the given device."""
+def check_factor(value: float, name: str) -> None:
+    """What logits are multiplied or divided by: it and its inverse are numbers in float32."""
+    if not _LEAST_FACTOR <= value <= 1 / _LEAST_FACTOR:
+        raise ValueError(f"{name} must be in [1e-30, 1e30], got {value}")
+
+
+def check_targets(
+    target_ids: Tensor | None, shape: torch.Size, device: torch.device
+) -> Tensor | None:
+    """The targets as int64, which must be integers of the given shape on the given device."""
     if target_ids is None:
-        return
+        return None
     check_tensor(target_ids, "target_ids")
     if target_ids.is_floating_point() or target_ids.is_complex() or target_ids.dtype == torch.bool:
         raise TypeError(f"target_ids must be integers, got {target_ids.dtype}")
@@ -267,6 +274,7 @@ def check_targets(target_ids: Tensor | None, shape: torch.Size, device: torch.de
         raise ValueError(f"target_ids must be shaped {tuple(shape)}, got {tuple(target_ids.shape)}")
     if target_ids.device != device:
         raise ValueError(f"target_ids must be on {device}, got {target_ids.device}")
+    return target_ids.to(torch.int64)
 
 
 def check_tensor(x: object, name: str) -> None:
@@ -332,8 +340,8 @@ def token_stats(
         logits: [..., V] float32, bfloat16, float16 or float64, any strides, any device; never
             modified. C++ on the CPU, Triton on CUDA and ROCm, plain PyTorch elsewhere.
         target_ids: [...] integers in [0, V), or `ignore_index`; None leaves out logprob and rank.
-        temperature: divides the (capped) logits.
-        softcap: Gemma-2's cap; None for no cap.
+        temperature: divides the (capped) logits; in [1e-30, 1e30].
+        softcap: Gemma-2's cap, in [1e-30, 1e30]; None for no cap.
         ignore_index: the target of positions that have none.
         vocab_size: use only the first `vocab_size` columns; padded columns beyond are not read.
         cu_seqlens: [sequences + 1] integers from 0 to N; logits must then be [N, V], and
@@ -352,7 +360,7 @@ def token_stats(
             gives logprob NaN and rank -1.
     """
     columns = check_logits(logits, vocab_size)
-    check_targets(target_ids, logits.shape[:-1], logits.device)
+    target_ids = check_targets(target_ids, logits.shape[:-1], logits.device)
     cap = check_options(temperature, softcap)
     found = token_stats_op(logits, target_ids, float(temperature), cap, ignore_index, columns)
     return assemble(found, target_ids, cu_seqlens, ignore_index)

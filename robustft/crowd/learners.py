@@ -89,27 +89,32 @@ class Learners:
     embeddings: [N, d] unit-length rows.
     given: [N] labels in [0, classes).
     words: [N, v] from `word_features`, or None.
+    questions: [N] numbers, equal where the same is asked: such records share a fold and do not vote
+        on each other, for a copy of a record knows its label. None: no two are equal.
+    threads: of searches; None for one per core.
     progress: called as `progress("neighbours", done, total)`, in records.
     """
 
     def __init__(
         self, embeddings: Features, given: Labels, classes: int, words: Features | None = None, *,
-        seed: int = 0, threads: int | None = None, progress: Progress | None = None,
+        questions: Labels | None = None, seed: int = 0, threads: int | None = None,
+        progress: Progress | None = None,
     ) -> None:  # fmt: skip
-        self._given, self._seed = given, seed
+        self._given, self._seed, self._questions = given, seed, questions
         self.features: dict[str, Features] = {"regression": embeddings}
         if words is not None:
             both = [sparse.csr_matrix(embeddings, dtype=np.float64), words]
             self.features["regression with words"] = sparse.hstack(both, format="csr")
         self._votes = neighbour_vote(
-            embeddings, given, classes, seed=seed, threads=threads, progress=progress
-        )
+            embeddings, given, classes, questions=questions, seed=seed, threads=threads,
+            progress=progress,
+        )  # fmt: skip
         self.names = (*self.features, "neighbours")
 
     @classmethod
     def of(
         cls, corpus: Corpus, positions: NDArray[np.int64], given: Labels, classes: int,
-        progress: Progress | None = None,
+        questions: Labels | None = None, progress: Progress | None = None,
     ) -> Learners:  # fmt: skip
         """Learners on the records at `positions` of a corpus."""
         rows: Features = _Gathered(corpus, positions)
@@ -117,7 +122,10 @@ class Learners:
         if len(positions) <= _WORD_ROWS:
             rows = corpus[positions]
             words = word_features(corpus.questions(positions))
-        return cls(rows, given, classes, words, threads=corpus.threads, progress=progress)
+        return cls(
+            rows, given, classes, words, questions=questions, threads=corpus.threads,
+            progress=progress,
+        )  # fmt: skip
 
     def predict(self, transition: Floats) -> dict[str, Floats]:
         """Expert -> [N, C] probabilities of the true label, given how labels go wrong.
@@ -126,7 +134,7 @@ class Learners:
         likelier than the right one; there they are silent.
         """
         found = {
-            name: out_of_fold(rows, self._given, transition, self._seed)
+            name: out_of_fold(rows, self._given, transition, self._seed, questions=self._questions)
             for name, rows in self.features.items()
         }
         honest = bool((transition.argmax(1) == np.arange(len(transition))).all())
@@ -134,22 +142,34 @@ class Learners:
 
 
 def out_of_fold(
-    features: Features, given: Labels, transition: Floats, seed: int = 0, penalty: float = _PENALTY
+    features: Features,
+    given: Labels,
+    transition: Floats,
+    seed: int = 0,
+    penalty: float = _PENALTY,
+    questions: Labels | None = None,
 ) -> Floats:
-    """[N, C] probabilities of the true label from regressions that did not see the record.
+    """[N, C] probabilities of the true label from regressions that did not see the question.
 
     Averaged over two ways of cutting the folds: less depends on the luck of the cut.
     """
     cuts = range(_CUTS if len(given) <= _FIT_ROWS else 1)
-    found = sum(_one_cut(features, given, transition, [seed, cut], penalty) for cut in cuts)
-    return np.asarray(found) / len(cuts)
+    found = []
+    for cut in cuts:
+        rng = np.random.default_rng([seed, cut])
+        fold = _folds(given, rng, questions)
+        found.append(_one_cut(features, given, transition, fold, rng, penalty))
+    return np.asarray(sum(found)) / len(cuts)
 
 
 def _one_cut(
-    features: Features, given: Labels, transition: Floats, seed: list[int], penalty: float
+    features: Features,
+    given: Labels,
+    transition: Floats,
+    fold: Labels,
+    rng: np.random.Generator,
+    penalty: float,
 ) -> Floats:
-    rng = np.random.default_rng(seed)
-    fold = _folds(given, rng)
     fitted = []
     for number in range(int(fold.max(initial=-1)) + 1):
         train = np.flatnonzero(fold != number)
@@ -170,17 +190,30 @@ def _one_cut(
     return predicted
 
 
-def _folds(given: Labels, rng: np.random.Generator) -> Labels:
+def _folds(given: Labels, rng: np.random.Generator, questions: Labels | None) -> Labels:
     """[N] fold of each record, every label spread evenly over the folds.
 
     Otherwise a label frequent in the fold left out is rare in what is learnt from: predictions
     would run against the very labels that they are to predict.
     """
-    order = rng.permutation(len(given))
-    order = order[np.argsort(given[order], kind="stable")]
+    group, first = _distinct(questions, len(given))
+    labels = given[first]
+    order = rng.permutation(len(first))
+    order = order[np.argsort(labels[order], kind="stable")]
     fold = np.empty_like(order)
     fold[order] = np.arange(len(order)) % _FOLDS
-    return fold
+    return fold[group]
+
+
+def _distinct(questions: Labels | None, total: int) -> tuple[Labels, Labels]:
+    """([N] number of each record's question, by first appearance; [G] the record it appears in)."""
+    if questions is None:
+        return np.arange(total), np.arange(total)
+    _, first, group = np.unique(questions, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return number[group], first[order]
 
 
 def fit_regression(
@@ -221,24 +254,38 @@ def neighbour_vote(
     given: Labels,
     classes: int,
     *,
+    questions: Labels | None = None,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Floats:
-    """[N, C] cosine-weighted votes of each row's nearest other rows, smoothed by one vote."""
+    """[N, C] cosine-weighted votes of the questions nearest to each row's, smoothed by one vote.
+
+    A question has one vote, however many records ask it: their labels share it.
+    """
     total = len(given)
+    group, first = _distinct(questions, total)
+    voters = np.arange(len(first))
+    if len(voters) > _VOTERS:
+        rng = np.random.default_rng(seed)
+        voters = np.sort(rng.choice(len(voters), _VOTERS, replace=False))
+    place = np.full(len(first), -1)  # of each question among the voters
+    place[voters] = np.arange(len(voters))
+    asks = place[group]
+    ballots = np.zeros((len(voters), classes))
+    np.add.at(ballots, (asks[asks >= 0], given[asks >= 0]), 1.0)
+    ballots /= ballots.sum(1, keepdims=True)
+    index = CosineKNN(features[first[voters]], threads=threads)
     votes = np.tile(label_frequencies(given, classes), (total, 1))
-    voters = np.arange(total)
-    if total > _VOTERS:
-        voters = np.sort(np.random.default_rng(seed).choice(total, _VOTERS, replace=False))
-    index = CosineKNN(features[voters], ids=voters, threads=threads)
     for low in range(0, total, _CHUNK):
         rows = np.arange(low, min(low + _CHUNK, total))
-        ids, cosines = index.search(features[rows], min(_VOTES, max(total - 1, 1)), exclude=rows)
-        for near, cosine in zip(ids.T, cosines.T, strict=True):
-            real = near >= 0
+        near, cosines = index.search(
+            features[rows], min(_VOTES, max(len(voters) - 1, 1)), exclude=asks[rows]
+        )
+        for ids, cosine in zip(near.T, cosines.T, strict=True):
+            real = ids >= 0
             trust = np.clip(cosine[real].astype(np.float64), 0, 1)
-            np.add.at(votes, (rows[real], given[near[real]]), trust)
+            votes[rows[real]] += trust[:, None] * ballots[ids[real]]
         if progress is not None:
             progress("neighbours", int(rows[-1]) + 1, total)
     return np.asarray(votes / votes.sum(1, keepdims=True))

@@ -111,6 +111,8 @@ def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
     A weight is the witness' share of the probability of being right. All are 0 where the given
     answers agree with the others no more than wrong answers do by accident.
     """
+    if len(partitions) == 0:
+        return Judgement(np.zeros(0), None, dict.fromkeys(names, 0.0))
     patterns, inverse, counts = np.unique(
         partitions, axis=0, return_inverse=True, return_counts=True
     )
