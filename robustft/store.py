@@ -30,6 +30,7 @@ from robustft.errors import UserError
 
 UNIT_ROWS = 512  # records of one unit, the last one's but for the remainder
 
+_FORMAT = 2  # raised where a run folder of before cannot be read any more
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (  -- one row a finished batch: what was said and what it cost
@@ -168,12 +169,22 @@ class Store:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA cache_size=-16384")
+            new = self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is None
+            if new:
+                self._db.execute(f"PRAGMA user_version={_FORMAT}")
             self._db.executescript(_SCHEMA)
+            (found,) = self._db.execute("PRAGMA user_version").fetchone()
         except sqlite3.Error as error:
             raise UserError(
                 f"{path}: cannot be used as the run's store ({error}); expected the run.sqlite of "
                 "an earlier run or a writable folder"
             ) from error
+        if found != _FORMAT:
+            self._db.close()
+            raise UserError(
+                f"{path}: was written by another version of robustft (format {found}, here "
+                f"{_FORMAT}); finish the run with that version or choose another --out"
+            )
 
     def __enter__(self) -> Self:
         return self

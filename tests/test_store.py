@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,15 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.sqlite").write_bytes(b"this is not a database, and long enough to say so" * 9)
     with pytest.raises(UserError, match=r"run\.sqlite: cannot be used"):
+        Store(tmp_path / "run.sqlite")
+
+
+def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+    with Store(tmp_path / "run.sqlite"):
+        pass
+    with contextlib.closing(sqlite3.connect(tmp_path / "run.sqlite")) as database:
+        database.execute("PRAGMA user_version=1")
+    with pytest.raises(UserError, match=r"another version of robustft \(format 1, here 2\)"):
         Store(tmp_path / "run.sqlite")
 
 
