@@ -290,8 +290,9 @@ def test_packed_ids_equal_padded_ids() -> None:
     bounds = np.concatenate([[0], length.ravel().cumsum()])
     for metric in METRICS:
         padded = answer_consistency(ids, metric=metric)
-        packed = answer_consistency(flat, cu_seqlens=bounds, counts=4, metric=metric)
-        assert (padded.agreement == packed.agreement).all()
+        for counts in (4, np.int64(4)):
+            packed = answer_consistency(flat, cu_seqlens=bounds, counts=counts, metric=metric)
+            assert (padded.agreement == packed.agreement).all()
     counts = [2, 0, 6, 8, 4]
     ragged = answer_consistency(flat, cu_seqlens=bounds, counts=counts)
     assert (ragged.cluster >= 0).sum(axis=1).tolist() == counts
@@ -318,6 +319,13 @@ def test_cosine() -> None:
     masked = answer_consistency(rows, metric="cosine", present=here)
     assert (masked.agreement[:, 1] == 0).all()
     assert (masked.cluster[:, 1] == -1).all()
+    rows[:, 1] = np.nan  # nobody reads what is absent
+    unread = answer_consistency(rows, metric="cosine", present=here)
+    assert (unread.agreement == masked.agreement).all()
+
+
+def test_no_threshold_is_too_small_to_tell_answers_apart() -> None:
+    assert answer_consistency([["a", "b"]], threshold=1e-50).cluster.tolist() == [[0, 1]]
 
 
 def test_tensors_in_tensors_out() -> None:
@@ -374,9 +382,32 @@ def test_threads_give_the_same_bits() -> None:
         (np.arange(3), {"cu_seqlens": [0, 3]}, TypeError, "counts .* must be given"),
         (np.arange(3), {"cu_seqlens": [0, 1, 3], "counts": [3]}, ValueError, "counts must be"),
         (np.arange(3), {"cu_seqlens": [0, 1, 3], "counts": 3}, ValueError, "counts must divide"),
+        (
+            np.arange(3),
+            {"cu_seqlens": [0, 1.7, 3], "counts": 2},
+            TypeError,
+            "cu_seqlens must be integers, got float64",
+        ),
+        (
+            np.arange(3),
+            {"cu_seqlens": [0, 1, 3], "counts": [1.9, 0.1]},
+            TypeError,
+            "counts must be integers, got float64",
+        ),
+        (
+            np.array([5, -1, 7]),
+            {"cu_seqlens": [0, 1, 3], "counts": 2},
+            ValueError,
+            "answers must be ids >= 0 with cu_seqlens, got -1",
+        ),
+        (np.zeros((1, 1, 1), int), {"normaliser": str}, TypeError, "normaliser goes with strings"),
         (np.arange(3), {"counts": 3}, TypeError, "counts goes with cu_seqlens"),
         ([["a"]], {"metric": "cosine"}, TypeError, "answers must be floating embeddings"),
         (np.full((1, 1, 2), np.nan), {"metric": "cosine"}, ValueError, "answers must be finite"),
+        *(
+            (np.ones((1, 1, 2)), {"metric": "cosine", name: value}, TypeError, f"{name} must be No")
+            for name, value in [("counts", 1), ("cu_seqlens", [0, 1]), ("normaliser", str)]
+        ),
         (np.ones((1, 1, 2)), {"metric": "cosine", "given": np.ones((1, 3))}, ValueError, "given"),
     ],
 )

@@ -74,8 +74,9 @@ def answer_consistency(
         (token_f1, lcs) or by characters (edit);
       - token ids [N, K, L], any integer dtype within int32, each answer followed by negative
         padding;
-      - token ids [T] with `cu_seqlens` [M + 1] (answer m is ids[cu_seqlens[m]:cu_seqlens[m + 1]])
-        and `counts`, the number of answers of each question (one int, or [N] with sum M);
+      - token ids [T], none negative, with `cu_seqlens` [M + 1] (answer m is
+        ids[cu_seqlens[m]:cu_seqlens[m + 1]]) and `counts`, the number of answers of each question
+        (one int, or [N] with sum M);
       - embeddings [N, K, D] floating, for metric="cosine".
     metric (a and b are token sequences, |a| their length):
       exact 1 if equal; token_f1 2|a ∩ b|/(|a|+|b|) over multisets; lcs 2·LCS/(|a|+|b|), ROUGE-L's
@@ -100,6 +101,10 @@ def answer_consistency(
     on_device = is_tensor(answers) and answers.device.type != "cpu"
     xp = Library(answers, triton=backend == "triton" or (backend == "auto" and on_device))
     if metric == "cosine":
+        others = {"cu_seqlens": cu_seqlens, "counts": counts, "normaliser": normaliser}
+        for name, value in others.items():
+            if value is not None:
+                raise TypeError(f"{name} must be None for metric='cosine', got {value!r}")
         agreement, here = _cosine(xp, *unit_rows(xp, answers, given, present))
     else:
         runs = runs_of(xp, answers, given, present, cu_seqlens, counts, _UNIT[metric], normaliser)
@@ -133,7 +138,9 @@ def _check_arguments(
     workers = min(os.cpu_count() or 1, 16) if threads is None else threads
     if workers < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    return float(np.float32(limit)), workers  # agreement is float32: compare like with like
+    # Agreement is float32: compare like with like, but no threshold becomes 0.
+    least = np.finfo(np.float32).smallest_subnormal
+    return float(max(np.float32(limit), least)), workers
 
 
 def _pairwise(xp: Library, runs: Runs, metric: str, workers: int) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from robustft_kernels.answer_text import Unit, encode
 
@@ -103,6 +104,8 @@ def runs_of(
         runs = _from_strings(xp, answers, given, unit, normaliser)
     else:
         ids = _integers(xp, "answers", answers)
+        if normaliser is not None:
+            raise TypeError("normaliser goes with strings, got token ids")
         if cu_seqlens is not None:
             runs = _from_packed(xp, ids, cu_seqlens, counts)
         elif counts is not None:
@@ -210,8 +213,7 @@ def _from_padded(xp: Library, name: str, ids: Any, ndim: int) -> Runs:
 
 
 def _from_packed(xp: Library, ids: Any, cu_seqlens: Any, counts: Any) -> Runs:
-    host = Library(None, triton=False)
-    bounds = host.native(cu_seqlens).astype(np.int64)
+    bounds = _host_integers("cu_seqlens", cu_seqlens)
     if ids.ndim != 1 or bounds.ndim != 1 or not len(bounds):
         raise ValueError(
             f"with cu_seqlens, answers must be [T] and cu_seqlens [M + 1], got "
@@ -219,15 +221,17 @@ def _from_packed(xp: Library, ids: Any, cu_seqlens: Any, counts: Any) -> Runs:
         )
     if bounds[0] != 0 or bounds[-1] != len(ids) or (np.diff(bounds) < 0).any():
         raise ValueError(f"cu_seqlens must rise from 0 to T = {len(ids)}, got {bounds}")
+    # The Triton kernel tells what lies beyond an answer by negative ids.
+    if len(ids) and int(ids.min()) < 0:
+        raise ValueError(f"answers must be ids >= 0 with cu_seqlens, got {int(ids.min())}")
     if counts is None:
         raise TypeError("counts (answers per question) must be given with cu_seqlens, got None")
     total = len(bounds) - 1
-    if isinstance(counts, int):
-        if counts < 1 or total % counts:
+    per_question = _host_integers("counts", counts)
+    if per_question.ndim == 0:
+        if per_question < 1 or total % per_question:
             raise ValueError(f"counts must divide the {total} answers, got {counts}")
-        per_question = np.full(total // counts, counts, dtype=np.int64)
-    else:
-        per_question = host.native(counts).astype(np.int64)
+        per_question = np.full(total // per_question, per_question)
     if per_question.ndim != 1 or (per_question < 0).any() or per_question.sum() != total:
         raise ValueError(f"counts must be [N], not negative, with sum {total}, got {counts}")
     slots = int(per_question.max(initial=0))
@@ -237,6 +241,15 @@ def _from_packed(xp: Library, ids: Any, cu_seqlens: Any, counts: Any) -> Runs:
     start[here] = bounds[:-1]
     length[here] = np.diff(bounds)
     return Runs(xp.contiguous(ids), xp.native(start), xp.native(length))
+
+
+def _host_integers(name: str, value: Any) -> NDArray[np.int64]:
+    """Bounds or counts as a NumPy array; TypeError for anything but integers."""
+    array = Library(None, triton=False).native(value)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    whole: NDArray[np.int64] = array.astype(np.int64)
+    return whole
 
 
 def _with_last(xp: Library, runs: Runs, last: Runs) -> Runs:
@@ -259,12 +272,15 @@ def unit_rows(xp: Library, answers: Any, given: Any, present: Any) -> tuple[Any,
     here = xp.native(here)
     if present is not None:
         here = checked_present(xp, present, tuple(rows.shape[:2]))
+        rows = xp.module.where(here[..., None], rows, xp.real(0.0))
+    _check_finite(xp, "answers", rows)
     if given is not None:
         last = _embeddings(xp, "given", given, 2)
         if last.shape != (rows.shape[0], rows.shape[2]):
             raise ValueError(
                 f"given must be [N, D] = {(rows.shape[0], rows.shape[2])}, got {tuple(last.shape)}"
             )
+        _check_finite(xp, "given", last)
         rows = xp.module.concatenate([rows, last[:, None, :]], axis=1)
         here = xp.module.concatenate([here, xp.module.ones_like(here[:, :1])], axis=1)
     if rows.shape[2]:
@@ -284,7 +300,9 @@ def _embeddings(xp: Library, name: str, value: Any, ndim: int) -> Any:
         raise TypeError(f"{name} must be floating embeddings for metric='cosine', got {rows.dtype}")
     if rows.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(rows.shape)}")
-    rows = xp.cast(rows, "float32")
+    return xp.cast(rows, "float32")
+
+
+def _check_finite(xp: Library, name: str, rows: Any) -> None:
     if not bool(xp.module.isfinite(rows).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
-    return rows
