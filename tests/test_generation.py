@@ -25,6 +25,24 @@ def test_recorder_matches_teacher_forcing() -> None:
         assert torch.equal(entropy, expected.entropy)
 
 
+@pytest.mark.parametrize("prompt", [3, 5, 9])
+def test_an_interrupted_generation_is_forgotten(prompt: int) -> None:
+    recorder = TokenStatsLogitsProcessor()
+    for length in (3, 4):
+        recorder(torch.zeros(1, length, dtype=torch.long), torch.randn(1, 10))
+    ids, steps = torch.ones(1, prompt, dtype=torch.long), torch.randn(2, 1, 10)
+    if prompt == 5:  # as long as the next step would be, with other tokens in it
+        with pytest.raises(ValueError, match="a new recorder after an interrupted generation"):
+            recorder(ids, steps[0])
+        return
+    for scores in steps:
+        recorder(ids, scores)
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+    nll, _ = recorder.finish(ids)
+    expected = token_stats(steps.transpose(0, 1), ids[:, prompt:])
+    assert torch.equal(nll, -expected.logprob)
+
+
 def test_nothing_generated() -> None:
     nll, entropy = TokenStatsLogitsProcessor().finish(torch.zeros(2, 3, dtype=torch.long))
     assert nll.shape == entropy.shape == (2, 0)
@@ -35,3 +53,5 @@ def test_beams_are_refused() -> None:
     recorder(torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 5))
     with pytest.raises(ValueError, match="no beam search"):
         recorder(torch.zeros(4, 4, dtype=torch.long), torch.randn(4, 5))
+    with pytest.raises(ValueError, match="no beam search"):
+        recorder.finish(torch.ones(2, 4, dtype=torch.long))

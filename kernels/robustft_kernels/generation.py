@@ -15,23 +15,23 @@ class TokenStatsLogitsProcessor:
     `finish` with the sequences that come back. It returns the scores untouched. Placed first it
     sees the model's own distribution, placed last the one that is sampled from. Only one step's
     scores [B, V] are held at a time, to look up the token chosen from them. Greedy search and
-    sampling only: beams reorder the rows.
+    sampling only, one token a step: beams reorder the rows. What a generation left that was
+    interrupted before `finish` is forgotten when the next one begins.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
-        self._scores: Tensor | None = None
-        self._prompt_tokens = 0
+        self._step: tuple[Tensor, Tensor] | None = None  # the last one's input_ids and scores
         self._nll: list[Tensor] = []
         self._entropy: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Record the token chosen at the previous step; scores [B, V] pass through."""
-        if self._scores is None:
-            self._prompt_tokens = input_ids.shape[1]
+        if self._step is not None and input_ids.shape[1] == self._step[0].shape[1] + 1:
+            self._record(input_ids, *self._step)
         else:
-            self._record(input_ids)
-        self._scores = scores
+            self._nll, self._entropy = [], []
+        self._step = input_ids, scores
         return scores
 
     def finish(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,9 +40,9 @@ class TokenStatsLogitsProcessor:
         `sequences` [B, prompt + T] is what `generate` returned. Positions after a row's end of
         text describe the padding that was written there.
         """
-        if self._scores is not None:
-            self._record(sequences)
-        self._scores = None
+        if self._step is not None:
+            self._record(sequences, *self._step)
+        self._step = None
         if not self._nll:
             empty = torch.empty(sequences.shape[0], 0, device=sequences.device)
             return empty, empty.clone()
@@ -50,16 +50,17 @@ class TokenStatsLogitsProcessor:
         self._nll, self._entropy = [], []
         return nll, entropy
 
-    def _record(self, input_ids: Tensor) -> None:
-        position = self._prompt_tokens + len(self._nll)
-        scores = self._scores
-        if scores is None or input_ids.shape[0] != scores.shape[0]:
-            raise ValueError("input_ids must keep their rows from step to step: no beam search")
+    def _record(self, input_ids: Tensor, before: Tensor, scores: Tensor) -> None:
+        position = before.shape[1]
         if input_ids.shape[1] <= position:
             raise ValueError(f"sequences must have more than {position} tokens, as generated")
+        if not torch.equal(input_ids[:, :position].to(before.device), before):
+            raise ValueError(
+                "input_ids must keep their rows from step to step: no beam search, "
+                "and a new recorder after an interrupted generation"
+            )
         chosen = input_ids[:, position].to(scores.device)
         stats = token_stats(scores, chosen, temperature=self.temperature)
         if stats.logprob is not None:
             self._nll.append(-stats.logprob)
         self._entropy.append(stats.entropy)
-        self._scores = None
