@@ -95,16 +95,16 @@ py::tuple compute_partials(const ts::Logits& logits, const std::int64_t* targets
     if ((targets == nullptr) != (logit == nullptr)) {
         throw py::value_error("targets and target_logits must be given together");
     }
-    Column<Real> max(n), second(n), sum(n), weighted(n), target(n);
+    Column<Real> max(n), second(n), sum(n), weighted(n);
     Ids argmax(n), rank(n);
-    const ts::Partials<Real> out{
-        max.mutable_data(),    second.mutable_data(), sum.mutable_data(), weighted.mutable_data(),
-        target.mutable_data(), argmax.mutable_data(), rank.mutable_data()};
+    const ts::Partials<Real> out{max.mutable_data(),    second.mutable_data(),
+                                 sum.mutable_data(),    weighted.mutable_data(),
+                                 argmax.mutable_data(), rank.mutable_data()};
     {
         const py::gil_scoped_release release;
         ts::compute_partials(logits, targets, logit, opts, out);
     }
-    return py::make_tuple(max, second, sum, weighted, target, argmax, rank);
+    return py::make_tuple(max, second, sum, weighted, argmax, rank);
 }
 
 template <class Real>
@@ -196,10 +196,10 @@ void bind_token_stats(py::module_& module) {
             const std::int64_t* const t = column(targets, n, "targets");
             const ts::Options opts = options(temperature, softcap, 0, threads, isa);
             if (!tile.writeable()) throw py::value_error("tile must be writable");
-            double* const real = rows_of(reals, 5, n, "reals");
+            double* const real = rows_of(reals, 4, n, "reals");
             std::int64_t* const count = rows_of(counts, 2, n, "counts");
-            const ts::Partials<double> total{real,         real + n, real + 2 * n, real + 3 * n,
-                                             real + 4 * n, count,    count + n};
+            const ts::Partials<double> total{real,         real + n, real + 2 * n,
+                                             real + 3 * n, count,    count + n};
             if (x.type == ts::Type::f64) {
                 accumulate<double>(x, t, target_logits, first_column, opts, total);
             } else {

@@ -275,7 +275,6 @@ void compute_partials(const Logits& logits, const std::int64_t* targets, const R
         out.second[row] = static_cast<Real>(p.second);
         out.sum[row] = static_cast<Real>(p.sum);
         out.weighted[row] = static_cast<Real>(p.weighted);
-        out.target[row] = static_cast<Real>(logit);
         out.argmax[row] = p.argmax;
         out.rank[row] = p.rank;
     });
@@ -300,7 +299,6 @@ void accumulate(const Logits& tile, const std::int64_t* targets, const Real* tar
         total.second[row] = sum.second;
         total.sum[row] = sum.sum;
         total.weighted[row] = sum.weighted;
-        total.target[row] = sum.target;
         total.argmax[row] = sum.argmax;
         total.rank[row] = sum.rank;
     });

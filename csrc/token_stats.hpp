@@ -37,10 +37,10 @@ struct Stats {
     std::int64_t *argmax, *rank;
 };
 
-// [rows] each, see RowPartial.
+// [rows] each, see RowPartial; the target's logit is the caller's own.
 template <class Real>
 struct Partials {
-    Real *max, *second, *sum, *weighted, *target;
+    Real *max, *second, *sum, *weighted;
     std::int64_t *argmax, *rank;
 };
 

@@ -71,7 +71,7 @@ def token_stats_accumulate(
     temperature: float,
     softcap: float,
     threads: int,
-    reals: NDArray[np.float64],  # [5, rows]: max, second, sum, weighted, target; updated
+    reals: NDArray[np.float64],  # [4, rows]: max, second, sum, weighted; updated
     counts: NDArray[np.int64],  # [2, rows]: argmax, rank; updated
     isa: str = "",
 ) -> None: ...

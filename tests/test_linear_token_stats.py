@@ -160,7 +160,9 @@ def test_meta_autocast_and_empty() -> None:
         ({"weight": torch.randn(5, 4)}, ValueError, r"hidden must be \[..., D\]"),
         ({"weight": torch.randn(5, 3).double()}, TypeError, "weight must be torch.float32"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[5\], got \(4,\)"),
-        ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and above 0"),
+        ({"logit_scale": 0.0}, ValueError, r"logit_scale must be in \[1e-30, 1e30\]"),
+        ({"logit_scale": 1e20, "temperature": 1e-20}, ValueError, "temperature / logit_scale"),
+        ({"weight": torch.randn(5, 0), "hidden": torch.randn(2, 0)}, ValueError, "with D >= 1"),
         ({"design": "best"}, ValueError, "design must be"),
         ({"design": "fused"}, ValueError, "design 'fused' needs"),
         ({"vocab_size": 6}, ValueError, r"vocab_size must be in \[1, 5\], got 6"),
@@ -172,6 +174,26 @@ def test_bad_arguments(arguments: dict, error: type[Exception], words: str) -> N
         linear_token_stats(
             **({"hidden": torch.randn(2, 3), "weight": torch.randn(5, 3)} | arguments)
         )
+
+
+@pytest.mark.parametrize("name", ["int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"])
+def test_targets_of_any_integer_dtype(name: str) -> None:
+    hidden, weight = torch.randn(3, 8), torch.randn(300, 8)
+    t = torch.tensor([100, 5, 127 if name == "int8" else 156])
+    found, expected = (
+        linear_token_stats(hidden, weight, ids) for ids in (t.to(getattr(torch, name)), t)
+    )
+    assert torch.equal(found.logprob, expected.logprob)
+    assert torch.equal(found.rank, expected.rank)
+
+
+def test_chunked_is_chunked_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
+    hidden, weight, bias, target = problem(torch.float32, n=70, vocab=500)
+    expected = token_stats_reference((hidden.double() @ weight.double().T) + bias, target)
+    monkeypatch.setattr(module, "_tiled", None)
+    found = linear_token_stats(hidden, weight, target, bias=bias, design="chunked")
+    assert not violations(found, expected, absolute=1e-5, relative=1e-5)
 
 
 def test_memory_does_not_grow_with_n_times_v() -> None:

@@ -60,6 +60,34 @@ def test_merge_at_the_edges(where: int, value: float) -> None:
     assert not violations(merged(x, t, [3, 6]), token_stats(x.double(), t))
 
 
+@pytest.mark.parametrize("kind", ["low", "high", "spread"])
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 3.0])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_merge_loses_nothing_at_any_temperature(
+    kind: str, temperature: float, softcap: float | None
+) -> None:
+    x, t = make_logits(kind, 4, 3000), torch.tensor([0, 2999, 1000, -100])
+    options = {"temperature": temperature, "softcap": softcap}
+    whole = token_stats(x.double(), t, **options)
+    assert not violations(merged(x, t, [700, 701, 2000], **options), whole)
+
+
+@pytest.mark.parametrize("name", ["int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"])
+def test_targets_of_any_integer_dtype(name: str) -> None:
+    x = torch.randn(3, 300)
+    t = torch.tensor([100, 5, 127 if name == "int8" else 156])
+    found, expected = merged(x, t.to(getattr(torch, name)), [90, 200]), token_stats(x, t)
+    assert torch.equal(found.rank, expected.rank)
+    torch.testing.assert_close(found.logprob, expected.logprob)
+
+
+def test_target_logits_may_require_a_gradient() -> None:
+    x, t = torch.randn(2, 4), torch.tensor([0, 1])
+    level = x.gather(-1, t[:, None])[:, 0]
+    part = partial_token_stats(x, t, target_logits=level.requires_grad_())
+    assert torch.equal(part.rank, partial_token_stats(x, t, target_logits=level.detach()).rank)
+
+
 def test_float64_merges_exactly() -> None:
     x = torch.randn(5, 2, 700, dtype=torch.float64) * 5
     t = torch.randint(700, (5, 2))
@@ -76,6 +104,8 @@ def test_bad_arguments() -> None:
         partial_token_stats(x, t)
     with pytest.raises(ValueError, match=r"target_logits must be shaped \(2,\)"):
         partial_token_stats(x, t, target_logits=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"target_logits must be a torch.Tensor, got list"):
+        partial_token_stats(x, t, target_logits=[0.0, 0.0])
     with pytest.raises(ValueError, match="at least one shard"):
         TokenStats.merge([])
     with pytest.raises(ValueError, match="share temperature"):

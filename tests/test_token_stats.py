@@ -277,17 +277,44 @@ def test_vocab_size_hides_phantom_columns() -> None:
         ),
         ({"target_ids": torch.tensor([0, 3])}, ValueError, r"\[0, 3\) .* got 3 at position 1"),
         ({"target_ids": torch.tensor([-1, 0])}, ValueError, "got -1 at position 0"),
-        ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0, got 0"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be in \[1e-30, 1e30\], got 0"),
         ({"temperature": math.nan}, ValueError, "temperature"),
-        ({"softcap": -1.0}, ValueError, "softcap must be None or finite"),
+        ({"temperature": 1e-39}, ValueError, "temperature must be in"),
+        ({"softcap": -1.0}, ValueError, r"softcap must be in \[1e-30, 1e30\], got -1"),
+        ({"softcap": 4e38}, ValueError, "softcap must be in"),
         ({"vocab_size": 4}, ValueError, r"vocab_size must be in \[1, 3\], got 4"),
         ({"cu_seqlens": torch.tensor([0, 1])}, ValueError, r"rise from 0 to 2, got \[0, 1\]"),
         ({"cu_seqlens": torch.tensor([0.0, 2.0])}, ValueError, "must be integers"),
+        ({"cu_seqlens": [0, 2]}, TypeError, "cu_seqlens must be a torch.Tensor, got list"),
     ],
 )
 def test_bad_arguments(arguments: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         token_stats(**({"logits": torch.randn(2, 3)} | arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["temperature", "softcap"])
+@pytest.mark.parametrize("value", [1e-30, 1e30])
+def test_the_farthest_options(dtype: torch.dtype, option: str, value: float) -> None:
+    stats = token_stats(torch.randn(3, 50).to(dtype), torch.arange(3), **{option: value})
+    for name in ("entropy", "logprob", "logsumexp", "max_logprob"):
+        assert not getattr(stats, name).isnan().any(), name
+    assert (stats.argmax >= 0).all()
+
+
+INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_targets_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 300)
+    t = torch.tensor([100, 5, 127 if dtype == torch.int8 else 156])  # 156 is -100 in eight bits
+    found, expected = token_stats(x, t.to(dtype)), token_stats(x, t)
+    assert torch.equal(found.logprob, expected.logprob)
+    assert torch.equal(found.rank, expected.rank)
+    ends = torch.tensor([0, 3])
+    assert token_stats(x, t.to(dtype), cu_seqlens=ends).sequences.tokens.tolist() == [3]
 
 
 def test_fallback_agrees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def _tiled(
     for start in range(0, n, CPU_ROWS):
         rows = slice(start, min(n, start + CPU_ROWS))
         h = hidden[rows].to(dtype)
-        reals = torch.zeros(5, h.shape[0], dtype=torch.float64)
+        reals = torch.zeros(4, h.shape[0], dtype=torch.float64)
         reals[:2] = -torch.inf
         counts = torch.zeros(2, h.shape[0], dtype=torch.int64)
         for first in range(0, vocab, step):
@@ -148,7 +148,7 @@ def _tiled(
                 reals.numpy(),
                 counts.numpy(),
             )
-        top, second, total, weighted, target = reals.unbind()
+        top, second, total, weighted = reals.unbind()
         stats = finish(
             PartialTokenStats(
                 max=top,
@@ -156,7 +156,7 @@ def _tiled(
                 sum_exp=total,
                 weighted=weighted,
                 argmax=counts[0],
-                target_logit=None if ids is None else target,
+                target_logit=None if levels is None else levels[rows].double(),
                 rank=None if ids is None else counts[1],
                 temperature=temperature,
                 softcap=softcap,
@@ -264,7 +264,7 @@ def linear_token_stats_op(
         core = native() if hidden.device.type == "cpu" else None
         if design == "fused" or (design == "auto" and _fused_is_faster(hidden, weight)):
             return _fused(hidden, weight, target_ids, bias, *options)
-        if core is not None:
+        if core is not None and design == "auto":
             return _tiled(core, hidden, weight, target_ids, bias, *options)
         return _chunked(hidden, weight, target_ids, bias, *options)
 
@@ -398,13 +398,14 @@ def linear_token_stats(
         ignore_index: the target of positions that have none.
         vocab_size: use only the first `vocab_size` rows of weight.
         cu_seqlens: [sequences + 1], see `token_stats`; hidden must then be [N, D].
-        design: "auto", or, to compare them, "chunked" (the vendor's matrix product on row
-            chunks, then the logits kernel) or "fused" (one kernel; CUDA and ROCm only).
+        design: "auto" (on the CPU a product of tiles that are reduced in the cache), or, to
+            compare them, "chunked" (the vendor's matrix product on row chunks, then the logits
+            kernel) or "fused" (one kernel; CUDA and ROCm only).
 
     Returns:
-        TokenStats, each field shaped [...]. Extra memory does not grow with N times V. On the
-        CPU with instructions for 16-bit products, 16-bit logits are rounded to 16 bits as
-        `hidden @ weight.T` would be; elsewhere, and on a GPU, they keep the float32 sums.
+        TokenStats, each field shaped [...]. Extra memory does not grow with N times V. On a CPU
+        with instructions for 16-bit products, and on any by "chunked", 16-bit logits are rounded
+        to 16 bits as `hidden @ weight.T` would be; elsewhere they keep the float32 sums.
 
     Raises:
         TypeError, ValueError: as `token_stats`, and where hidden, weight and bias disagree.
@@ -416,9 +417,9 @@ def linear_token_stats(
             raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {x.device}")
     if hidden.dtype not in FLOATS:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or hidden.dim() < 1 or not 1 <= hidden.shape[-1] == weight.shape[1]:
         raise ValueError(
-            "hidden must be [..., D] and weight [V, D], "
+            "hidden must be [..., D] and weight [V, D] with D >= 1, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     device = hidden.device.type

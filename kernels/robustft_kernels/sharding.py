@@ -11,6 +11,7 @@ from robustft_kernels.token_stats import (
     check_logits,
     check_options,
     check_targets,
+    check_tensor,
     flat_ids,
     kernels_of,
     rows_view,
@@ -77,12 +78,15 @@ def partial_token_stats(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     ids = level = None
     if target_ids is not None and target_logits is not None:
+        check_tensor(target_logits, "target_logits")
         if target_logits.shape != shape:
             raise ValueError(
                 f"target_logits must be shaped {tuple(shape)}, got {tuple(target_logits.shape)}"
             )
         ids = target_ids.reshape(-1)
-        level = target_logits.reshape(-1).to(wide).masked_fill(ids == ignore_index, torch.nan)
+        level = (
+            target_logits.detach().reshape(-1).to(wide).masked_fill(ids == ignore_index, torch.nan)
+        )
         ids = ids - vocab_start
     core, launch = kernels_of(x)
     if core is not None:
@@ -94,7 +98,7 @@ def partial_token_stats(
             cap,
             torch.get_num_threads(),
         )
-        top, second, total, weighted, _, argmax, rank = (torch.from_numpy(v) for v in made)
+        top, second, total, weighted, argmax, rank = (torch.from_numpy(v) for v in made)
         part = PartialTokenStats(
             max=top,
             second=second,

@@ -22,7 +22,7 @@ from robustft_kernels.results import TokenStats
 from robustft_kernels.sequences import reduce_sequences
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LEAST_FACTOR = 1e-30
+_LEAST_FACTOR, _LARGEST_FACTOR = 1e-30, 1e30
 
 
 # ---- CPU ---------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def check_options(temperature: float, softcap: float | None) -> float:
 
 def check_factor(value: float, name: str) -> None:
     """What logits are multiplied or divided by: it and its inverse are numbers in float32."""
-    if not _LEAST_FACTOR <= value <= 1 / _LEAST_FACTOR:
+    if not _LEAST_FACTOR <= value <= _LARGEST_FACTOR:
         raise ValueError(f"{name} must be in [1e-30, 1e30], got {value}")
 
 
@@ -314,6 +314,7 @@ def assemble(
     )
     if cu_seqlens is None:
         return stats
+    check_tensor(cu_seqlens, "cu_seqlens")
     return replace(stats, sequences=reduce_sequences(stats, cu_seqlens, target_ids, ignore_index))
 
 
@@ -354,7 +355,8 @@ def token_stats(
         on 16-byte boundaries; elsewhere the order of its sums follows from where it lies).
 
     Raises:
-        TypeError: logits are not floating point or target_ids not integers.
+        TypeError: logits are not floating point, target_ids not integers, or one of the three
+            no tensor.
         ValueError: shapes disagree, an option is out of range, or, on the CPU, a target is
             neither a column nor `ignore_index`. A GPU is not waited for: there such a target
             gives logprob NaN and rank -1.
