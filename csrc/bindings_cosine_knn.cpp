@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -144,11 +145,12 @@ class Index {
         {
             const py::gil_scoped_release release;
             const auto lock = locked<std::shared_lock<std::shared_timed_mutex>>(monitor);
+            std::vector<std::uint64_t> bits;
             if (allowed) {
-                if (static_cast<std::size_t>(allowed->size()) < (index_.size() + 63) / 64) {
-                    throw std::invalid_argument("allowed must hold one bit per row");
-                }
-                options.allowed = allowed->data();
+                // Rows added since the bits were set are not among those allowed.
+                bits.assign(allowed->data(), allowed->data() + allowed->size());
+                bits.resize(std::max(bits.size(), (index_.size() + 63) / 64));
+                options.allowed = bits.data();
             }
             stats = index_.search(rows, options, id_data, cosine_data, monitor);
         }

@@ -80,7 +80,7 @@ class CosineKNN:
         )
         self._dim = dim
         self._dtype = dtype
-        self._lock = threading.Lock()  # `add` and `save` one at a time
+        self._lock = threading.Lock()  # `add` and whatever reads rows with their ids
         self._named = False  # whether rows carry ids of their own
         self._core = _core.CosineIndex(dim, dtype, os.environ.get("ROBUSTFT_ISA", ""))
         self._tier = os.environ.get("ROBUSTFT_KNN_TIER", "auto")
@@ -143,7 +143,8 @@ class CosineKNN:
             KeyboardInterrupt: on Ctrl-C, within a fraction of a second.
         """
         rows, dtype = _as_rows(queries, "queries")
-        ids, cosines, _ = self._search(rows, dtype, k, exclude, threshold, allowed, progress)
+        bits = None if allowed is None else self._bitmap(allowed)
+        ids, cosines, _ = self._search(rows, dtype, k, exclude, threshold, bits, progress)
         return ids, cosines
 
     def self_search(
@@ -154,14 +155,19 @@ class CosineKNN:
         allowed: ArrayLike | Iterable[int] | None = None,
         progress: Progress | None = None,
     ) -> Found:
-        """Search every row among all others: `search(rows, k, exclude=ids)`, [N, k] each."""
+        """Search every row among all others: `search(rows, k, exclude=ids)`, [N, k] each.
+
+        N is the number of rows at the start; those added meanwhile may be among the neighbours.
+        """
+        with self._lock:
+            ids, parts = self.ids, list(self._parts)
+            bits = None if allowed is None else self._bitmap(allowed)
         found = []
-        ids = self.ids
         start = 0
-        for part in list(self._parts):
+        for part in parts:
             own = ids[start : start + len(part)]
             start += len(part)
-            found.append(self._search(part, self._dtype, k, own, threshold, allowed, progress)[:2])
+            found.append(self._search(part, self._dtype, k, own, threshold, bits, progress)[:2])
         if len(found) == 1:
             return found[0]
         if not found:
@@ -260,7 +266,7 @@ class CosineKNN:
         k: int,
         exclude: ArrayLike | None,
         threshold: float | None,
-        allowed: ArrayLike | Iterable[int] | None,
+        allowed: NDArray[np.uint64] | None,
         progress: Progress | None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], dict[str, int]]:
         if rows.shape[1] != self._dim:
@@ -275,7 +281,7 @@ class CosineKNN:
             dtype,
             k,
             None if exclude is None else _as_ids(exclude, len(rows), "exclude", lowest=-1),
-            None if allowed is None else self._bitmap(allowed),
+            allowed,
             floor,
             self._threads,
             self._tier,
@@ -286,11 +292,15 @@ class CosineKNN:
         return found
 
     def _bitmap(self, allowed: ArrayLike | Iterable[int]) -> NDArray[np.uint64]:
-        """One bit per row, row i at bit i % 64 of word i // 64."""
+        """One bit per row, row i at bit i % 64 of word i // 64.
+
+        Rows that are added later have none, and are not allowed.
+        """
+        count = len(self)
         chosen = np.asarray(allowed if hasattr(allowed, "__array__") else list(allowed))  # type: ignore[arg-type]
         if chosen.dtype == np.bool_:
-            if chosen.shape != (len(self),):
-                raise ValueError(f"allowed must be [{len(self)}] booleans, got {chosen.shape}")
+            if chosen.shape != (count,):
+                raise ValueError(f"allowed must be [{count}] booleans, got {chosen.shape}")
             mask = chosen
         else:
             wanted = _as_ids(chosen, chosen.size, "allowed")
@@ -299,12 +309,12 @@ class CosineKNN:
                 mask = np.isin(known, wanted)
                 unknown = wanted[~np.isin(wanted, known)]
             else:
-                mask = np.zeros(len(self), np.bool_)
-                mask[wanted[wanted < len(self)]] = True
-                unknown = wanted[wanted >= len(self)]
+                mask = np.zeros(count, np.bool_)
+                mask[wanted[wanted < count]] = True
+                unknown = wanted[wanted >= count]
             if unknown.size:
                 raise ValueError(f"allowed must hold ids of the index, got {unknown[0]}")
-        packed = np.zeros((len(self) + 63) // 64 * 8, np.uint8)
+        packed = np.zeros((mask.size + 63) // 64 * 8, np.uint8)
         bits = np.packbits(mask, bitorder="little")
         packed[: bits.size] = bits
         return packed.view(np.uint64)

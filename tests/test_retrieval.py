@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import _thread
 import multiprocessing
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -150,7 +153,9 @@ def test_the_filter_changes_with_the_rows(
     expected = brute_force(rows, queries, 4, exclude=exclude, allowed=mask)
     for threads in (1, 2):
         index = CosineKNN(rows, threads=threads)
-        *found, counts = index._search(queries, "float32", 4, exclude, None, mask, None)
+        *found, counts = index._search(
+            queries, "float32", 4, exclude, None, index._bitmap(mask), None
+        )
         assert_same(found, expected)
         assert counts["rescored"] < 0.02 * len(queries) * len(rows)
         assert counts["float_pairs"] > 0
@@ -415,6 +420,90 @@ def test_many_python_threads_share_an_index() -> None:
                 for want in expected
             )
     assert_same(index.search(queries, 5), expected[1])
+
+
+def in_a_child(code: str) -> str:
+    """What `code` prints in a process of its own, so that a deadlock cannot hang the tests."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_an_index_is_read_during_a_long_add(copy: bool) -> None:
+    printed = in_a_child(f"""
+        import threading
+        import numpy as np
+        from robustft.retrieval import CosineKNN
+
+        rng = np.random.default_rng(0)
+        many = rng.integers(-9, 9, (60_000, 512), np.int8).astype(np.float16)
+        index = CosineKNN(many[:1000], threads=1)
+        query, done, searched = many[:2], threading.Event(), threading.Event()
+
+        def read():
+            while not done.is_set():
+                index.search(query, 3)
+                index.ids, index.extra_bytes
+                searched.set()
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        searched.wait()
+        index.add(many, copy={copy})  # takes longer than the 50 ms between two looks at Ctrl-C
+        done.set()
+        reader.join()
+        print(len(index))
+    """)
+    assert printed == "61000\n"
+
+
+def test_an_index_grows_while_it_is_searched() -> None:
+    printed = in_a_child("""
+        import threading
+        import numpy as np
+        from robustft.retrieval import CosineKNN
+
+        rng = np.random.default_rng(0)
+        rows = rng.standard_normal((6000, 16), np.float32)
+        index = CosineKNN(rows[:500], threads=1)
+        done, wrong = threading.Event(), []
+
+        def read():
+            while not done.is_set():
+                try:
+                    ids, _ = index.self_search(3)
+                    assert not (ids == np.arange(len(ids))[:, None]).any()
+                    ids, _ = index.search(rows[:1], 3, allowed=[4, 2])
+                    assert sorted(ids[0]) == [-1, 2, 4]
+                except Exception as error:
+                    wrong.append(repr(error))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for i in range(500, len(rows), 2):
+                index.add(rows[i : i + 2])
+        finally:
+            done.set()
+        reader.join()
+        print(len(index), wrong[:3])
+    """)
+    assert printed == "6000 []\n"
+
+
+def test_rows_added_meanwhile_are_not_allowed() -> None:
+    rows = gaussian(300, 16)
+    index = CosineKNN(rows[:40])
+    index.add(rows[40:60], copy=False)
+
+    def grow(done: int, total: int) -> None:
+        if len(index) == 60:
+            index.add(rows[60:])
+
+    found = index.self_search(3, allowed=iter([7, 50, 59]), progress=grow)
+    assert len(index) == 300
+    expected = CosineKNN(rows[:60]).self_search(3, allowed=[7, 50, 59])
+    assert_same(found, expected)
 
 
 def test_ctrl_c_stops_a_long_search() -> None:
