@@ -14,7 +14,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -115,8 +114,10 @@ void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& 
                 --shared->running;
                 shared->finished.notify_one();
             }).detach();
-        } catch (const std::system_error&) {
-            break;  // the machine gives no more threads: those that started do the work
+        } catch (...) {
+            // No thread, or no memory for one: those that started do the work, and use what is on
+            // this stack.
+            break;
         }
     }
     work(0);
