@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from robustft.benchmarks import knn, linear_token_stats
+from robustft.benchmarks.measure import extra_mib
 from robustft.errors import UserError
+from robustft.retrieval import CosineKNN
 
 TINY = {
-    "token_stats": {"rows": 8, "vocab": 300},
-    "token_gradients": {"rows": 8, "vocab": 300},
-    "linear_token_stats": {"rows": 8, "width": 32, "vocab": 300},
+    "token_stats": {"rows": 9, "vocab": 300},
+    "token_gradients": {"rows": 9, "vocab": 300},
+    "linear_token_stats": {"rows": 9, "width": 32, "vocab": 300},
 }
 
 
@@ -51,13 +57,53 @@ def test_a_wrong_kernel_fails_its_gate(
     name = benchmark_module.OURS.split()[1]
     right = getattr(benchmark_module, name)
 
-    def wrong(x: Any, *rest: Any, **options: Any) -> Any:
-        return right(x * 1.01, *rest, **options)
+    def wrong(x: Any, *rest: Any, **options: Any) -> Any:  # on the timed shape alone
+        return right(x * 1.01 if len(x) == 9 else x, *rest, **options)
 
     monkeypatch.setattr(benchmark_module, name, wrong)
     assert benchmark_module.main(["--quick", "--device", "cpu", "--only", "float32"]) == 1
 
 
 def test_a_case_that_is_not_there(benchmark_module: ModuleType) -> None:
-    with pytest.raises(UserError, match="--only: expected text from one of N=8"):
+    with pytest.raises(UserError, match="--only: expected text from one of N=9"):
         benchmark_module.main(["--quick", "--only", "V=1000000"])
+
+
+@pytest.mark.parametrize("field", ["argmax", "rank"])
+def test_columns_out_of_order_fail_the_gate_from_hidden_states(field: str) -> None:
+    hidden, weight, ids = linear_token_stats.inputs(
+        linear_token_stats.Case(9, 32, 300, "float32"), "cpu"
+    )
+    found = linear_token_stats.linear_token_stats(hidden, weight, ids)
+    assert linear_token_stats.gate(found, hidden, weight, ids) == "yes"
+    one_off = replace(found, **{field: getattr(found, field) ^ 1})
+    assert linear_token_stats.gate(one_off, hidden, weight, ids) == "NO"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_knn_gate_judges_the_timed_search(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = CosineKNN.search
+
+    def wrong(self: CosineKNN, queries: Any, k: int) -> Any:  # where all queries come at once
+        ids, cosines = search(self, queries, k)
+        return np.roll(ids, broken and len(queries) == 70, axis=1), cosines
+
+    monkeypatch.setattr(CosineKNN, "search", wrong)
+    rows = knn.run_case(knn.Case("random", 500, 16, 70, 3, 1), None, 0.01, ["numpy"])
+    gates = {row.contender: row.correct for row in rows}
+    assert gates["robustft"] == ("NO" if broken else "yes")
+    assert gates["numpy matmul, argpartition"].startswith("same 1.000")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_that_was_used_before_counts_again() -> None:
+    def call() -> None:
+        torch.empty(24 << 18).fill_(1)  # 24 MiB, which glibc keeps
+
+    call()
+    call()
+    found = extra_mib(call, "cpu")
+    assert found is not None
+    assert 23 < found < 40

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,6 +72,13 @@ def violations(
         if (a is None) != (b is None) or (a is not None and not torch.equal(a.to(b.device), b)):
             problems.append(f"{name}: differs")
     return problems
+
+
+def first_rows(stats: TokenStats, count: int) -> TokenStats:
+    """The statistics of the first `count` of positions [N]."""
+    columns: dict[str, Any] = {field.name: getattr(stats, field.name) for field in fields(stats)}
+    columns = {name: None if x is None else x[:count] for name, x in columns.items()}
+    return TokenStats(**columns)
 
 
 def check_forward(
