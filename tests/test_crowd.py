@@ -63,6 +63,62 @@ def test_learners_find_wrong_labels_and_their_rate_without_truth(rate: float) ->
     assert abs(found.expected_precision() - wrong[found.wrong > 0.5].mean()) < 0.1
 
 
+def sharpened(rows: int, rate: float, factor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities of an expert who is `factor` times too sure, true and given labels."""
+    rng = np.random.default_rng(4)
+    truth = rng.integers(4, size=rows)
+    strength = rng.gamma(2.0, 1.5, rows)[:, None]
+    scores = strength * (rng.normal(size=(rows, 4)) + strength * np.eye(4)[truth])
+    return learners.softmax(factor * scores), truth, flipped(truth, rate, 4, rng)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0, 5.0])
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+def test_an_expert_may_be_too_sure_of_everything(factor: float, rate: float) -> None:
+    said, truth, labels = sharpened(1500, rate, factor)
+    found, wrong = crowd.judge_labels({"expert": said}, labels, 4), labels != truth
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - rate) < 0.05
+    flagged = found.wrong > 0.5
+    assert abs(found.expected_precision() - wrong[flagged].mean()) < 0.08
+    best = crowd.judge_labels({"expert": sharpened(1500, rate, 1.0)[0]}, labels, 4).wrong > 0.5
+    assert (flagged != best).mean() < 0.02
+
+
+def test_a_weak_expert_does_not_overrule_right_answers() -> None:
+    """Right in 40 % of four options and sure of it; 2 % of the given answers are wrong."""
+    rng = np.random.default_rng(7)
+    truth = rng.integers(4, size=2000)
+    labels = flipped(truth, 0.02, 4, rng)
+    found = crowd.judge_labels({"weak": opinions(truth, 0.4, 4, rng)}, labels, 4)
+    assert (found.wrong > 0.5).mean() < 0.02
+
+
+def test_an_expert_slightly_worse_than_chance_is_muted() -> None:
+    """By accident one in a hundred is; far below chance it tells that most answers are wrong."""
+    rng = np.random.default_rng(8)
+    truth = rng.integers(3, size=900)
+    said = opinions(truth, 0.30, 3, rng)
+    assert -5 < skill(np.log(said), _Given(truth, 3)) < -2.0
+    assert crowd.judge_labels({"unlucky": said}, truth, 3).powerless
+
+
+def test_one_record_with_more_options_changes_nothing_for_the_others() -> None:
+    said, _, labels = sharpened(1000, 0.3, 1.0)
+    alone = crowd.judge_labels({"expert": said}, labels, 4)
+    wider = np.concatenate([np.pad(said, ((0, 0), (0, 2))), np.full((1, 6), 1 / 6)])
+    widths = np.array([4] * 1000 + [6])
+    more = np.append(labels, 5)
+    found = crowd.judge_labels({"expert": wider}, more, 6, options=widths)
+    assert alone.noise_rate is not None
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - alone.noise_rate.value) < 0.02
+    np.testing.assert_allclose(found.wrong[:1000], alone.wrong, atol=0.03)
+    assert found.labels is not None
+    assert (found.labels[:1000, 4:] == 0).all()
+    assert found.labels[1000, 4:].min() > 0
+
+
 def test_an_expert_at_chance_is_muted() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(3, size=500)
@@ -214,6 +270,33 @@ def test_a_large_corpus_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     crowd.judge_labels({}, labels[1:], 3, taught, progress=lambda *step: steps.append(step))
     assert [done for _, done, _ in steps] == list(range(1, len(steps) + 1))
     assert len(steps) <= steps[0][2]
+
+
+def test_copies_of_a_record_do_not_judge_each_other() -> None:
+    rows, truth, labels = corpus(6, 500)
+    questions = np.arange(500) % 400  # the first hundred are asked twice, with the same label
+    rows, truth, labels = rows[questions], truth[questions], labels[questions]
+    wrong = labels != truth
+    once = crowd.judge_labels({}, labels[:400], 3, crowd.Learners(rows[:400], labels[:400], 3))
+    told = crowd.Learners(rows, labels, 3, questions=questions * 7)
+    found = crowd.judge_labels({}, labels, 3, told)
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - wrong.mean()) < 0.05
+    caught = (found.wrong > 0.5)[wrong].mean()
+    assert caught > (once.wrong > 0.5)[wrong[:400]].mean() - 0.05
+    changed = labels.copy()
+    changed[[3, 403]] = (labels[3] + 1) % 3  # record 3 and its copy
+    for expert in (
+        lambda given: learners.neighbour_vote(rows, given, 3, questions=questions),
+        lambda given: learners.out_of_fold(rows, given, np.eye(3), questions=questions),
+    ):
+        assert abs(expert(labels)[3] - expert(changed)[3]).max() < 0.06
+
+
+def test_words_of_copies_count_once() -> None:
+    texts = ["one two", "three four", "one two"]
+    assert learners.word_features(texts, np.array([5, 9, 5])) is None
+    assert learners.word_features(texts) is not None
 
 
 def test_the_regression_without_noise_is_scikit_learns() -> None:

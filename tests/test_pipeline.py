@@ -453,6 +453,55 @@ def test_an_answer_found_clean_is_held_to_the_standard_of_the_new_ones(tmp_path:
     assert without.counts["drop"] == 0
 
 
+def test_sets_of_options_are_judged_apart(tmp_path: Path) -> None:
+    """Two label sets and single questions in one corpus; one odd record silences no learner."""
+    rows, truth = worded_rows(300, wrong=0.3)
+    for row in rows[200:]:
+        row["options"] = ["no", "yes", "perhaps"]
+    rows[7]["options"] = ["x", "y", "z", "another"]
+    single = [row | {"options": [f"{i} {o}" for o in "xyz"]}
+              for i, row in enumerate(choice_rows(50))]  # fmt: skip
+    source = write_jsonl(tmp_path / "in.jsonl", rows + single)
+    result = run(source, tmp_path / "out", detector="crowd")
+    verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")
+    assert "on 51 records no expert is better than chance" in result.warnings[0]
+    assert result.counts["unjudged"] == 51
+    for one in (verdicts[7], *verdicts[300:]):
+        assert (one["verdict"], one["noise_score"], one["action"]) == ("not judged", None, "keep")
+    wrong = [row["answer"] != right for row, right in zip(rows, truth, strict=True)]
+    found = [one["verdict"] == "noisy" for one in verdicts[:300]]
+    hits = sum(a and b for a, b in zip(wrong, found, strict=True))
+    assert hits > 0.9 * sum(wrong)
+    assert hits > 0.9 * sum(found)
+
+
+def test_options_that_read_alike_are_one_answer(tmp_path: Path) -> None:
+    options = ["red", "green", "red"]
+    row = {"question": "Which?", "options": options, "answer": "C"}
+    source = write_jsonl(tmp_path / "in.jsonl", [row | {"question": f"Q{i}?"} for i in range(5)])
+    engine = ScriptedEngine(choose=all_doubt)  # says A of every question
+    result = run(source, tmp_path / "out", engine, without=frozenset({"checker"}))
+    assert result.counts["clean"] == 5
+
+
+def test_a_model_that_gives_no_answer_contradicts_nobody(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(60)]
+
+    def reply(prompt: Prompt) -> str:
+        number = int(prompt.messages[-1].content.split("What is ")[1].split("?")[0])
+        return "" if number % 10 == 0 else f"The answer is {number}."
+
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    result = run(
+        source, tmp_path / "out", ScriptedEngine(reply=reply), detector="crowd",
+        without=frozenset({"rel", "checker"}),
+    )  # fmt: skip
+    assert (result.counts["clean"], result.counts["unjudged"]) == (54, 6)
+    silent = [v for v in read_jsonl(tmp_path / "out/verdicts.jsonl") if v["verdict"] != "clean"]
+    assert [one["given"] for one in silent] == [str(i) for i in range(0, 60, 10)]
+    assert all(one["action"] == "keep" and "gave no answer" in one["reason"] for one in silent)
+
+
 def test_experts_at_chance_change_nothing_and_say_so(tmp_path: Path) -> None:
     rows = [row | {"options": [f"{i} {o}" for o in "xyz"]} for i, row in
             enumerate(choice_rows(300))]  # fmt: skip

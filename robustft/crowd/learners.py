@@ -48,10 +48,11 @@ class Corpus(Protocol):
         ...
 
 
-def word_features(texts: Iterable[str]) -> Features | None:
+def word_features(texts: Iterable[str], questions: Labels | None = None) -> Features | None:
     """[N, d] CSR of unit-length TF-IDF rows of hashed words and pairs; None without words.
 
-    Words of a single text teach nothing about another and are left out.
+    Words of a single text teach nothing about another and are left out. questions: [N] numbers,
+    equal where texts are copies, which count once.
     """
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -60,13 +61,14 @@ def word_features(texts: Iterable[str]) -> Features | None:
         norm=None, dtype=np.float32,
     )  # fmt: skip
     counts = hasher.transform(texts)
-    seen = np.bincount(counts.indices, minlength=_WORDS)
+    _, first = _distinct(questions, counts.shape[0])
+    seen = np.bincount(counts[first].indices, minlength=_WORDS)
     kept = np.flatnonzero(seen > 1)
     if len(kept) == 0:
         return None
     counts = counts[:, kept].astype(np.float64)
     counts.data = 1.0 + np.log(counts.data)
-    weighted = counts.multiply(1.0 + np.log((1 + counts.shape[0]) / (1 + seen[kept]))).tocsr()
+    weighted = counts.multiply(1.0 + np.log((1 + len(first)) / (1 + seen[kept]))).tocsr()
     norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).ravel())
     return sparse.diags_array(1.0 / np.maximum(norms, 1e-12)).dot(weighted).tocsr()
 
@@ -121,7 +123,7 @@ class Learners:
         words = None
         if len(positions) <= _WORD_ROWS:
             rows = corpus[positions]
-            words = word_features(corpus.questions(positions))
+            words = word_features(corpus.questions(positions), questions)
         return cls(
             rows, given, classes, words, questions=questions, threads=corpus.threads,
             progress=progress,
