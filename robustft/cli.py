@@ -54,6 +54,10 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
     from robustft.tuned import refuse_folds
 
     config = _clean_config(options)
+    if options.truth:
+        from robustft.truth import check
+
+        check(options.truth)
     if options.method != "robustft":
         from robustft.methods import clean_by
 
@@ -88,7 +92,7 @@ def _print_truth(result: Any, options: argparse.Namespace) -> None:
     from robustft.truth import compare
 
     if getattr(options, "truth", None):  # `merge` has no such option
-        print(compare(result.out, Path(options.truth)))
+        print(compare(result.out, options.truth))
 
 
 def _run_shards(options: argparse.Namespace, config: Any) -> int:

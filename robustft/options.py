@@ -320,8 +320,8 @@ def _add_clean(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--truth", metavar="FILE",
-        help="compare the verdicts with the truth: JSON lines in input order, id and truth, as "
-        "robustft corrupt writes them; nothing else reads it (default: not compared)",
+        help="compare the verdicts with the truth, in input order: what robustft corrupt writes, "
+        "or the records with right answers; nothing else reads it (default: not compared)",
     )  # fmt: skip
     _add_model(parser)
     _add_engine(parser)

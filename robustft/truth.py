@@ -14,6 +14,7 @@ import orjson
 
 from robustft.answers import answer_kind, matches
 from robustft.errors import UserError
+from robustft.records import Record, open_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +48,34 @@ class Comparison:
         )
 
 
-def compare(out: Path, truth: Path) -> Comparison:
-    """Compare `out`/verdicts.jsonl with a truth file: one JSON line a record, `id` and `truth`.
+def check(truth: str) -> None:
+    """Raise UserError where `compare` could not read the truth's first record."""
+    next(_known(truth), None)
 
-    Both are in the input's order; the truth may go on where a run had a --limit. Raises UserError
-    where the file cannot be read or belongs to another input.
+
+def compare(out: Path, truth: str) -> Comparison:
+    """Compare `out`/verdicts.jsonl with the truth.
+
+    `truth`: what `corrupt` writes beside its copy, one JSON line a record with `id` and `truth`; or
+    the records with right answers, in any schema that `clean` reads. Both are in the input's order;
+    the truth may go on where a run had a --limit. Raises UserError where it cannot be read or
+    belongs to another input.
     """
     scores, errors = array("d"), array("b")
-    noisy = hits = kept = right = 0
+    noisy = hits = kept = corrected = 0
     for number, (verdict, known) in enumerate(
-        zip_longest(_lines(out / "verdicts.jsonl"), _lines(truth)), 1
+        zip_longest(_lines(out / "verdicts.jsonl"), _known(truth)), 1
     ):
         if verdict is None:
             break
-        if known is None or known.get("id") != verdict["id"] or "truth" not in known:
-            found = "nothing" if known is None else f"{orjson.dumps(known).decode():.80}"
+        if known is None or known[0] != verdict["id"]:
+            found = "nothing" if known is None else repr(known[0])
             raise UserError(
-                f"{truth}, line {number}: expected the id {verdict['id']!r} and its truth, "
-                f"found {found}"
+                f"{truth}, record {number}: expected the id {verdict['id']!r}, found {found}: the "
+                "truth of another input?"
             )
-        wrong = not _same(known["truth"], verdict["given"])
+        right = known[1]
+        wrong = not _same(right, verdict["given"])
         flagged = verdict.get("verdict") == "noisy"  # baselines give no verdict and no score
         noisy += flagged
         hits += flagged and wrong
@@ -75,10 +84,10 @@ def compare(out: Path, truth: Path) -> Comparison:
         errors.append(wrong)
         if verdict["answer"] is not None:
             kept += 1
-            right += _same(known["truth"], verdict["answer"])
+            corrected += _same(right, verdict["answer"])
     is_wrong = np.frombuffer(errors, np.int8).astype(np.bool_)
     ranked = _auroc(np.frombuffer(scores), is_wrong)
-    return Comparison(len(scores), int(is_wrong.sum()), noisy, hits, ranked, kept, right)
+    return Comparison(len(scores), int(is_wrong.sum()), noisy, hits, ranked, kept, corrected)
 
 
 def _same(truth: str, answer: str) -> bool:
@@ -91,6 +100,28 @@ def _auroc(scores: np.ndarray[Any, Any], wrong: np.ndarray[Any, Any]) -> float |
     judged = ~np.isnan(scores)
     scores, wrong = scores[judged], wrong[judged]
     return float(roc_auc_score(wrong, scores)) if len(np.unique(wrong)) == 2 else None
+
+
+def _known(path: str) -> Iterator[tuple[str, str]]:
+    """Id and right answer of every record."""
+    if not _written_by_corrupt(path):
+        records = open_records(path)
+        yield from ((one.id, one.answer) for one in records if isinstance(one, Record))
+        return
+    for number, line in enumerate(_lines(Path(path)), 1):
+        if not (isinstance(line.get("id"), str) and isinstance(line.get("truth"), str)):
+            found = orjson.dumps(line).decode()
+            raise UserError(f"{path}, line {number}: expected id and truth, found {found:.80}")
+        yield line["id"], line["truth"]
+
+
+def _written_by_corrupt(path: str) -> bool:
+    try:
+        with Path(path).open("rb") as file:
+            first = orjson.loads(file.readline())
+    except (OSError, ValueError):  # not JSON lines; `open_records` says what is wrong, if anything
+        return False
+    return isinstance(first, dict) and "truth" in first
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from robustft.errors import UserError
-from robustft.truth import compare
+from robustft.truth import check, compare
 
 VERDICTS = [  # id, verdict, score, given, answer
     ("a", "noisy", 0.9, "A", "B"),
@@ -20,14 +20,14 @@ VERDICTS = [  # id, verdict, score, given, answer
 TRUTH = {"a": "B", "b": "A", "c": "The cat.", "d": "13", "e": "D"}
 
 
-def write(folder: Path, verdicts: list[tuple[object, ...]], truth: dict[str, str]) -> Path:
+def write(folder: Path, verdicts: list[tuple[object, ...]], truth: dict[str, str]) -> str:
     names = ("id", "verdict", "noise_score", "given", "answer")
     lines = [dict(zip(names, verdict, strict=True)) for verdict in verdicts]
     (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     known = [{"id": id_, "truth": value} for id_, value in truth.items()]
     path = folder / "truth.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in known))
-    return path
+    return str(path)
 
 
 def test_counts_by_hand(tmp_path: Path) -> None:
@@ -43,16 +43,45 @@ def test_nothing_judged_or_nothing_there(tmp_path: Path) -> None:
     found = compare(tmp_path, write(tmp_path, VERDICTS[4:], {"e": "D"}))
     assert (found.wrong, found.ranked) == (1, None)
     assert "noise_score" not in str(found)
-    assert compare(tmp_path, write(tmp_path, [], {})).records == 0
+    assert compare(tmp_path, write(tmp_path, [], {"e": "D"})).records == 0
+
+
+def test_the_truth_may_be_the_records_with_right_answers(tmp_path: Path) -> None:
+    verdicts: list[tuple[object, ...]] = [
+        ("7", "noisy", 0.9, "A", "B"),
+        ("8", "clean", 0.1, "B", "B"),
+    ]
+    write(tmp_path, verdicts, {})
+    rows = [{"id": n, "question": "Q?", "options": ["x", "y"], "answer": "B"} for n in "78"]
+    truth = tmp_path / "labeled.jsonl"
+    truth.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check(str(truth))
+    found = compare(tmp_path, str(truth))
+    assert (found.records, found.wrong, found.noisy, found.hits, found.right) == (2, 1, 1, 1, 2)
 
 
 def test_a_truth_of_another_input_is_refused(tmp_path: Path) -> None:
-    for truth in ({"x": "B"}, {}):
-        path = write(tmp_path, VERDICTS[:1], truth)
-        with pytest.raises(UserError, match=r"truth.jsonl, line 1: expected the id 'a'"):
+    for truth, said in (({"x": "B"}, "'x'"), ({"a": "B"}, "nothing")):
+        path = write(tmp_path, VERDICTS[:2], truth)
+        with pytest.raises(UserError, match=rf"expected the id '[ab]', found {said}"):
             compare(tmp_path, path)
-    path.write_text("{broken\n")
-    with pytest.raises(UserError, match="expected JSON lines"):
-        compare(tmp_path, path)
-    with pytest.raises(UserError, match="cannot be read"):
-        compare(tmp_path, tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "a", "truth": null}\n', "line 1: expected id and truth"),
+        ('{"id": 1, "truth": "A"}\n', "line 1: expected id and truth"),
+        ("{broken\n", "truth.jsonl"),
+        ("", "truth.jsonl"),
+        (None, "truth.jsonl"),
+    ],
+)
+def test_a_truth_that_cannot_be_read_is_refused_at_once(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "truth.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        check(str(path))
