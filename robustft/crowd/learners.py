@@ -21,6 +21,7 @@ from robustft.retrieval import CosineKNN
 _FOLDS = 5
 _CUTS = 2
 _PENALTY = 1.0  # half the squared norm of the coefficients is added to the summed log-loss
+_TOLERANCE = 1e-5  # relative to the log-loss; less moves no verdict
 _FIT_ROWS = 40_000  # a fold is fitted on at most this many rows
 _CHUNK = 16_384  # rows predicted at once
 _VOTES = 20  # neighbours that each record asks
@@ -30,7 +31,7 @@ _WORD_ROWS = 100_000  # of a larger corpus words are not counted: memory stays b
 _TOKEN = r"\w+|[^\w\s]"
 
 Labels = NDArray[np.int64]
-Features = Any  # [N, d]: dense, scipy CSR, or what gathers such rows by their numbers
+Features = Any  # [N, d]: dense, scipy CSR, `Beside`, or what gathers such rows by their numbers
 Progress: TypeAlias = Callable[[str, int, int], object]  # what is done, how much of it, of how much
 
 
@@ -83,6 +84,31 @@ class _Gathered:
         return self._corpus[self._positions[rows]]
 
 
+class Beside:
+    """The columns of several matrices as one; each stays dense or sparse, as it came."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
+        self._edges = np.cumsum([0, *(part.shape[1] for part in parts)]).tolist()
+        self.shape = (parts[0].shape[0], self._edges[-1])
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> Beside:
+        return Beside(*(part[rows] for part in self._parts))
+
+    def astype(self, dtype: type[np.float64]) -> Beside:
+        """The same in another dtype."""
+        return Beside(*(part.astype(dtype) for part in self._parts))
+
+    def __matmul__(self, right: Floats) -> Floats:
+        edges = zip(self._edges, self._edges[1:], strict=False)
+        products = [part @ right[a:b] for part, (a, b) in zip(self._parts, edges, strict=True)]
+        return np.asarray(sum(products))
+
+    def transposed_times(self, right: Floats) -> Floats:
+        """[d, C] from [N, C]."""
+        return np.concatenate([part.T @ right for part in self._parts])
+
+
 class Learners:
     """Regressions and a neighbour vote on the given labels of one corpus.
 
@@ -105,8 +131,7 @@ class Learners:
         self._given, self._seed, self._questions = given, seed, questions
         self.features: dict[str, Features] = {"regression": embeddings}
         if words is not None:
-            both = [sparse.csr_matrix(embeddings, dtype=np.float64), words]
-            self.features["regression with words"] = sparse.hstack(both, format="csr")
+            self.features["regression with words"] = Beside(embeddings, words)
         self._votes = neighbour_vote(
             embeddings, given, classes, questions=questions, seed=seed, threads=threads,
             progress=progress,
@@ -229,7 +254,7 @@ def fit_regression(
     """
     from threadpoolctl import threadpool_limits
 
-    features = features.astype(np.float64)
+    features = (features if isinstance(features, Beside) else Beside(features)).astype(np.float64)
     classes, (_, width) = len(transition), features.shape
     likelihood = transition[:, given].T  # [N, C] p(y_i | z)
 
@@ -240,14 +265,16 @@ def fit_regression(
         evidence = joint.sum(1)
         off = predicted - joint / evidence[:, None]  # gradient with respect to the scores
         gradient = np.empty_like(weights)
-        gradient[:, :-1] = (features.T @ off).T + penalty * weights[:, :-1]
+        gradient[:, :-1] = features.transposed_times(off).T + penalty * weights[:, :-1]
         gradient[:, -1] = off.sum(0)
         size = 0.5 * penalty * float((weights[:, :-1] ** 2).sum())
         return size - float(np.log(evidence).sum()), gradient.ravel()
 
     with threadpool_limits(1):  # two BLAS threads fight over matrices this small
         start = np.zeros(classes * (width + 1))
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60})
+        found = minimize(
+            loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60, "ftol": _TOLERANCE}
+        )
     return np.asarray(found.x).reshape(classes, width + 1)
 
 
