@@ -17,6 +17,8 @@ from robustft.files import atomic_file
 from robustft.records import Record, RecordSource, open_records
 from robustft.store import Stopwatch, Store
 
+_LEARNT_AT_ONCE = 100_000  # of more records the embeddings are read in pieces
+
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
@@ -96,8 +98,10 @@ def estimate(
         disk = sum(path.stat().st_size for path in grows) - fixed
     share = records / len(chosen)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Beside the models: noisy, selected, wrong, nll, pooled and evidence, and the index's codes.
-    per_record = 96 + embedder.dimensions
+    # Beside the models: noisy, selected, wrong, nll, evidence and opinions, and the index's codes.
+    memory = records * (256 + embedder.dimensions)
+    if config.detector == "crowd":  # the learners' copies of the embeddings, in float64
+        memory += min(records, _LEARNT_AT_ONCE) * 12 * embedder.dimensions
     return CostEstimate(
         records=records,
         rejects=rejects,
@@ -106,7 +110,7 @@ def estimate(
         prompt_tokens=round(share * sum(cost["prompt_tokens"] for cost in totals.values())),
         new_tokens=round(share * sum(cost["new_tokens"] for cost in totals.values())),
         hours=share * seconds / 3600,
-        memory_bytes=peak + records * per_record,
+        memory_bytes=peak + memory,
         disk_bytes=round(share * disk),
     )
 
