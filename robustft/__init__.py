@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustft.cleaning import clean
-    from robustft.config import CleanConfig
+    from robustft.config import CleanConfig, EngineConfig, ExpertConfig
     from robustft.retrieval import CosineKNN
     from robustft.verdicts import CleanResult
     from robustft_kernels import Consistency, TokenStats
@@ -20,9 +20,11 @@ __version__ = "0.1.0"
 # Public name -> module that defines it, imported on first use: `import robustft` stays light.
 _LAZY = {
     "CleanConfig": "robustft.config",
-    "CleanResult": "robustft.pipeline",
+    "CleanResult": "robustft.verdicts",
     "Consistency": "robustft_kernels",
     "CosineKNN": "robustft.retrieval",
+    "EngineConfig": "robustft.config",
+    "ExpertConfig": "robustft.config",
     "TokenStats": "robustft_kernels",
     "answer_consistency": "robustft_kernels",
     "clean": "robustft.cleaning",
@@ -35,6 +37,8 @@ __all__ = [
     "CleanResult",
     "Consistency",
     "CosineKNN",
+    "EngineConfig",
+    "ExpertConfig",
     "TokenStats",
     "__version__",
     "answer_consistency",
@@ -53,4 +57,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted(__all__)

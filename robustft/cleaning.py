@@ -39,7 +39,7 @@ def clean(
     *,
     out: str | Path,
     model: str | None = None,
-    engine: Engine | None = None,
+    engine: Engine | EngineConfig | None = None,
     embedder: TextEmbedder | str | None = None,
     experts: ExpertConfig | None = None,
     **settings: Any,
@@ -53,15 +53,24 @@ def clean(
     out: the output folder (see `robustft.remote` for s3:// and the like); an unfinished run in it
         is resumed.
     model: hub id, folder or .gguf file; None is the embedded small model.
-    engine: a ready `robustft.engines.Engine` instead of `model`.
+    engine: a `robustft.EngineConfig` (a server, a device, …) or a ready `robustft.engines.Engine`,
+        instead of `model`.
     embedder: a sentence-embedding model by name, or a ready one; None is the embedded MiniLM.
-    experts, settings: the other fields of `robustft.config.CleanConfig`.
+    experts, settings: the other fields of `robustft.CleanConfig`, and those of
+        `robustft.ExpertConfig` (rounds, samples, temperature, …).
 
     Raises:
     ------
     UserError (a ValueError) with one clear line where the input or an argument is wrong.
     """
-    known = [one.name for one in dataclasses.fields(CleanConfig)]
+    if not (engine is None or isinstance(engine, EngineConfig) or hasattr(engine, "plan")):
+        raise TypeError(f"engine must be an EngineConfig or an Engine, got {engine!r:.80}")
+    if engine is not None and model is not None:
+        raise UserError("give model or engine, not both; EngineConfig has a model of its own")
+    own = {one.name for one in dataclasses.fields(ExpertConfig)}
+    asked = {name: settings.pop(name) for name in own & settings.keys()}
+    named = {"input", "out", "engine", "embedder", "experts"}
+    known = sorted({one.name for one in dataclasses.fields(CleanConfig)} - named | own)
     for name in settings.keys() - set(known):
         near = difflib.get_close_matches(name, known, 1)
         meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
@@ -78,13 +87,14 @@ def clean(
         config = CleanConfig(
             input=str(data),
             out=folder,
-            engine=EngineConfig(model=model),
+            engine=engine if isinstance(engine, EngineConfig) else EngineConfig(model=model),
             embedder=embedder if isinstance(embedder, str) else None,
-            experts=experts or ExpertConfig(),
+            experts=dataclasses.replace(experts or ExpertConfig(), **asked),
             **settings,
         )
         ready = None if isinstance(embedder, str) else embedder
-        return run_clean(config, engine=engine, embedder=ready)
+        loaded = None if isinstance(engine, EngineConfig) else engine
+        return run_clean(config, engine=loaded, embedder=ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,7 @@ class Announcement:
 
     records: int
     rejects: int
+    schema: str  # and the fields it reads
     models: Models
     resumed: bool
 
@@ -133,7 +144,9 @@ def run_clean(
         store.claim(models.identity(), name="models")
         store.claim(identity)
         stack.enter_context(long_lived())
-        announce(Announcement(intake.records, intake.rejects, models, resumed))
+        fields = ", ".join(source.layout.fields)
+        schema = f"{source.schema} ({fields})"
+        announce(Announcement(intake.records, intake.rejects, schema, models, resumed))
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
         reopen(shard, store, target, published=False)

@@ -15,7 +15,7 @@ from robustft.verdicts import CleanResult
 def print_announcement(known: Announcement) -> None:
     """First lines of a run: what was read and which models will be asked."""
     bad = f", {known.rejects} unreadable (see rejects.jsonl)" if known.rejects else ""
-    print(f"robustft: {known.records} records{bad}", file=sys.stderr)
+    print(f"robustft: {known.records} records{bad}, read as {known.schema}", file=sys.stderr)
     print(
         f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}",
         file=sys.stderr,

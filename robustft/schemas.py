@@ -163,11 +163,13 @@ _LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]*\s*")
 class ChoiceSchema:
     """Multiple choice. Options: a list, a JSON list in text, or labelled as ARC and MedQA do.
 
+    With `options` None they stand in columns A, B, … as far as these are filled.
+
     The answer is a letter, an option's label, a 0-based index or an option's text, and is written
     back in the form it was found in.
     """
 
-    options: str
+    options: str | None
     answer: str
     question: str = "question"
     name: str = "choice"
@@ -177,20 +179,24 @@ class ChoiceSchema:
     @property
     def fields(self) -> tuple[str, ...]:
         """Fields every row must have."""
-        return self.question, self.options, self.answer
+        return (
+            self.question,
+            *((self.options,) if self.options is not None else LETTERS[:2]),
+            self.answer,
+        )
 
     def parse(self, row: Mapping[str, Any]) -> Parsed:
         """Read a row; raises `BadRowError`."""
         question = _filled(
             text(field(row, self.question), self.question), "question", self.question
         )
-        labels, options = self._options(field(row, self.options))
+        labels, options = self._offered(row)
         position, _ = self._position(field(row, self.answer), labels, options)
         return Parsed(question, options, LETTERS[position], ())
 
     def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
         """Return the answer field, in the form of the given one."""
-        labels, options = self._options(row[self.options])
+        labels, options = self._offered(row)
         letter = answer.strip().upper()
         if len(letter) != 1 or letter not in LETTERS[: len(options)]:
             raise ValueError(
@@ -217,7 +223,7 @@ class ChoiceSchema:
         low = high = digits = total = 0
         for row in rows:
             try:
-                _, options = self._options(field(row, self.options))
+                _, options = self._offered(row)
                 number = _integer(field(row, self.answer))
             except BadRowError:
                 continue
@@ -236,12 +242,22 @@ class ChoiceSchema:
             )  # fmt: skip
         return replace(self, base=int(one_based), digits=0 < digits == total)
 
-    def _options(self, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return (labels, texts); labels are () when the options have none."""
+    def _offered(self, row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return (labels, texts) of the options; labels are () when they have none."""
+        if self.options is not None:
+            return self._options(field(row, self.options), self.options)
+        columns = list(LETTERS[:2])
+        for letter in LETTERS[2:]:
+            if row.get(letter) in (None, ""):
+                break
+            columns.append(letter)
+        return (), tuple(_filled(text(field(row, c), c), "option", c) for c in columns)
+
+    def _options(self, value: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if type(value) is list and 2 <= len(value) <= len(LETTERS) and _plain(value):
             return (), tuple(value)  # the usual case; what follows says the same of it
         if isinstance(value, str):
-            value = _json_list(value, self.options)
+            value = _json_list(value, name)
         labels: Sequence[Any] = ()
         if isinstance(value, Mapping):
             if set(value) == {"text", "label"}:
@@ -249,18 +265,16 @@ class ChoiceSchema:
             else:
                 labels, value = list(value), list(value.values())
         if not isinstance(value, (list, tuple)) or not isinstance(labels, (list, tuple)):
-            raise BadRowError(f"field {self.options!r}: expected a list, found {type_name(value)}")
+            raise BadRowError(f"field {name!r}: expected a list, found {type_name(value)}")
         if not 2 <= len(value) <= len(LETTERS):
             raise BadRowError(
-                f"field {self.options!r}: expected 2 to {len(LETTERS)} options, found {len(value)}"
+                f"field {name!r}: expected 2 to {len(LETTERS)} options, found {len(value)}"
             )
         if labels and len(labels) != len(value):
-            raise BadRowError(
-                f"field {self.options!r}: {len(value)} options but {len(labels)} labels"
-            )
+            raise BadRowError(f"field {name!r}: {len(value)} options but {len(labels)} labels")
         return (
-            tuple(text(label, self.options) for label in labels),
-            tuple(text(option, self.options) for option in value),
+            tuple(text(label, name) for label in labels),
+            tuple(text(option, name) for option in value),
         )
 
     def _position(
@@ -389,6 +403,7 @@ SCHEMAS: tuple[Schema, ...] = (
     ChoiceSchema("choices", "answer"),
     ChoiceSchema("choices", "answerKey"),
     ChoiceSchema("options", "answerKey"),
+    ChoiceSchema(None, "answer"),
     ChatSchema("messages", "messages"),
     ChatSchema("sharegpt", "conversations"),
     OpenSchema("alpaca", "instruction", "output", extra="input"),

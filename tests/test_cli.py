@@ -221,7 +221,7 @@ def test_clean_says_what_happened_and_what_to_run_next(
     assert f"robustft train '{out / 'cleaned.jsonl'}' --out '{out / 'adapter'}'" in done.out
     # stderr: only what was read, and by whom; nothing from libraries.
     assert done.err.splitlines() == [
-        "robustft: 30 records",
+        "robustft: 30 records, read as choice (question, options, answer)",
         "robustft: experts: scripted; embeddings: letters",
     ]
 

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustft.errors import UserError
+from robustft.formats import BadRowError
 from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records, output_name
 
 CHOICE = [
@@ -232,6 +233,23 @@ def test_choice_answers_keep_their_form(
     assert type(out["answerKey"]) is type(answer)
 
 
+def test_options_may_stand_in_columns_of_their_own(tmp_path: Path) -> None:
+    """As in MMLU's files; a shorter question leaves the last ones empty."""
+    source = tmp_path / "in.csv"
+    source.write_text("question,A,B,C,D,answer\n2+2?,3,4,5,6,B\nSky?,blue,red,,,A\nNo?,x,,,,A\n")
+    found = list(open_records(str(source)))
+    first, second, third = found
+    assert isinstance(first, Record)
+    assert isinstance(second, Record)
+    assert (first.options, first.answer) == (("3", "4", "5", "6"), "B")
+    assert (second.options, second.answer) == (("blue", "red"), "A")
+    assert isinstance(third, Reject)
+    assert third.reason == "empty option (field 'B')"
+    schema = open_records(str(source)).layout
+    row = {"question": "2+2?", "A": "3", "B": "4", "answer": "A"}
+    assert schema.changes(row, "B") == {"answer": "B"}
+
+
 @pytest.mark.parametrize(
     ("answers", "options", "letters"),
     [
@@ -330,7 +348,7 @@ def test_writer_discards_on_error_and_keeps_what_stood_there(tmp_path: Path) -> 
     out.parent.mkdir()
     out.write_text("before")
     broken = replace(records(source)[0], row={"answer": "A"})
-    with pytest.raises(KeyError), RecordWriter(out, source) as writer:
+    with pytest.raises(BadRowError), RecordWriter(out, source) as writer:
         writer.write(broken, "A")
     assert out.read_text() == "before"
     assert list(out.parent.iterdir()) == [out]
