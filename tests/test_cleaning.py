@@ -11,6 +11,9 @@ from scripted import LetterEmbedder, ScriptedEngine
 
 import robustft as rft
 from robustft.errors import UserError
+from robustft.methods import clean_by
+from robustft.methods.decisions import Decision, write_decisions
+from robustft.store import folder_lock
 
 ROWS = [{"question": f"Q{i}?", "options": ["x", "y"], "answer": "A"} for i in range(6)]
 
@@ -47,3 +50,93 @@ def test_an_unknown_setting_is_refused_with_the_nearest(tmp_path: Path) -> None:
 def test_the_public_names_are_all_there_is() -> None:
     assert dir(rft) == sorted(rft.__all__)
     assert all(getattr(rft, name) is not None for name in rft.__all__)
+
+
+def folder_of(path: Path) -> dict[str, bytes]:
+    return {
+        str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("cleaned.jsonl", {}),
+        ("manifest.json", {}),
+        ("messages.jsonl", {"dataset_info": True}),
+        ("dataset_info.json", {"dataset_info": True}),
+    ],
+)
+def test_files_of_somebody_else_stay(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(UserError, match=f"{name}: is there already"):
+        clean(tmp_path, **settings)
+    assert (tmp_path / name).read_text() == "mine"
+    for method in ("self-label", "self-select"):  # the refused run has left no sign of its own
+        with pytest.raises(UserError, match=f"{name}: is there already"):
+            clean_by(method, rft.CleanConfig(str(tmp_path / "in.jsonl"), tmp_path, **settings))
+
+
+def test_the_input_is_never_an_output(tmp_path: Path) -> None:
+    given = tmp_path / "messages.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    before = given.read_bytes()
+    with pytest.raises(UserError, match=r"messages.jsonl: would be overwritten"):
+        rft.clean(given, out=tmp_path, dataset_info=True)
+    assert given.read_bytes() == before
+
+
+def test_a_baseline_spares_a_run_and_replaces_its_own(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    clean(tmp_path / "run")
+    config = rft.CleanConfig(str(source), tmp_path / "run")
+    before = folder_of(tmp_path / "run")
+    decide = lambda records: [Decision(record.answer, "why not") for record in records]  # noqa: E731
+    with pytest.raises(UserError, match="is there already and was not written by this command"):
+        write_decisions(config, decide)
+    assert folder_of(tmp_path / "run") == before
+    own = rft.CleanConfig(str(source), tmp_path / "own")
+    assert write_decisions(own, decide).counts["keep"] == 6
+    assert write_decisions(own, decide).counts["keep"] == 6
+
+
+def test_rows_of_one_call_do_not_replace_those_of_another(tmp_path: Path) -> None:
+    (tmp_path / "input.jsonl").write_text("mine")
+    clean(tmp_path)
+    inputs = sorted(tmp_path.glob("input*.jsonl"))
+    with folder_lock(tmp_path), pytest.raises(UserError, match="another run is working"):
+        rft.clean(ROWS[:3], out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder())
+    assert (tmp_path / "input.jsonl").read_text() == "mine"
+    assert set(inputs) < set(tmp_path.glob("input*.jsonl"))
+    assert [path.read_bytes().count(b"\n") for path in inputs if path.stat().st_size > 4] == [6]
+
+
+def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    changed = source.read_text().replace("Q1?", "Q9?")
+    engine = ScriptedEngine(before_batch=lambda: source.write_text(changed) and None)
+    models = {"engine": engine, "embedder": LetterEmbedder(), "detector": "paper"}
+    with pytest.raises(UserError, match=r"in.jsonl: was changed while it was read"):
+        rft.clean(source, out=tmp_path / "out", **models)
+    assert not (tmp_path / "out/cleaned.jsonl").exists()
+
+
+def test_exchange_files_name_the_records_as_verdicts_do_and_never_go_stale(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    rows = [{**row, "answer": "AB"[number % 2]} for number, row in enumerate(ROWS * 5)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"engine": ScriptedEngine(), "embedder": LetterEmbedder(), "detector": "paper"}
+
+    def ids(name: str) -> list[str]:
+        lines = (tmp_path / "out" / name).read_text().splitlines()
+        return [json.loads(x)["id"] for x in lines if json.loads(x).get("answer", "") is not None]
+
+    few = rft.clean(source, out=tmp_path / "out", beta=0.3, dataset_info=True, **settings)
+    assert few.counts["drop"] > 0
+    assert ids("messages.jsonl") == ids("verdicts.jsonl")
+    more = rft.clean(source, out=tmp_path / "out", beta=1.0, **settings)
+    assert more.counts["drop"] < few.counts["drop"]
+    assert ids("messages.jsonl") == ids("verdicts.jsonl")

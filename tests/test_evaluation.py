@@ -109,6 +109,14 @@ def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
     assert "1 lines could not be read" in str(result)
 
 
+def test_a_category_cannot_move_the_cursor(tmp_path: Path) -> None:
+    rows = [choice("A", "A", category="law\x1b[2J\n  tax: 1.0000")]
+    source = write(tmp_path / "in.jsonl", rows)
+    result = evaluate(EvalConfig(input=str(source)), engine=ScriptedEngine())
+    assert "law\\x1b[2J\\n  tax" in str(result)
+    assert "\x1b" not in str(result)
+
+
 def test_a_category_in_every_record_is_none(tmp_path: Path) -> None:
     rows = [choice("A", "A", category=f"c{n}") for n in range(1001)]
     result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())

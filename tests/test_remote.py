@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -68,6 +69,24 @@ def test_nothing_is_copied_from_a_run_that_failed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no known schema"):
         clean([{"a": 1}], out=there, engine=ScriptedEngine(), embedder=LetterEmbedder())
     assert not (tmp_path / "there").exists()
+
+
+def test_files_of_somebody_else_and_the_input_stay(tmp_path: Path) -> None:
+    rows = [{"question": f"Q{i}?", "options": ["x", "y"], "answer": "A"} for i in range(5)]
+    there = f"file://{tmp_path}"
+    models = {"engine": ScriptedEngine(), "embedder": LetterEmbedder(), "detector": "paper"}
+    given = tmp_path / "cleaned.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = given.read_bytes()
+    with pytest.raises(UserError, match=r"cleaned.jsonl: would be overwritten"):
+        clean(f"{there}/cleaned.jsonl", out=there, **models)
+    with pytest.raises(UserError, match=r"cleaned.jsonl: is there already and was not written"):
+        clean(rows, out=there, **models)
+    assert given.read_bytes() == whole
+    out = f"file://{tmp_path}/run"
+    clean(rows, out=out, **models)
+    clean(rows, out=out, **models)  # its own files are replaced
+    assert not list((tmp_path / "run").glob("input*"))
 
 
 def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

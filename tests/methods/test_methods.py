@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from scripted import LetterEmbedder, ScriptedEngine
 
 from robustft.cli import main
 from robustft.config import CleanConfig
-from robustft.engines import Prompt
+from robustft.engines import Failure, Prompt
 from robustft.errors import UserError
 from robustft.methods import METHODS, Setting, clean_by, find_method
 from robustft.methods.scorers import Scorer, sharpened
@@ -176,3 +177,26 @@ def test_clean_with_a_baseline(
     assert "--method" in capsys.readouterr().err
     with pytest.raises(UserError, match="'sft' makes no training set"):
         clean_by("sft", CleanConfig(input=path, out=tmp_path / "c"))
+
+
+@pytest.mark.parametrize("name", ["self-label", "self-select"])
+def test_a_record_without_a_reply_stays_as_given_and_is_told(tmp_path: Path, name: str) -> None:
+    class Failing(ScriptedEngine):
+        def choose(self, prompts: Sequence[Prompt], *rest: Any) -> list[Any]:
+            said = super().choose(prompts, *rest)
+            number = [prompt.messages[-1].content for prompt in prompts]
+            return [
+                Failure("HTTP 500") if "number 7" in asked else one
+                for asked, one in zip(number, said, strict=True)
+            ]
+
+    path, _ = corpus(tmp_path / "noisy.csv")
+    prepare = METHODS[name].prepare
+    assert prepare is not None
+    config = CleanConfig(input=path, out=tmp_path / "out")
+    result = prepare(Setting(config, Failing(choose=knowing), LetterEmbedder()))
+    verdicts = [json.loads(x) for x in (tmp_path / "out/verdicts.jsonl").read_text().splitlines()]
+    lost = [one for one in verdicts if one["reason"] == "not judged: no reply: HTTP 500"]
+    assert result.unanswered == len(lost) == 11  # 7, 70 to 79
+    assert all(one["action"] == "keep" and one["answer"] == one["given"] for one in lost)
+    assert "11 records got no reply" in result.warnings[-1]
