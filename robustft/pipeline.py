@@ -131,7 +131,7 @@ class ShardRun:
         target = self.shard.phase("detected")
         if target.is_dir():
             return
-        watch = Stopwatch()
+        watch = self._watch("detect")
         detector = make_detector(self.config)
         done = set(self.store.finished("detect"))
         held = min(len(self.store.finished("corpus")) * UNIT_ROWS, self.shard.rows)
@@ -139,7 +139,7 @@ class ShardRun:
             EmbeddingWriter(self.shard.folder, self.embedder.dimensions, held) as embeddings,
             self._shown("detect", self.shard.rows * self._effort.detect),
         ):
-            marks = _Marks(self.store, ("corpus", "detect"), embeddings.sync)
+            marks = _Marks(self.store, ("corpus", "detect"), embeddings.sync, watch)
             for unit, chunk in self.intake.units(self.shard):
                 if chunk[-1].index - self.shard.start >= embeddings.rows:
                     embeddings.append(self.embedder.encode([one.question for one in chunk]))
@@ -176,12 +176,12 @@ class ShardRun:
         target = self.shard.phase("relabeled")
         if target.is_dir():
             return
-        watch = Stopwatch()
+        watch = self._watch("relabel")
         done = set(self.store.finished("relabel"))
         noisy = np.flatnonzero(conclusion.noisy[self.shard.start : self.shard.stop])
         noisy += self.shard.start
         with self._shown("relabel", len(noisy) * self._effort.relabel):
-            marks = _Marks(self.store, ("relabel",), lambda: None)
+            marks = _Marks(self.store, ("relabel",), lambda: None, watch)
             for unit in self.shard.units:
                 low, high = np.searchsorted(noisy, (unit * UNIT_ROWS, (unit + 1) * UNIT_ROWS))
                 if unit in done:
@@ -193,8 +193,12 @@ class ShardRun:
             marks.flush()
         publish(target, stacked(list(self.store.arrays("relabel"))), self._facts(watch))
 
+    def _watch(self, phase: str) -> Stopwatch:
+        """The time a phase takes, that of killed sessions included."""
+        return Stopwatch(float(self.store.get_meta(f"{phase} seconds") or 0.0))
+
     def _facts(self, watch: Stopwatch) -> dict[str, Any]:
-        """What a phase says of itself: its seconds and the prompts it cut, in this session."""
+        """What a phase says of itself: its seconds, and the prompts it cut in this session."""
         truncated = getattr(self.engine, "truncated", 0)
         facts = {"seconds": watch.seconds(), "truncated": truncated - self._truncated}
         self._truncated = truncated
@@ -279,8 +283,10 @@ class ShardRun:
 class _Marks:
     """Marks units as finished, a few seconds' worth at a time: `sync`, then one transaction."""
 
-    def __init__(self, store: Store, phases: Sequence[str], sync: Callable[[], None]) -> None:
-        self._store, self._sync = store, sync
+    def __init__(
+        self, store: Store, phases: Sequence[str], sync: Callable[[], None], watch: Stopwatch
+    ) -> None:
+        self._store, self._sync, self._watch, self._phase = store, sync, watch, phases[-1]
         self._waiting: dict[str, list[tuple[int, Arrays]]] = {phase: [] for phase in phases}
         self._due = time.monotonic() + _SECONDS_BETWEEN_MARKS
 
@@ -294,6 +300,7 @@ class _Marks:
         for phase, waiting in self._waiting.items():
             self._store.finish(phase, waiting)
             waiting.clear()
+        self._store.set_meta(f"{self._phase} seconds", self._watch.seconds())
         self._due = time.monotonic() + _SECONDS_BETWEEN_MARKS
 
 

@@ -436,4 +436,9 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
         wanted = " or ".join("+".join(s.fields) for s in candidates)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
     wanted = "; ".join(f"{s.name} ({', '.join(s.fields)})" for s in SCHEMAS)
-    raise UserError(f"{where}: no known schema has these fields: {found}; known are {wanted}")
+    other = next((mark for mark in ";\t|" if mark in found and "," not in found), None)
+    if other is not None:
+        raise UserError(f"{where}: expected columns divided by commas, found {other!r}: {found}")
+    raise UserError(
+        f"{where}: no known schema has these fields: {found}; rename them to those of one: {wanted}"
+    )

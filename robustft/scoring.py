@@ -64,7 +64,8 @@ class ScoreSummary:
 
     def __str__(self) -> str:
         fresh = self.tokens - self.resumed
-        rate = fresh / self.seconds if self.seconds else 0.0
+        # Of few tokens it would be the speed of starting.
+        rate = f" ({fresh / self.seconds:.0f}/s)" if fresh >= 1000 and self.seconds else ""
         failed = f", {self.failures} not answered by the engine" if self.failures else ""
         before = f"; {self.resumed} more in an earlier session" if self.resumed else ""
         cut = ""
@@ -77,7 +78,7 @@ class ScoreSummary:
         return (
             f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n{cut}"
             f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
-            f"took        {self.seconds:.1f} s, {fresh} response tokens ({rate:.0f}/s){before}\n"
+            f"took        {self.seconds:.1f} s, {fresh} response tokens{rate}{before}\n"
             f"statistics  {self.path}"
         )
 

@@ -70,8 +70,10 @@ def _take_defaults(path: Path, command: str, parser: Parser) -> dict[str, list[s
         where = f"{path}, field {name!r}"
         action = actions.get(name.replace("_", "-"))
         if action is None:
+            near = difflib.get_close_matches(name.replace("_", "-"), actions, 1)
             known = ", ".join(sorted(actions))
-            raise UserError(f"{where}: not an option of {target.prog}; known are {known}")
+            hint = f"did you mean {near[0]}?" if near else f"known are {known}"
+            raise UserError(f"{where}: not an option of {target.prog}; {hint}")
         if isinstance(action.default, list):
             values = value if isinstance(value, list) else [value]
             lists[action.dest] = [str(_converted(action, item, where)) for item in values]

@@ -104,7 +104,10 @@ def open_folder(folder: Path, split: str, limit: int) -> Reader:
     files = by_split.get(split) or (found if set(by_split) == {""} else [])
     if not files:
         splits = ", ".join(sorted(name for name in by_split if name))
-        raise UserError(f"{folder}: expected files of the split {split!r}, found those of {splits}")
+        raise UserError(
+            f"{folder}: expected files of the split {split!r}, found those of {splits}: "
+            "name one with --split"
+        )
     return open_files(tuple(files), limit)
 
 

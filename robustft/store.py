@@ -351,10 +351,10 @@ def _pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """Seconds since it was made, and `before`."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
+    def __init__(self, before: float = 0.0) -> None:
+        self._start = time.perf_counter() - before
 
     def seconds(self) -> float:
         """Elapsed wall time."""

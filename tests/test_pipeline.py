@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -451,6 +452,24 @@ def test_an_answer_found_clean_is_held_to_the_standard_of_the_new_ones(tmp_path:
         source, tmp_path / "all", detector="crowd", without=frozenset({"selection"}), beta=0.5
     )
     assert without.counts["drop"] == 0
+
+
+def test_the_time_of_a_killed_session_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustft.pipeline._SECONDS_BETWEEN_MARKS", 0.0)
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(1100))
+    calls = itertools.count()
+
+    def slow() -> None:
+        time.sleep(0.02)
+        if next(calls) == 133:  # of 138 batches
+            raise KeyboardInterrupt
+
+    alone = {"without": frozenset({"rel", "checker"})}
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", ScriptedEngine(before_batch=slow), **alone)
+    assert run(source, tmp_path / "out", **alone).seconds["detect"] > 0.02 * 128
 
 
 def test_sets_of_options_are_judged_apart(tmp_path: Path) -> None:

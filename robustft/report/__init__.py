@@ -143,7 +143,7 @@ def _figures(summary: ReportData) -> str:
     cards = [
         _card(
             "Noise score",
-            "Higher is noisier; comparable within this run.",
+            "Higher is noisier: with the crowd, the probability that the given answer is wrong.",
             _stacked(
                 (Series("clean", "keep"), summary.scores_clean),
                 (Series("noisy", "noisy"), summary.scores_noisy),
