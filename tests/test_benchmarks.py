@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from robustft.benchmarks import knn, linear_token_stats
-from robustft.benchmarks.measure import extra_mib
+from robustft.benchmarks.measure import Row, extra_mib, table
 from robustft.errors import UserError
 from robustft.retrieval import CosineKNN
 
@@ -98,6 +99,16 @@ def test_the_knn_gate_judges_the_timed_search(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_table_tells_where_milliseconds_do_not_compare() -> None:
+    fast = Row(
+        "knn", "c", "ours", 1, 2.0, 2.0, 2.0, 1000.0, "queries/s", "yes", "cpu", "", "", None
+    )
+    assert "compare rates" not in table([fast, replace(fast, ms_p50=4.0, rate=500.0)])
+    assert "compare rates" in table([fast, replace(fast, ms_p50=4.0, rate=100.0)])
+    peak = replace(fast, contender="the machine's peak", ms_p50=math.nan)
+    assert "nan" not in table([fast, peak])
+
+
 def test_memory_that_was_used_before_counts_again() -> None:
     def call() -> None:
         torch.empty(24 << 18).fill_(1)  # 24 MiB, which glibc keeps

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import math
 import platform
 import subprocess
 import sys
@@ -299,7 +300,7 @@ def table(rows: Sequence[Row]) -> str:
             r.case,
             r.contender,
             str(r.threads),
-            f"{r.ms_p50:.3f}",
+            "-" if math.isnan(r.ms_p50) else f"{r.ms_p50:.3f}",
             f"{r.rate:,.4g}",
             r.unit,
             r.correct,
@@ -309,4 +310,17 @@ def table(rows: Sequence[Row]) -> str:
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) for x in [head, *body]]
+    if _shared_out(rows):
+        lines.append("Some contenders were timed on a part of the work: compare rates, not ms.")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _shared_out(rows: Sequence[Row]) -> bool:
+    """Whether contenders of a case did different amounts of work in their time."""
+    done: dict[tuple[str, str], set[float]] = {}
+    for row in rows:
+        counted = row.unit.endswith(("pairs/s", "queries/s"))  # bytes also differ by what is copied
+        if counted and math.isfinite(row.ms_p50 * row.rate):
+            amount = float(f"{row.ms_p50 * row.rate:.2g}")
+            done.setdefault((row.case, row.unit), set()).add(amount)
+    return any(max(amounts) > 1.2 * min(amounts) for amounts in done.values())
