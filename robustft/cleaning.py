@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -23,7 +22,6 @@ from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.exchange import DATASET_INFO, MESSAGES
 from robustft.files import atomic_file, spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import intake_folder, take_in
@@ -80,9 +78,12 @@ def clean(
     if "without" in settings:
         parts = settings["without"]
         settings["without"] = frozenset([parts] if isinstance(parts, str) else parts)
-    with output_folder(out, data) as folder:
+    with output_folder(out) as folder:
         if not isinstance(data, str | Path):
-            data = _written(data, folder)
+            path = folder / "input.jsonl"
+            with atomic_file(path) as handle:
+                handle.writelines(orjson.dumps(dict(row)) + b"\n" for row in data)
+            data = path
         config = CleanConfig(
             input=str(data),
             out=folder,
@@ -94,18 +95,6 @@ def clean(
         ready = None if isinstance(embedder, str) else embedder
         loaded = None if isinstance(engine, EngineConfig) else engine
         return run_clean(config, engine=loaded, embedder=ready)
-
-
-def _written(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
-    """A file of these rows, named by its content: other rows never replace it."""
-    digest = hashlib.blake2b(digest_size=8)
-    unnamed = folder / f".input-{os.getpid()}.jsonl"
-    with atomic_file(unnamed) as handle:
-        for row in rows:
-            line = orjson.dumps(dict(row)) + b"\n"
-            digest.update(line)
-            handle.write(line)
-    return unnamed.replace(folder / f"input-{digest.hexdigest()}.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +128,7 @@ def run_clean(
         )
     with ExitStack() as stack:
         stack.enter_context(folder_lock(config.out))
-        spare_folder(config, source, "run.sqlite")
+        spare_folder(config.out, source, "run.sqlite")
         store = stack.enter_context(Store(config.out / "run.sqlite"))
         identity = identity_of(config, source)
         resumed = store.holds(identity)
@@ -219,20 +208,14 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     return identity
 
 
-def spare_folder(config: CleanConfig, source: RecordSource, sign: str) -> None:
+def spare_folder(out: Path, source: RecordSource, sign: str) -> None:
     """Raise UserError where a run's outputs would land on files of somebody else's.
 
-    `sign` names the file that shows the folder to be one of an earlier run of the same kind, which
-    is nothing but a run that got beyond this.
+    `sign` names the file that shows the folder to be an earlier run's.
     """
-    if not (config.out / sign).exists():
-        spare_others(_outputs(config, source))
-
-
-def _outputs(config: CleanConfig, source: RecordSource) -> list[Path]:
-    names = [output_name(source), "verdicts.jsonl", "rejects.jsonl", "report.html", "manifest.json"]
-    names += (MESSAGES, DATASET_INFO) if config.dataset_info else ()
-    return [config.out / name for name in names]
+    names = ("verdicts.jsonl", "rejects.jsonl", "report.html", "manifest.json")
+    if not (out / sign).exists():
+        spare_others(out / name for name in (output_name(source), *names))
 
 
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
@@ -240,5 +223,5 @@ def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
     given, out = Path(config.input).resolve(), config.out.resolve()
     if given.is_dir() and out.is_relative_to(given):
         raise UserError(f"{config.out}: lies in the input folder; choose another --out")
-    if given in {path.resolve() for path in _outputs(config, source)}:
+    if given in {out / output_name(source), out / "verdicts.jsonl", out / "rejects.jsonl"}:
         raise UserError(f"{config.input}: would be overwritten; choose another --out")

@@ -93,8 +93,7 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
     print(f"took          {result.seconds['total']:.0f} s")
     if kept:
         adapter = result.out / "adapter"
-        command = ["robustft", "train", str(result.cleaned), "--out", str(adapter)]
-        print(f"next:\n  {shlex.join(command)}")
+        print(f"next:\n  robustft train {result.cleaned} --out {adapter}")
     else:
         print("nothing is left to train on")
 

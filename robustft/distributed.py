@@ -33,7 +33,6 @@ from robustft.tuned import refuse_folds
 from robustft.verdicts import CleanResult
 
 _SECONDS_BETWEEN_LOOKS = 1.0
-_MERGED = ".merged"  # in a folder of outputs that holds no shards
 _DOING = {"detected": "detection", "relabeled": "relabeling"}
 
 
@@ -118,7 +117,7 @@ def make_plan(
         before = read_plan(config.out)
         records, of = before.records, of or before.of
     else:
-        spare_folder(config, source, "run.sqlite")  # which is refused below
+        spare_folder(config.out, source, "run.sqlite")  # which is refused below
         with take_in(source, intake_folder(config.out, identity)) as intake:
             records = intake.records
     return Plan(config, identity, models, records, of or pieces(records)).agree()
@@ -235,7 +234,7 @@ def merge(
     if source.content_hash != plan.identity["input"]:
         raise UserError(f"{config.input}: is not the input that the shards were made from")
     if config.out not in roots:
-        spare_folder(config, source, _MERGED)
+        spare_folder(config.out, source, ".lock")
     shards = [_found(shard, roots) for shard in plan.shards() if shard.rows]
     missing = [shard.number for shard in shards if not shard.phase("relabeled").is_dir()]
     if missing:
@@ -252,7 +251,6 @@ def merge(
                 yield shard, store
 
     with folder_lock(config.out), plan.intake(roots[0]) as intake, long_lived():
-        (config.out / _MERGED).touch()
         corpus = Corpus(intake, shards, config.threads, config.retriever)
         conclusion = conclude(config, shards, target, corpus)
         return finish(config, source, parts(), corpus, conclusion, plan.models, watch)

@@ -1,4 +1,4 @@
-"""Errors whose message is meant for the user, not for a debugger, and text fit for a terminal."""
+"""The one exception whose message is meant for the user, not for a debugger."""
 
 from __future__ import annotations
 
@@ -17,10 +17,3 @@ class EngineLost(RuntimeError):
 
 class UnfinishedError(UserError):
     """Other shards have to get further first; the same command goes on from here."""
-
-
-def printable(text: str) -> str:
-    """`text` on one line, control and bidirectional characters shown as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )

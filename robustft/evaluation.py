@@ -17,7 +17,6 @@ from robustft.answers import answer_kind, matches, parse
 from robustft.config import EvalConfig
 from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
-from robustft.errors import printable
 from robustft.files import spare
 from robustft.formats import hash_files
 from robustft.metrics import Tally, macro_f1
@@ -91,7 +90,7 @@ class EvalResult:
         for name, tally in sorted(self.categories.items()):
             low, high = tally.interval
             lines.append(
-                f"  {printable(name)}: {tally.accuracy:.4f} ({tally.correct:,} of {tally.total:,}; "
+                f"  {name}: {tally.accuracy:.4f} ({tally.correct:,} of {tally.total:,}; "
                 f"{low:.4f} to {high:.4f})"
             )
         return "\n".join(lines)

@@ -7,7 +7,7 @@ LLaMA-Factory read this form as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +52,18 @@ def chat_turns(record: Record) -> list[dict[str, str]]:
     return [*turns, {"role": "assistant", "content": answer}]
 
 
-def write_exchange(source: RecordSource, folder: Path, ids: Iterable[str] | None = None) -> None:
+def write_exchange(source: RecordSource, folder: Path) -> None:
     """Write `messages.jsonl` and `dataset_info.json` to `folder`, which holds `source`'s file.
-
-    `ids` name its records, in order, as the input does, which counted dropped ones, too; None: as
-    they stand in the file.
 
     `dataset_info.json` names the datasets `messages` and, where LLaMA-Factory reads the file itself
     rightly, `cleaned`. It would drop answers that are not text without a word, and join no options
     to a question, so other files are offered as messages only.
     """
-    readable, given = _readable_as_it_is(source), iter(ids or ())
+    readable = _readable_as_it_is(source)
     with atomic_file(folder / MESSAGES) as handle:
         for record in source:
             if isinstance(record, Record):
-                line = {"id": next(given, record.id), "messages": chat_turns(record)}
+                line = {"id": record.id, "messages": chat_turns(record)}
                 handle.write(orjson.dumps(line) + b"\n")
                 readable = readable and _ROWS[source.schema](record.row)
     entries = {"messages": {"file_name": MESSAGES, **_ENTRIES["messages"]}}

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -20,7 +19,7 @@ from robustft.corpus import Corpus
 from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
-from robustft.exchange import DATASET_INFO, MESSAGES, write_exchange
+from robustft.exchange import write_exchange
 from robustft.files import atomic_file
 from robustft.pipeline import select
 from robustft.records import RecordSource, reopened
@@ -114,12 +113,8 @@ def finish(
             f"{result.unanswered} records got no reply from the engine on some question "
             "(verdicts.jsonl says why); the same command asks those questions again"
         )
-    # Those of an earlier selection would no longer be of this one.
-    again = (config.out / "manifest.json").exists() and all(
-        (config.out / name).exists() for name in (MESSAGES, DATASET_INFO)
-    )
-    if (config.dataset_info or again) and result.counts["keep"] + result.counts["relabel"]:
-        write_exchange(reopened(source, result.cleaned), config.out, _kept(config.out))
+    if config.dataset_info and result.counts["keep"] + result.counts["relabel"]:
+        write_exchange(reopened(source, result.cleaned), config.out)
     result.seconds["total"] = round(watch.seconds(), 3)
     result.next_steps = next_steps(config, result)
     manifest = _manifest(config, result, models, totals, source.content_hash)
@@ -137,15 +132,6 @@ def vanished(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
         for answer, count in sorted(before.items())
         if count >= 5 and after.get(answer, 0) < share * count / 4
     ]
-
-
-def _kept(out: Path) -> Iterator[str]:
-    """Ids of the records in the training set, in order."""
-    with (out / "verdicts.jsonl").open("rb") as lines:
-        for line in lines:
-            verdict = orjson.loads(line)
-            if verdict["answer"] is not None:
-                yield verdict["id"]
 
 
 def _manifest(

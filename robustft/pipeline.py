@@ -40,7 +40,6 @@ from robustft.detection import (
 )
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
-from robustft.errors import UserError
 from robustft.experts import Panel
 from robustft.intake import Intake
 from robustft.progress import Progress, Stages
@@ -433,18 +432,7 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
 
 def reopen(shard: Shard, store: Store, target: Path, *, published: bool) -> None:
     """Ask again what failed in an earlier session, unless others have built on it (`published`)."""
-    if published or not store.failed():
-        return
-    # What rests on the failures goes first: killed in between, this is done once more.
-    for folder in (
-        target,
-        first_conclusion(target),
-        shard.phase("relabeled"),
-        shard.phase("detected"),
-    ):
-        try:
-            if folder.is_dir():
-                shutil.rmtree(folder)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be removed: {error.strerror or error}") from error
-    store.forgive()
+    if not published and store.forgive():
+        first = first_conclusion(target)
+        for folder in (shard.phase("detected"), shard.phase("relabeled"), first, target):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -132,13 +132,6 @@ class RecordSource:
             self._hash = self.reader.content_hash()
         return self._hash
 
-    def require_unchanged(self) -> None:
-        """Raise UserError where the bytes are no longer those that `content_hash` was made of."""
-        if self.reader.content_hash() != self.content_hash:
-            raise UserError(
-                f"{self.path}: was changed while it was read; give the new version another --out"
-            )
-
 
 def _as_bytes(row: Mapping[str, Any]) -> bytes:
     """Render a row that never was text; what fails to decode is left out."""

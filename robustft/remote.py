@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -24,9 +23,7 @@ from robustft.progress import Progress
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.ASCII)
 _BLOCK = 4 << 20
 _LAST = "manifest.json"  # where it is, the rest is
-_STAYS = ("run.sqlite", "embeddings.f32", "input-", ".")  # beginnings of working files' names
-_OURS = ("cleaned.", "verdicts.jsonl", "rejects.jsonl", "report.html", "messages.jsonl", _LAST,
-         "dataset_info.json")  # fmt: skip
+_STAYS = ("run.sqlite", "embeddings.f32", "input.jsonl", ".")  # beginnings of working files' names
 
 
 def is_remote(path: str) -> bool:
@@ -57,11 +54,10 @@ def fetched(url: str) -> Path:
 
 
 @contextlib.contextmanager
-def output_folder(out: str | Path, given: object = None) -> Iterator[Path]:
+def output_folder(out: str | Path) -> Iterator[Path]:
     """The folder to write to: `out`, or where that is remote, one whose files are copied there.
 
-    They are copied when the block ends well. Raises UserError where they cannot be, or would land
-    on files that robustft did not write, or on the input `given`.
+    They are copied when the block ends well. Raises UserError where they cannot be.
     """
     url = str(out)
     if not is_remote(url):
@@ -69,7 +65,6 @@ def output_folder(out: str | Path, given: object = None) -> Iterator[Path]:
         return
     system, path = _opened(url)
     folder = _place("out", url)
-    _spare(system, path, url, given)
     print(f"robustft: {url}: at work in {folder}", file=sys.stderr)
     yield folder
     files = sorted(
@@ -81,32 +76,6 @@ def output_folder(out: str | Path, given: object = None) -> Iterator[Path]:
         for file in files:
             system.put_file(str(file), f"{path.rstrip('/')}/{file.name}")
             progress.update(1)
-
-
-def _spare(system: Any, path: str, url: str, given: object) -> None:
-    """Raise UserError where the outputs would destroy the input, or somebody else's files."""
-    with _telling(url):
-        there = system.ls(path, detail=False) if system.exists(path) else []
-        names = sorted(str(name).rstrip("/").rpartition("/")[2] for name in there)
-        if _LAST in names and _by_robustft(system.cat_file(f"{path.rstrip('/')}/{_LAST}")):
-            names = []
-    if isinstance(given, str | Path) and is_remote(str(given)):
-        folder, _, name = str(given).rpartition("/")
-        if folder.rstrip("/") == url.rstrip("/") and name.startswith(_OURS):
-            raise UserError(f"{given}: would be overwritten; choose another --out")
-    for name in names:
-        if name.startswith(_OURS):
-            raise UserError(
-                f"{url.rstrip('/')}/{name}: is there already and was not written by this command; "
-                "choose another --out, or move it away"
-            )
-
-
-def _by_robustft(manifest: bytes) -> bool:
-    try:
-        return "robustft" in json.loads(manifest)["versions"]
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def _place(kind: str, key: str) -> Path:

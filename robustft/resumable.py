@@ -38,9 +38,6 @@ def spare_other_lines(path: Path, fields: Sequence[str]) -> None:
         spare_others([path])
 
 
-_FAILED = b',"failed":'  # never inside a text, where its quotes are escaped
-
-
 class ResumableLines:
     """Lines of `path`, which appears when the `with` block ends well; else they are kept.
 
@@ -63,18 +60,14 @@ class ResumableLines:
         self._kept = True  # whether an earlier run's lines may follow
 
     def take(self, count: int) -> list[bytes]:
-        """The next `count` lines, as an earlier run has written them; none where it did not.
-
-        Nor where the engine failed one of them: these, and what follows, are asked again.
-        """
+        """The next `count` lines, as an earlier run has written them; none where it did not."""
         if not self._kept:
             return []
         with self._telling():
             start = self._file.tell()
             lines = [self._file.readline() for _ in range(count)]
             # The end may be torn, and after a power cut be anything.
-            whole = all(line.startswith(b"{") and line.endswith(b"}\n") for line in lines)
-            if whole and not any(_FAILED in line for line in lines):
+            if all(line.startswith(b"{") and line.endswith(b"}\n") for line in lines):
                 return lines
             self._kept = False
             self._file.seek(start)

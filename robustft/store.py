@@ -299,18 +299,16 @@ class Store:
                 [(unit, one.row, one.opinion.failure) for one in failed],
             )
 
-    def failed(self) -> bool:
-        """Whether an expert could not be reached in an earlier session."""
-        return self._db.execute("SELECT 1 FROM failures").fetchone() is not None
-
-    def forgive(self) -> None:
-        """Open again whatever rests on a failure of an earlier session."""
+    def forgive(self) -> bool:
+        """Open again whatever rests on a failure of an earlier session; whether there was one."""
         units = self._db.execute("SELECT DISTINCT unit FROM failures").fetchall()
-        with self._transaction():
-            self._db.executemany("DELETE FROM units WHERE phase = 'detect' AND unit = ?", units)
-            # Whoever is judged now may be a neighbour of any record.
-            self._db.execute("DELETE FROM units WHERE phase = 'relabel'")
-            self._db.execute("DELETE FROM failures")
+        if units:
+            with self._transaction():
+                self._db.executemany("DELETE FROM units WHERE phase = 'detect' AND unit = ?", units)
+                # Whoever is judged now may be a neighbour of any record.
+                self._db.execute("DELETE FROM units WHERE phase = 'relabel'")
+                self._db.execute("DELETE FROM failures")
+        return bool(units)
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Per expert: questions asked, tokens and seconds, over all sessions of the run."""

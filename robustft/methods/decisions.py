@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import orjson
 
 from robustft.answers import answer_kind, matches
-from robustft.cleaning import refuse_overwriting, spare_folder
+from robustft.cleaning import spare_folder
 from robustft.config import CleanConfig
+from robustft.errors import UserError
 from robustft.files import atomic_file, write_atomically
 from robustft.records import Record, RecordWriter, Reject, open_records, output_name
 from robustft.store import Stopwatch, folder_lock
 from robustft.verdicts import CleanResult
 
 _CHUNK = 512
-_SIGN = ".baseline"  # in a folder whose outputs are those of a method other than RobustFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +27,6 @@ class Decision:
 
     answer: str | None
     reason: str
-    failed: bool = False  # the engine could not be reached
-
-
-def no_reply(record: Record, why: str) -> Decision:
-    """The decision on a record that the engine gave no reply to: it stays as given."""
-    return Decision(record.answer, f"not judged: no reply: {why}", failed=True)
 
 
 def write_decisions(
@@ -53,11 +45,11 @@ def write_decisions(
     )
     out = config.out
     result = CleanResult(out, out / output_name(source))
-    refuse_overwriting(config, source)
-    spare_folder(config, source, _SIGN)
+    if result.cleaned.exists() and result.cleaned.resolve().samefile(config.input):
+        raise UserError(f"{config.input}: would be overwritten; choose another --out")
+    spare_folder(out, source, ".lock")
     with (
         folder_lock(out),
-        _signed(out),
         RecordWriter(result.cleaned, source) as cleaned,
         atomic_file(out / "verdicts.jsonl") as verdicts,
         atomic_file(out / "rejects.jsonl") as rejects,
@@ -68,7 +60,6 @@ def write_decisions(
             for record, decision in zip(records, decide(records), strict=True):
                 action = _action(record, decision)
                 result.counts[action] += 1
-                result.unanswered += decision.failed
                 if decision.answer is not None:
                     cleaned.write(record, record.answer if action == "keep" else decision.answer)
                 line = {
@@ -84,11 +75,6 @@ def write_decisions(
                     result.counts["rejected"] += 1
                     rejects.write(orjson.dumps({"line": item.line, "reason": item.reason}) + b"\n")
     result.counts["input"] = sum(result.counts.values())
-    if result.unanswered:
-        result.warn(
-            f"{result.unanswered} records got no reply from the engine and are kept as given; the "
-            "same command asks for all of them again"
-        )
     result.seconds["total"] = round(watch.seconds(), 3)
     manifest = {
         "command": sys.argv, "config": config.fingerprint(), "counts": dict(result.counts),
@@ -99,12 +85,6 @@ def write_decisions(
         out / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n"
     )
     return result
-
-
-@contextlib.contextmanager
-def _signed(out: Path) -> Iterator[None]:
-    (out / _SIGN).touch()
-    yield
 
 
 def _action(record: Record, decision: Decision) -> str:

@@ -1,7 +1,7 @@
 """SelfLabel: the model answers every training question itself, then SFT on its own answers.
 
 The given answers are not looked at, so noise changes nothing but which questions there are. A
-question that gets no readable answer is dropped, one that gets no reply is kept as given.
+question that gets no readable answer is dropped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from robustft.evaluation import ask_plainly, predict
 from robustft.methods.base import Method, Setting
-from robustft.methods.decisions import Decision, no_reply, write_decisions
+from robustft.methods.decisions import Decision, write_decisions
 from robustft.records import Record
 from robustft.verdicts import CleanResult
 
@@ -21,11 +21,7 @@ def prepare(setting: Setting) -> CleanResult:
 
     def decide(records: Sequence[Record]) -> list[Decision]:
         said = predict(records, ask_plainly(records), setting.engine, limit)
-        reasons = ["the model's own answer" if one.answer else "no readable answer" for one in said]
-        return [
-            no_reply(one.record, one.failure) if one.failure else Decision(one.answer, reason)
-            for one, reason in zip(said, reasons, strict=True)
-        ]
+        return [Decision(one.answer, "the model's own answer") for one in said]
 
     return write_decisions(setting.config, decide)
 

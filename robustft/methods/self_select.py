@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from robustft.engines import Failure
 from robustft.errors import UserError
 from robustft.methods.base import Method, Setting
-from robustft.methods.decisions import Decision, no_reply, write_decisions
+from robustft.methods.decisions import Decision, write_decisions
 from robustft.prompts import SELECT_WORDS, neutral_select_prompt, select_prompt
 from robustft.records import Record
 from robustft.verdicts import CleanResult
@@ -31,7 +31,7 @@ def prepare(setting: Setting) -> CleanResult:
             said = engine.choose([prompts[row] for row in rows], [SELECT_WORDS] * len(rows))
             for row, choice in zip(rows, said, strict=True):
                 if isinstance(choice, Failure):
-                    decisions[row] = no_reply(records[row], choice.reason)
+                    decisions[row] = Decision(None, f"no reply: {choice.reason}")
                     continue
                 yes, no = choice.logprobs - neutral.logprobs
                 trusted = bool(yes > no)

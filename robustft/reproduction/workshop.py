@@ -181,8 +181,7 @@ class Workshop:
             config = EvalConfig(str(test), limit=limit, engine=self.config)
             result = evaluate(config, engine=engine, ask=ask, judge=judge)
             stored = dataclasses.asdict(result)
-            if not result.failed:  # else it is another number next time
-                self.cache.put(key, stored)
+            self.cache.put(key, stored)
         return _evaluated(stored)
 
     def perplexities(self, test: Path, limit: int | None, adapter: Path | None) -> list[float]:
