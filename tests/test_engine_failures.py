@@ -10,11 +10,13 @@ import pytest
 from commandline import quiz, read, write
 from scripted import LetterEmbedder, ScriptedEngine, digest
 
+from robustft import pipeline
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, EvalConfig, ExpertConfig
 from robustft.engines import Abilities, Failure, Prompt
 from robustft.evaluation import evaluate
 from robustft.scoring import score_file
+from robustft.shards import withdraw
 from robustft.verdicts import CleanResult
 
 REASON = "HTTP 500 (4 tries)"
@@ -72,6 +74,31 @@ def test_a_resumed_run_is_the_run_that_never_failed(
     assert sum(result.counts[a] for a in ("keep", "relabel", "drop")) == 80
 
     clean(source, tmp_path / "out", ScriptedEngine(), detector)
+    for name in ("verdicts.jsonl", "cleaned.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("withdrawn", range(4))
+def test_killed_while_failures_are_opened_again(
+    tmp_path: Path, withdrawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(80))
+    clean(source, tmp_path / "whole", ScriptedEngine())
+    assert clean(source, tmp_path / "out", FlakyEngine(9)).unanswered > 0
+    left = withdrawn
+
+    def killed(folder: Path) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        withdraw(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "withdraw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            clean(source, tmp_path / "out", ScriptedEngine())
+    assert clean(source, tmp_path / "out", ScriptedEngine()).unanswered == 0
     for name in ("verdicts.jsonl", "cleaned.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
