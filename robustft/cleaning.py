@@ -25,9 +25,10 @@ from robustft.errors import UserError
 from robustft.files import atomic_file, spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import intake_folder, take_in
+from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
-from robustft.remote import output_folder
+from robustft.remote import local_path, output_folder
 from robustft.shards import Shard, conclusion_folder, first_conclusion, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.tuned import ask_tuned, require_choices
@@ -117,8 +118,9 @@ def run_clean(
         )
     with ExitStack() as stack:
         stack.enter_context(folder_lock(config.out))
-        spare_folder(config.out, source, "run.sqlite")
-        store = stack.enter_context(Store(config.out / "run.sqlite"))
+        path = config.out / "run.sqlite"
+        spare_folder(config, source, own=path.exists())
+        store = stack.enter_context(Store(path))
         identity = identity_of(config, source)
         resumed = store.holds(identity)
         intake = stack.enter_context(take_in(source, intake_folder(config.out, identity)))
@@ -195,20 +197,29 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     return identity
 
 
-def spare_folder(out: Path, source: RecordSource, sign: str) -> None:
+def spare_folder(config: CleanConfig, source: RecordSource, *, own: bool) -> None:
     """Raise UserError where a run's outputs would land on files of somebody else's.
 
-    `sign` names the file that shows the folder to be an earlier run's.
+    `own`: those that are there are an earlier session's of this run, which need not have been asked
+    for `--dataset-info`.
     """
-    names = ("verdicts.jsonl", "rejects.jsonl", "report.html", "manifest.json")
-    if not (out / sign).exists():
-        spare_others(out / name for name in (output_name(source), *names))
+    names = [] if own else [output_name(source), *OUTPUTS]
+    if config.dataset_info and not read_manifest(config.out).get("dataset_info"):
+        names += EXCHANGE
+    spare_others(config.out / name for name in names)
+
+
+def refuse_runs(out: Path) -> None:
+    """Raise UserError where a folder holds a run that would write its outputs there again."""
+    if (out / "run.sqlite").exists() or plan_folder(out).is_dir():
+        raise UserError(f"{out}: holds a run of robustft; choose another --out")
 
 
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
     """No output may land on the input, nor among the files of an input folder."""
-    given, out = Path(config.input).resolve(), config.out.resolve()
+    given, out = local_path(config.input).resolve(), config.out.resolve()
     if given.is_dir() and out.is_relative_to(given):
         raise UserError(f"{config.out}: lies in the input folder; choose another --out")
-    if given in {out / output_name(source), out / "verdicts.jsonl", out / "rejects.jsonl"}:
+    exchange = EXCHANGE if config.dataset_info else ()
+    if given in {out / name for name in (output_name(source), *OUTPUTS, *exchange)}:
         raise UserError(f"{config.input}: would be overwritten; choose another --out")

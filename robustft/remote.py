@@ -31,6 +31,11 @@ def is_remote(path: str) -> bool:
     return _URL.fullmatch(path) is not None
 
 
+def local_path(path: str) -> Path:
+    """Where a path leads on this machine; file:// names its file system, other schemes none."""
+    return Path(path.removeprefix("file://"))
+
+
 def fetched(url: str) -> Path:
     """A copy of a remote file as it is now, in the cache.
 

@@ -196,12 +196,18 @@ def _index(record: Record, candidates: Sequence[str]) -> int:
 def prepare(setting: Setting) -> CleanResult:
     """Write R as given and P with the LLM's labels. The whole corpus is held in memory."""
     config = setting.config
-    source = open_records(
-        config.input, schema=config.schema, limit=config.limit, split=config.split
-    )
-    records = [item for item in source if isinstance(item, Record)]
-    decisions = _NoiseAL(setting, records).run()
-    return write_decisions(config, lambda chunk: [decisions[record.index] for record in chunk])
+    decisions: list[Decision] = []
+
+    def decide(chunk: Sequence[Record]) -> list[Decision]:
+        if not decisions:
+            source = open_records(
+                config.input, schema=config.schema, limit=config.limit, split=config.split
+            )
+            records = [item for item in source if isinstance(item, Record)]
+            decisions.extend(_NoiseAL(setting, records).run())
+        return [decisions[record.index] for record in chunk]
+
+    return write_decisions(config, "noiseal", decide)
 
 
 METHOD = Method("noiseal", "NoiseAL", "co-predicting small models, the LLM as annotator", prepare)

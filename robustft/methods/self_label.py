@@ -23,7 +23,7 @@ def prepare(setting: Setting) -> CleanResult:
         said = predict(records, ask_plainly(records), setting.engine, limit)
         return [Decision(one.answer, "the model's own answer") for one in said]
 
-    return write_decisions(setting.config, decide)
+    return write_decisions(setting.config, "self-label", decide)
 
 
 METHOD = Method("self-label", "SelfLabel", "SFT on the model's own answers", prepare)

@@ -39,7 +39,7 @@ def prepare(setting: Setting) -> CleanResult:
                 decisions[row] = Decision(answer, "trusted" if trusted else "not trusted")
         return [decisions[row] for row in range(len(records))]
 
-    return write_decisions(setting.config, decide)
+    return write_decisions(setting.config, "self-select", decide)
 
 
 METHOD = Method("self-select", "SelfSelect", "SFT on the examples the model trusts", prepare)
