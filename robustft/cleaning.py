@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -72,10 +74,7 @@ def clean(
         settings["without"] = frozenset([parts] if isinstance(parts, str) else parts)
     with output_folder(out) as folder:
         if not isinstance(data, str | Path):
-            path = folder / "input.jsonl"
-            with atomic_file(path) as handle:
-                handle.writelines(orjson.dumps(dict(row)) + b"\n" for row in data)
-            data = path
+            data = _rows_file(data, folder)
         config = CleanConfig(
             input=str(data),
             out=folder,
@@ -86,6 +85,18 @@ def clean(
         )
         ready = None if isinstance(embedder, str) else embedder
         return run_clean(config, engine=engine, embedder=ready)
+
+
+def _rows_file(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
+    """A file of rows, named by its content: no other call's, nor anybody else's, is replaced."""
+    digest = hashlib.blake2b(digest_size=8)
+    draft = folder / f".input.{secrets.token_hex(6)}.jsonl"
+    with atomic_file(draft) as handle:
+        for row in rows:
+            line = orjson.dumps(dict(row)) + b"\n"
+            digest.update(line)
+            handle.write(line)
+    return draft.replace(folder / f"input-{digest.hexdigest()}.jsonl")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from robustft.progress import Progress
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.ASCII)
 _BLOCK = 4 << 20
 _LAST = "manifest.json"  # where it is, the rest is
-_STAYS = ("run.sqlite", "embeddings.f32", "input.jsonl", ".")  # beginnings of working files' names
+_STAYS = ("run.sqlite", "embeddings.f32", "input-", ".")  # beginnings of working files' names
 
 
 def is_remote(path: str) -> bool:

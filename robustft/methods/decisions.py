@@ -46,12 +46,13 @@ def write_decisions(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
     refuse_overwriting(config, source)
+    content_hash = source.content_hash
     out = config.out
     result = CleanResult(out, out / output_name(source))
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
         refuse_runs(out)
-        spare_folder(config, source, own=made_by(out, method, source.content_hash))
+        spare_folder(config, source, own=made_by(out, method, content_hash))
         cleaned = stack.enter_context(RecordWriter(result.cleaned, source))
         verdicts = stack.enter_context(atomic_file(out / "verdicts.jsonl"))
         rejects = stack.enter_context(atomic_file(out / "rejects.jsonl"))
@@ -75,12 +76,13 @@ def write_decisions(
                 if isinstance(item, Reject):
                     result.counts["rejected"] += 1
                     rejects.write(orjson.dumps({"line": item.line, "reason": item.reason}) + b"\n")
+        source.require_unchanged()
     result.counts["input"] = sum(result.counts.values())
     result.seconds["total"] = round(watch.seconds(), 3)
     manifest = {
         "method": method,
         "command": sys.argv, "config": config.fingerprint(), "counts": dict(result.counts),
-        "input": {"path": config.input, "blake2b": source.content_hash},
+        "input": {"path": config.input, "blake2b": content_hash},
         "seconds": result.seconds,
     }  # fmt: skip
     write_manifest(out, manifest)

@@ -110,6 +110,22 @@ def test_robustft_by_the_default_detector_harms_nothing(made: Callable[..., obje
     assert right(records) >= 0.75  # what the given answers have
 
 
+@pytest.mark.parametrize("name", ["self-label", "noiseal"])
+def test_an_input_that_changes_while_it_is_worked_on(tmp_path: Path, name: str) -> None:
+    path, _ = corpus(tmp_path / "noisy.csv")
+    prepare = METHODS[name].prepare
+    assert prepare is not None
+
+    def edit() -> None:
+        corpus(tmp_path / "noisy.csv", wrong=0.1)
+
+    engine = ScriptedEngine(choose=knowing, before_batch=edit)
+    config = CleanConfig(input=path, out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"noisy\.csv: has changed since the run began"):
+        prepare(Setting(config, engine, LetterEmbedder()))
+    assert not (tmp_path / "out/cleaned.csv").exists()
+
+
 def test_noiseal_on_open_answers(tmp_path: Path) -> None:
     words = ("ant", "bee", "cow", "dog", "elk")
     rows = [{"question": f"{words[n % 5]} {words[n % 5]}?", "answer": str(2 * (n % 5))}
