@@ -72,7 +72,8 @@ def clean(
     if "without" in settings:
         parts = settings["without"]
         settings["without"] = frozenset([parts] if isinstance(parts, str) else parts)
-    with output_folder(out) as folder:
+    exchange = bool(settings.get("dataset_info"))
+    with output_folder(out, data, exchange=exchange) as folder:
         if not isinstance(data, str | Path):
             data = _rows_file(data, folder)
         config = CleanConfig(

@@ -16,6 +16,11 @@ MESSAGES, DATASET_INFO = "messages.jsonl", "dataset_info.json"  # with --dataset
 EXCHANGE = (MESSAGES, DATASET_INFO)
 
 
+def is_output(name: str, *, exchange: bool) -> bool:
+    """Whether a run may write a file of that name; `exchange`: with `--dataset-info`."""
+    return name.startswith("cleaned.") or name in OUTPUTS or (exchange and name in EXCHANGE)
+
+
 def write_manifest(out: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest of a run whose outputs are there. Raises UserError where that fails."""
     body = orjson.dumps(facts, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
