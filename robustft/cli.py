@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from robustft.errors import UnfinishedError, UserError
+from robustft.terminal import printable
 
 _DONE, _OTHER, _USER, _POWERLESS, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 _TERMINATED = 143  # as a shell tells SIGTERM
@@ -439,10 +440,3 @@ def _fail(status: int, message: str) -> int:
     after_echo = "\n" if status == _INTERRUPTED and sys.stderr.isatty() else ""  # of ^C
     print(f"{after_echo}robustft: {printable(message)}", file=sys.stderr)
     return status
-
-
-def printable(text: str) -> str:
-    """`text` on one line, control and bidirectional characters shown as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )

@@ -109,6 +109,12 @@ def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
     assert "1 lines could not be read" in str(result)
 
 
+def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> None:
+    rows = [choice("A", "A", Subject="law\x1b[2J\nfaked: 1.0000\u202e")]
+    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
+    assert str(result).splitlines()[-1].startswith(r"  law\x1b[2J\nfaked: 1.0000\u202e: 1.0000 (1")
+
+
 def test_a_category_in_every_record_is_none(tmp_path: Path) -> None:
     rows = [choice("A", "A", category=f"c{n}") for n in range(1001)]
     result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
