@@ -169,6 +169,7 @@ def _manifest(
         "platform": platform.platform(),
         "models": asdict(models),
         "counts": dict(result.counts),
+        "unanswered": result.unanswered,
         "warnings": result.warnings,
         "crowd_weights": result.weights,
         "powerless": result.powerless,

@@ -28,6 +28,12 @@ class Decision:
 
     answer: str | None
     reason: str
+    failed: bool = False  # the engine gave no reply
+
+    @classmethod
+    def unanswered(cls, record: Record, failure: str) -> Decision:
+        """A record that the engine said nothing about stays as given."""
+        return cls(record.answer, f"not judged: no reply: {failure}", failed=True)
 
 
 def write_decisions(
@@ -62,6 +68,7 @@ def write_decisions(
             for record, decision in zip(records, decide(records), strict=True):
                 action = _action(record, decision)
                 result.counts[action] += 1
+                result.unanswered += decision.failed
                 if decision.answer is not None:
                     cleaned.write(record, record.answer if action == "keep" else decision.answer)
                 line = {
@@ -78,12 +85,17 @@ def write_decisions(
                     rejects.write(orjson.dumps({"line": item.line, "reason": item.reason}) + b"\n")
         source.require_unchanged()
     result.counts["input"] = sum(result.counts.values())
+    if result.unanswered:
+        result.warn(
+            f"{result.unanswered} records got no reply from the engine and stay as given "
+            "(verdicts.jsonl says why); the same command asks again"
+        )
     result.seconds["total"] = round(watch.seconds(), 3)
     manifest = {
         "method": method,
         "command": sys.argv, "config": config.fingerprint(), "counts": dict(result.counts),
         "input": {"path": config.input, "blake2b": content_hash},
-        "seconds": result.seconds,
+        "unanswered": result.unanswered, "warnings": result.warnings, "seconds": result.seconds,
     }  # fmt: skip
     write_manifest(out, manifest)
     return result

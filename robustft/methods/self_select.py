@@ -31,7 +31,7 @@ def prepare(setting: Setting) -> CleanResult:
             said = engine.choose([prompts[row] for row in rows], [SELECT_WORDS] * len(rows))
             for row, choice in zip(rows, said, strict=True):
                 if isinstance(choice, Failure):
-                    decisions[row] = Decision(None, f"no reply: {choice.reason}")
+                    decisions[row] = Decision.unanswered(records[row], choice.reason)
                     continue
                 yes, no = choice.logprobs - neutral.logprobs
                 trusted = bool(yes > no)
