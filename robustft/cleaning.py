@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,9 +27,10 @@ from robustft.errors import UserError
 from robustft.files import atomic_file, spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import intake_folder, take_in
+from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
-from robustft.remote import output_folder
+from robustft.remote import local_path, output_folder
 from robustft.shards import Shard, conclusion_folder, first_conclusion, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.tuned import ask_tuned, require_choices
@@ -78,12 +81,10 @@ def clean(
     if "without" in settings:
         parts = settings["without"]
         settings["without"] = frozenset([parts] if isinstance(parts, str) else parts)
-    with output_folder(out) as folder:
+    exchange = bool(settings.get("dataset_info"))
+    with output_folder(out, data, exchange=exchange) as folder:
         if not isinstance(data, str | Path):
-            path = folder / "input.jsonl"
-            with atomic_file(path) as handle:
-                handle.writelines(orjson.dumps(dict(row)) + b"\n" for row in data)
-            data = path
+            data = _rows_file(data, folder)
         config = CleanConfig(
             input=str(data),
             out=folder,
@@ -95,6 +96,18 @@ def clean(
         ready = None if isinstance(embedder, str) else embedder
         loaded = None if isinstance(engine, EngineConfig) else engine
         return run_clean(config, engine=loaded, embedder=ready)
+
+
+def _rows_file(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
+    """A file of rows, named by its content: no other call's, nor anybody else's, is replaced."""
+    digest = hashlib.blake2b(digest_size=8)
+    draft = folder / f".input.{secrets.token_hex(6)}.jsonl"
+    with atomic_file(draft) as handle:
+        for row in rows:
+            line = orjson.dumps(dict(row)) + b"\n"
+            digest.update(line)
+            handle.write(line)
+    return draft.replace(folder / f"input-{digest.hexdigest()}.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +141,9 @@ def run_clean(
         )
     with ExitStack() as stack:
         stack.enter_context(folder_lock(config.out))
-        spare_folder(config.out, source, "run.sqlite")
-        store = stack.enter_context(Store(config.out / "run.sqlite"))
+        path = config.out / "run.sqlite"
+        spare_folder(config, source, own=path.exists())
+        store = stack.enter_context(Store(path))
         identity = identity_of(config, source)
         resumed = store.holds(identity)
         intake = stack.enter_context(take_in(source, intake_folder(config.out, identity)))
@@ -208,20 +222,29 @@ def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     return identity
 
 
-def spare_folder(out: Path, source: RecordSource, sign: str) -> None:
+def spare_folder(config: CleanConfig, source: RecordSource, *, own: bool) -> None:
     """Raise UserError where a run's outputs would land on files of somebody else's.
 
-    `sign` names the file that shows the folder to be an earlier run's.
+    `own`: those that are there are an earlier session's of this run, which need not have been asked
+    for `--dataset-info`.
     """
-    names = ("verdicts.jsonl", "rejects.jsonl", "report.html", "manifest.json")
-    if not (out / sign).exists():
-        spare_others(out / name for name in (output_name(source), *names))
+    names = [] if own else [output_name(source), *OUTPUTS]
+    if config.dataset_info and not read_manifest(config.out).get("dataset_info"):
+        names += EXCHANGE
+    spare_others(config.out / name for name in names)
+
+
+def refuse_runs(out: Path) -> None:
+    """Raise UserError where a folder holds a run that would write its outputs there again."""
+    if (out / "run.sqlite").exists() or plan_folder(out).is_dir():
+        raise UserError(f"{out}: holds a run of robustft; choose another --out")
 
 
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
     """No output may land on the input, nor among the files of an input folder."""
-    given, out = Path(config.input).resolve(), config.out.resolve()
+    given, out = local_path(config.input).resolve(), config.out.resolve()
     if given.is_dir() and out.is_relative_to(given):
         raise UserError(f"{config.out}: lies in the input folder; choose another --out")
-    if given in {out / output_name(source), out / "verdicts.jsonl", out / "rejects.jsonl"}:
+    exchange = EXCHANGE if config.dataset_info else ()
+    if given in {out / name for name in (output_name(source), *OUTPUTS, *exchange)}:
         raise UserError(f"{config.input}: would be overwritten; choose another --out")

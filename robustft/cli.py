@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from robustft.errors import UnfinishedError, UserError
+from robustft.terminal import printable
 
 _DONE, _OTHER, _USER, _POWERLESS, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 _TERMINATED = 143  # as a shell tells SIGTERM
@@ -40,7 +41,7 @@ def _run_clean(options: argparse.Namespace) -> int:
             f"--out {options.out}: shards work in a folder that all of them share; choose one on a "
             "mounted file system"
         )
-    with output_folder(options.out) as folder:
+    with output_folder(options.out, options.input, exchange=options.dataset_info) as folder:
         options.out = str(folder)
         return _clean_into_folder(options)
 
@@ -447,10 +448,3 @@ def _fail(status: int, message: str) -> int:
     after_echo = "\n" if status == _INTERRUPTED and sys.stderr.isatty() else ""  # of ^C
     print(f"{after_echo}robustft: {printable(message)}", file=sys.stderr)
     return status
-
-
-def printable(text: str) -> str:
-    """`text` on one line, control and bidirectional characters shown as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )

@@ -92,8 +92,8 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
     print(f"verdicts      {result.out / 'verdicts.jsonl'}")
     print(f"took          {result.seconds['total']:.0f} s")
     if kept:
-        adapter = result.out / "adapter"
-        print(f"next:\n  robustft train {result.cleaned} --out {adapter}")
+        train = ["robustft", "train", str(result.cleaned), "--out", str(result.out / "adapter")]
+        print(f"next:\n  {shlex.join(train)}")
     else:
         print("nothing is left to train on")
 

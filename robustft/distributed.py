@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from robustft.cleaning import identity_of, load, open_source, spare_folder
+from robustft.cleaning import identity_of, load, open_source, refuse_runs, spare_folder
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
 from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
-from robustft.finishing import Models, finish
+from robustft.finishing import METHOD, Models, finish
 from robustft.intake import Intake, intake_folder, take_in
+from robustft.outputs import made_by
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
@@ -117,7 +118,7 @@ def make_plan(
         before = read_plan(config.out)
         records, of = before.records, of or before.of
     else:
-        spare_folder(config.out, source, "run.sqlite")  # which is refused below
+        spare_folder(config, source, own=(config.out / "run.sqlite").exists())  # refused below
         with take_in(source, intake_folder(config.out, identity)) as intake:
             records = intake.records
     return Plan(config, identity, models, records, of or pieces(records)).agree()
@@ -233,8 +234,10 @@ def merge(
     source = open_source(config)
     if source.content_hash != plan.identity["input"]:
         raise UserError(f"{config.input}: is not the input that the shards were made from")
-    if config.out not in roots:
-        spare_folder(config.out, source, ".lock")
+    if config.out.resolve() not in map(Path.resolve, roots):
+        refuse_runs(config.out)
+        own = made_by(config.out, METHOD, source.content_hash)
+        spare_folder(config, source, own=own)
     shards = [_found(shard, roots) for shard in plan.shards() if shard.rows]
     missing = [shard.number for shard in shards if not shard.phase("relabeled").is_dir()]
     if missing:

@@ -25,6 +25,7 @@ from robustft.prompts import LETTERS, answer_prompt, letters
 from robustft.records import Record, RecordSource, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
+from robustft.terminal import printable
 
 _CATEGORY_FIELDS = ("Subject", "subject", "Category", "category")
 _MOST_CATEGORIES = 1000
@@ -90,7 +91,7 @@ class EvalResult:
         for name, tally in sorted(self.categories.items()):
             low, high = tally.interval
             lines.append(
-                f"  {name}: {tally.accuracy:.4f} ({tally.correct:,} of {tally.total:,}; "
+                f"  {printable(name)}: {tally.accuracy:.4f} ({tally.correct:,} of {tally.total:,}; "
                 f"{low:.4f} to {high:.4f})"
             )
         return "\n".join(lines)
@@ -155,16 +156,20 @@ def evaluate(
     truncated = getattr(engine, "truncated", 0)  # not every engine sees tokens
     with _output(config, engine, source) as out, Progress("eval", total, unit="records") as shown:
         for chunk in _chunks(source, result):
-            kept = [] if out is None else out.take(len(chunk))
-            if kept:
-                predictions = list(map(_read, chunk, kept))
-                shown.skip(len(chunk))
-            else:
-                predictions = predict(
-                    chunk, ask(chunk), engine, config.answer_tokens, judge, shown.update
+            kept = [] if out is None else map(_read, chunk, out.take(len(chunk)))
+            # What failed in the session that was killed is asked again.
+            found = {row: one for row, one in enumerate(kept) if not one.failure}
+            shown.skip(len(found))
+            missing = [row for row in range(len(chunk)) if row not in found]
+            if missing:
+                asked = [chunk[row] for row in missing]
+                fresh = predict(
+                    asked, ask(asked), engine, config.answer_tokens, judge, shown.update
                 )
-                if out is not None:
-                    out.add(list(map(_line, predictions)))
+                found.update(zip(missing, fresh, strict=True))
+            predictions = [found[row] for row in range(len(chunk))]
+            if missing and out is not None:
+                out.add(list(map(_line, predictions)))
             for prediction in predictions:
                 scores.add(prediction)
     scores.finish()

@@ -7,7 +7,7 @@ LLaMA-Factory read this form as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import orjson
 
 from robustft.answers import answer_kind
 from robustft.files import atomic_file, write_atomically
+from robustft.outputs import DATASET_INFO, MESSAGES
 from robustft.prompts import answer_prompt
 from robustft.records import Record, RecordSource
 
-__all__ = ["DATASET_INFO", "MESSAGES", "chat_turns", "write_exchange"]
-
-MESSAGES, DATASET_INFO = "messages.jsonl", "dataset_info.json"
+__all__ = ["DATASET_INFO", "MESSAGES", "chat_turns", "kept_ids", "write_exchange"]
 
 _OPENAI_TAGS = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user",
@@ -52,18 +51,27 @@ def chat_turns(record: Record) -> list[dict[str, str]]:
     return [*turns, {"role": "assistant", "content": answer}]
 
 
-def write_exchange(source: RecordSource, folder: Path) -> None:
+def kept_ids(verdicts: Path) -> Iterator[str]:
+    """The ids of the records that a `verdicts.jsonl` does not drop, in order."""
+    with verdicts.open("rb") as lines:
+        for verdict in map(orjson.loads, lines):
+            if verdict["action"] != "drop":
+                yield verdict["id"]
+
+
+def write_exchange(source: RecordSource, folder: Path, ids: Iterable[str]) -> None:
     """Write `messages.jsonl` and `dataset_info.json` to `folder`, which holds `source`'s file.
 
+    `ids` are those of the records in the run, which a file of the kept ones alone does not tell.
     `dataset_info.json` names the datasets `messages` and, where LLaMA-Factory reads the file itself
     rightly, `cleaned`. It would drop answers that are not text without a word, and join no options
     to a question, so other files are offered as messages only.
     """
     readable = _readable_as_it_is(source)
     with atomic_file(folder / MESSAGES) as handle:
-        for record in source:
+        for record, id_ in zip(source, ids, strict=True):
             if isinstance(record, Record):
-                line = {"id": record.id, "messages": chat_turns(record)}
+                line = {"id": id_, "messages": chat_turns(record)}
                 handle.write(orjson.dumps(line) + b"\n")
                 readable = readable and _ROWS[source.schema](record.row)
     entries = {"messages": {"file_name": MESSAGES, **_ENTRIES["messages"]}}

@@ -48,10 +48,15 @@ def spare_others(paths: Iterable[Path]) -> None:
     """Raise UserError where one of these, of which robustft wrote none, is there and not empty."""
     for path in paths:
         if path.exists() and (path.is_dir() or path.stat().st_size):
-            raise UserError(
-                f"{path}: is there already and was not written by this command; choose another "
-                "--out, or move it away"
-            )
+            raise not_ours(path)
+
+
+def not_ours(path: Path | str) -> UserError:
+    """What to tell of an output that another program or command wrote."""
+    return UserError(
+        f"{path}: is there already and was not written by this command; choose another --out, or "
+        "move it away"
+    )
 
 
 @contextlib.contextmanager

@@ -7,11 +7,9 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-import orjson
 
 import robustft
 from robustft.config import CleanConfig
@@ -19,8 +17,8 @@ from robustft.corpus import Corpus
 from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
-from robustft.exchange import write_exchange
-from robustft.files import atomic_file
+from robustft.exchange import kept_ids, write_exchange
+from robustft.outputs import EXCHANGE, read_manifest, write_manifest
 from robustft.pipeline import select
 from robustft.records import RecordSource, reopened
 from robustft.reporting import next_steps, write_run_report
@@ -30,6 +28,7 @@ from robustft.verdicts import CleanResult, write_outputs
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
 
+METHOD = "robustft"  # as the manifest names it
 _STAGES = {"detected": "detect", "relabeled": "relabel"}  # what is published -> its stage
 
 
@@ -113,15 +112,27 @@ def finish(
             f"{result.unanswered} records got no reply from the engine on some question "
             "(verdicts.jsonl says why); the same command asks those questions again"
         )
-    if config.dataset_info and result.counts["keep"] + result.counts["relabel"]:
-        write_exchange(reopened(source, result.cleaned), config.out)
     result.seconds["total"] = round(watch.seconds(), 3)
     result.next_steps = next_steps(config, result)
+    # An earlier session's would be stale: another --beta keeps other records.
+    if read_manifest(config.out).get("dataset_info"):
+        config = replace(config, dataset_info=True)
     manifest = _manifest(config, result, models, totals, source.content_hash)
-    with atomic_file(config.out / "manifest.json") as handle:
-        handle.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+    write_manifest(config.out, manifest)
+    if config.dataset_info:  # only now: the manifest is what tells that these files are ours
+        _exchange(config, source, result)
     write_run_report(config, result, manifest)
     return result
+
+
+def _exchange(config: CleanConfig, source: RecordSource, result: CleanResult) -> None:
+    """Write the training set for other trainers; where nothing is left of it, no earlier one."""
+    if result.counts["keep"] + result.counts["relabel"]:
+        ids = kept_ids(config.out / "verdicts.jsonl")
+        write_exchange(reopened(source, result.cleaned), config.out, ids)
+    else:
+        for name in EXCHANGE:
+            (config.out / name).unlink(missing_ok=True)
 
 
 def vanished(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
@@ -149,13 +160,16 @@ def _manifest(
             versions[name] = "not installed"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
     return {
+        "method": METHOD,
         "command": sys.argv,
         "config": config.fingerprint(),
+        "dataset_info": config.dataset_info,
         "input": {"path": config.input, "blake2b": content_hash},
         "versions": versions,
         "platform": platform.platform(),
         "models": asdict(models),
         "counts": dict(result.counts),
+        "unanswered": result.unanswered,
         "warnings": result.warnings,
         "crowd_weights": result.weights,
         "powerless": result.powerless,

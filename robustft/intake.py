@@ -41,12 +41,13 @@ def intake_folder(out: Path, identity: Mapping[str, Any]) -> Path:
 def take_in(source: RecordSource, folder: Path, *, quiet: bool = False) -> Intake:
     """Read the input unless that has been done; processes that share `folder` take turns.
 
-    Raises UserError where the input cannot be read or the folder not be written.
+    Raises UserError where the input cannot be read or changes, or the folder cannot be written.
     """
     with _turn(folder):
         if not folder.is_dir():
             with publishing(folder) as (temporary, facts):
                 facts.update(_read(source, temporary, quiet=quiet))
+                source.require_unchanged()  # what `folder` is named by
     return Intake(folder)
 
 
@@ -191,7 +192,7 @@ class Intake:
             else:
                 break
         if left:
-            raise UserError(f"{source.path}: has changed since it was read")
+            raise source.changed()
 
     def __enter__(self) -> Self:
         return self

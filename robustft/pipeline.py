@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from robustft.progress import Progress, Stages
 from robustft.records import Record
 from robustft.relabeling import relabel
 from robustft.selection import select_confident
-from robustft.shards import Published, Shard, first_conclusion, publish
+from robustft.shards import Published, Shard, first_conclusion, publish, withdraw
 from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
 
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
@@ -432,7 +431,10 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
 
 def reopen(shard: Shard, store: Store, target: Path, *, published: bool) -> None:
     """Ask again what failed in an earlier session, unless others have built on it (`published`)."""
-    if not published and store.forgive():
-        first = first_conclusion(target)
-        for folder in (shard.phase("detected"), shard.phase("relabeled"), first, target):
-            shutil.rmtree(folder, ignore_errors=True)
+    if published or not store.has_failures:
+        return
+    # What rests on the failures goes first: killed in between, the next session begins here again.
+    phases = shard.phase("relabeled"), shard.phase("detected")
+    for folder in (target, first_conclusion(target), *phases):
+        withdraw(folder)
+    store.forgive()

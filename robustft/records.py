@@ -127,10 +127,25 @@ class RecordSource:
 
     @property
     def content_hash(self) -> str:
-        """Hexadecimal fingerprint of the input's bytes; its name and times do not matter."""
+        """Hexadecimal fingerprint of the input's bytes when this was first asked for.
+
+        Its name and times do not matter.
+        """
         if self._hash is None:
             self._hash = self.reader.content_hash()
         return self._hash
+
+    def require_unchanged(self) -> None:
+        """Raise UserError where the input's bytes are no longer those of `content_hash`."""
+        if self.reader.content_hash() != self.content_hash:
+            raise self.changed()
+
+    def changed(self) -> UserError:
+        """What to tell where the input is not what it was when the command began."""
+        return UserError(
+            f"{self.path}: has changed since the run began; put it back and run the same command "
+            "again, or choose another --out"
+        )
 
 
 def _as_bytes(row: Mapping[str, Any]) -> bytes:

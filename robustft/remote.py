@@ -2,33 +2,42 @@
 
 A remote input is copied to the cache once, and read from there: a run reads its input several times
 and wants the same bytes each time. A remote --out is a folder of this machine while the run is at
-work, which is what a killed run resumes from; its finished files are copied at the end.
+work, which is what a killed run resumes from; its finished files are copied at the end, unless they
+would land on the input or on files that did not come from that folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robustft.errors import UserError
-from robustft.files import replacing
+from robustft.files import not_ours, replacing, write_atomically
 from robustft.models import cache_dir
+from robustft.outputs import MANIFEST, is_output
 from robustft.progress import Progress
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.ASCII)
 _BLOCK = 4 << 20
-_LAST = "manifest.json"  # where it is, the rest is
-_STAYS = ("run.sqlite", "embeddings.f32", "input.jsonl", ".")  # beginnings of working files' names
+_SENT = ".sent"  # names of the files that were copied, or were about to be
+_STAYS = ("run.sqlite", "embeddings.f32", "input-", ".")  # beginnings of working files' names
 
 
 def is_remote(path: str) -> bool:
     """Whether a path names a file system by its scheme."""
     return _URL.fullmatch(path) is not None
+
+
+def local_path(path: str) -> Path:
+    """Where a path leads on this machine; file:// names its file system, other schemes none."""
+    return Path(path.removeprefix("file://"))
 
 
 def fetched(url: str) -> Path:
@@ -54,10 +63,13 @@ def fetched(url: str) -> Path:
 
 
 @contextlib.contextmanager
-def output_folder(out: str | Path) -> Iterator[Path]:
+def output_folder(
+    out: str | Path, data: object = None, *, exchange: bool = False
+) -> Iterator[Path]:
     """The folder to write to: `out`, or where that is remote, one whose files are copied there.
 
-    They are copied when the block ends well. Raises UserError where they cannot be.
+    They are copied when the block ends well. Raises UserError where they cannot be, or would
+    replace `data`, the input, or files of somebody else's; `exchange`: with `--dataset-info`.
     """
     url = str(out)
     if not is_remote(url):
@@ -65,17 +77,78 @@ def output_folder(out: str | Path) -> Iterator[Path]:
         return
     system, path = _opened(url)
     folder = _place("out", url)
+    target = _Target(url.rstrip("/"), system, _real(system, path), folder)
+    if isinstance(data, str | Path):
+        target.spare_input(str(data), exchange=exchange)
+    target.spare_others(lambda name: is_output(name, exchange=exchange))
     print(f"robustft: {url}: at work in {folder}", file=sys.stderr)
     yield folder
-    files = sorted(
-        (file for file in folder.iterdir() if file.is_file() and not file.name.startswith(_STAYS)),
-        key=lambda file: (file.name == _LAST, file.name),
-    )
-    with _telling(url), Progress("copy", len(files), unit="files") as progress:
-        system.makedirs(path, exist_ok=True)
-        for file in files:
-            system.put_file(str(file), f"{path.rstrip('/')}/{file.name}")
-            progress.update(1)
+    if folder.is_dir():  # nobody has worked in it for `--estimate`
+        target.receive()
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A remote output folder and the folder of this machine whose files it gets."""
+
+    url: str
+    system: Any
+    path: str
+    folder: Path
+
+    def spare_input(self, data: str, *, exchange: bool) -> None:
+        """Raise UserError where outputs would land on the input or among its files."""
+        system, path = _opened(data)
+        path = _real(system, path)
+        parent, _, name = path.rpartition("/")
+        if system == self.system and f"{self.path}/".startswith(f"{path}/"):
+            raise UserError(f"{self.url}: lies in the input folder; choose another --out")
+        if system == self.system and parent == self.path and is_output(name, exchange=exchange):
+            raise UserError(f"{data}: would be overwritten; choose another --out")
+
+    def spare_others(self, taken: Callable[[str], bool]) -> None:
+        """Raise UserError where a file is `taken` by name and did not come from `folder`."""
+        with _telling(self.url):
+            self.system.invalidate_cache()
+            there = self.system.exists(self.path)
+            found = self.system.ls(self.path, detail=True) if there else []
+        sent = self._sent()
+        for entry in found:
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            full = entry["type"] == "directory" or entry["size"]
+            if full and taken(name) and name not in sent:
+                raise not_ours(f"{self.url}/{name}")
+
+    def receive(self) -> None:
+        """Copy what is finished; the manifest comes last."""
+        files = sorted(
+            (one for one in self.folder.iterdir() if one.is_file() and _leaves(one.name)),
+            key=lambda file: (file.name == MANIFEST, file.name),
+        )
+        names = {file.name for file in files}
+        self.spare_others(names.__contains__)
+        # Before the first one is copied: what a broken copy leaves there is this folder's.
+        write_atomically(self.folder / _SENT, "\n".join(sorted(self._sent() | names)))
+        with _telling(self.url), Progress("copy", len(files), unit="files") as progress:
+            self.system.makedirs(self.path, exist_ok=True)
+            for file in files:
+                self.system.put_file(str(file), f"{self.path}/{file.name}")
+                progress.update(1)
+
+    def _sent(self) -> set[str]:
+        path = self.folder / _SENT
+        return set(path.read_text().splitlines()) if path.exists() else set()
+
+
+def _leaves(name: str) -> bool:
+    return not name.startswith(_STAYS)
+
+
+def _real(system: Any, path: str) -> str:
+    """A path without links, where the file system is this machine's, and without a last slash."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    return os.path.realpath(path) if isinstance(system, LocalFileSystem) else path.rstrip("/")
 
 
 def _place(kind: str, key: str) -> Path:
@@ -84,7 +157,7 @@ def _place(kind: str, key: str) -> Path:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it."""
+    """The file system of an address, or of a path of this machine, and the path in it."""
     try:
         import fsspec
     except ImportError:

@@ -1,8 +1,8 @@
 """An output file of lines that a killed run goes on with.
 
-The lines stand in a hidden file beside the output, `.NAME.DIGEST.partial`, chunk by chunk, until
-the last one is there; then the file takes the output's name. DIGEST tells what the lines depend on,
-so that another run never goes on with them.
+The lines stand in a hidden file beside the output, `.NAME.DIGEST.partial`, chunk by chunk as they
+come, each behind a line that tells its number; when the last one is there, the newest of each make
+up the output. DIGEST tells what the lines depend on, so that another run never goes on with them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any, Self
 import orjson
 
 from robustft.errors import UserError
-from robustft.files import spare_others
+from robustft.files import replacing, spare_others
 
 
 def spare_other_lines(path: Path, fields: Sequence[str]) -> None:
@@ -36,6 +36,10 @@ def spare_other_lines(path: Path, fields: Sequence[str]) -> None:
         first = None
     if not (isinstance(first, dict) and any(name in first for name in fields)):
         spare_others([path])
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.blake2b(body, digest_size=8).hexdigest()
 
 
 class ResumableLines:
@@ -57,29 +61,48 @@ class ResumableLines:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{digest}.partial")
         self._file: IO[bytes]
-        self._kept = True  # whether an earlier run's lines may follow
+        self._places: dict[int, tuple[int, int]] = {}  # chunk -> where its lines begin, their bytes
+        self._chunk = -1  # taken last
 
     def take(self, count: int) -> list[bytes]:
-        """The next `count` lines, as an earlier run has written them; none where it did not."""
-        if not self._kept:
-            return []
+        """The `count` lines of the next chunk, as an earlier run wrote them; none where it did not.
+
+        `add` writes others in their place.
+        """
+        self._chunk += 1
         with self._telling():
-            start = self._file.tell()
-            lines = [self._file.readline() for _ in range(count)]
-            # The end may be torn, and after a power cut be anything.
-            if all(line.startswith(b"{") and line.endswith(b"}\n") for line in lines):
-                return lines
-            self._kept = False
-            self._file.seek(start)
-            self._file.truncate()
-        return []
+            lines = self._lines(self._chunk).splitlines(keepends=True)
+        return lines if len(lines) == count else []
 
     def add(self, lines: Sequence[bytes]) -> None:
-        """Write lines that `take` did not have, and bring them to the disk."""
+        """Write the lines of the chunk taken last, and bring them to the disk."""
+        body = b"".join(lines)
+        head = {"chunk": self._chunk, "bytes": len(body), "blake2b": _digest(body)}
         with self._telling():
-            self._file.writelines(lines)
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(orjson.dumps(head) + b"\n")
+            self._places[self._chunk] = self._file.tell(), len(body)
+            self._file.write(body)
             self._file.flush()
             os.fsync(self._file.fileno())
+
+    def _lines(self, chunk: int) -> bytes:
+        start, size = self._places.get(chunk, (0, 0))
+        self._file.seek(start)
+        return self._file.read(size)
+
+    def _find_chunks(self) -> None:
+        """Find what is kept. The end may be torn, and after a power cut be anything: it is cut."""
+        end = 0
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            while line := self._file.readline():
+                head = orjson.loads(line)
+                start, body = self._file.tell(), self._file.read(head["bytes"])
+                if _digest(body) != head["blake2b"]:
+                    break
+                self._places[head["chunk"]] = start, len(body)
+                end = self._file.tell()
+        self._file.truncate(end)
 
     def __enter__(self) -> Self:
         with self._telling():
@@ -93,11 +116,12 @@ class ResumableLines:
                     raise UserError(f"{self._path}: another run is writing it") from None
                 except OSError:  # a file system without locks
                     break
-                # The one who held it may have finished, and given the file its name.
+                # The one who held it may have finished, and removed it.
                 with contextlib.suppress(OSError):
                     if os.path.samestat(os.fstat(self._file.fileno()), self._partial.stat()):
                         break
                 self._file.close()
+            self._find_chunks()
         return self
 
     def __exit__(
@@ -108,10 +132,10 @@ class ResumableLines:
     ) -> None:
         with self._file:
             if kind is None:
+                with replacing(self._path) as temporary, temporary.open("wb") as out:
+                    out.writelines(map(self._lines, range(self._chunk + 1)))
                 with self._telling():
-                    self._file.truncate()
-                    os.fsync(self._file.fileno())
-                    self._partial.replace(self._path)
+                    self._partial.unlink()
             elif not os.fstat(self._file.fileno()).st_size:
                 self._partial.unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS, Stopwatch
+from robustft.terminal import printable
 
 _NAMED = 5  # truncated records that the summary names
 
@@ -45,7 +46,7 @@ class ScoreSummary:
         """Mean over records, nats per token."""
         return self.total_nll / self.records if self.records else float("nan")
 
-    def add(self, lines: Sequence[bytes], *, resumed: bool) -> None:
+    def add(self, lines: Iterable[bytes], *, resumed: bool) -> None:
         """Add lines of the output up."""
         for body in map(orjson.loads, lines):
             if "rejected" in body:
@@ -73,7 +74,7 @@ class ScoreSummary:
             more = ", …" if self.truncated > _NAMED else ""
             cut = (
                 f"truncated   {self.truncated} did not fit the model's window and were scored in "
-                f"part: {', '.join(self.truncated_ids)}{more}\n"
+                f"part: {', '.join(map(printable, self.truncated_ids))}{more}\n"
             )
         return (
             f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n{cut}"
@@ -125,13 +126,17 @@ def score_file(
     with ResumableLines(out, identity) as lines, Progress("score", total, unit="records") as shown:
         stream = iter(source)
         while items := list(itertools.islice(stream, UNIT_ROWS)):
-            kept = lines.take(len(items))
-            if kept:
-                shown.skip(sum(isinstance(item, Record) for item in items))
-            else:
-                fresh = _scored(items, engine, shown.update)
-                lines.add(fresh)
-            summary.add(kept or fresh, resumed=bool(kept))
+            kept = dict(enumerate(lines.take(len(items))))
+            # What failed in the session that was killed is asked again.
+            found = {row: line for row, line in kept.items() if "failed" not in orjson.loads(line)}
+            summary.add(found.values(), resumed=True)
+            shown.skip(sum(isinstance(items[row], Record) for row in found))
+            missing = [row for row in range(len(items)) if row not in found]
+            if missing:
+                fresh = _scored([items[row] for row in missing], engine, shown.update)
+                summary.add(fresh, resumed=False)
+                found.update(zip(missing, fresh, strict=True))
+                lines.add([found[row] for row in range(len(items))])
     summary.seconds = watch.seconds()
     return summary
 

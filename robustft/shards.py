@@ -125,6 +125,15 @@ def publish(
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
 
 
+def withdraw(folder: Path) -> None:
+    """Remove what was published as `folder`, if it was. Raises UserError where it stays."""
+    try:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be removed: {error.strerror or error}") from error
+
+
 def _sync(path: Path) -> None:
     """Bring a file or a folder's list of files to the disk."""
     handle = os.open(path, os.O_RDONLY)

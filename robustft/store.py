@@ -299,8 +299,13 @@ class Store:
                 [(unit, one.row, one.opinion.failure) for one in failed],
             )
 
-    def forgive(self) -> bool:
-        """Open again whatever rests on a failure of an earlier session; whether there was one."""
+    @property
+    def has_failures(self) -> bool:
+        """Whether a question of an earlier session got no reply and was not forgiven yet."""
+        return self._db.execute("SELECT 1 FROM failures").fetchone() is not None
+
+    def forgive(self) -> None:
+        """Open again whatever rests on a failure of an earlier session."""
         units = self._db.execute("SELECT DISTINCT unit FROM failures").fetchall()
         if units:
             with self._transaction():
@@ -308,7 +313,6 @@ class Store:
                 # Whoever is judged now may be a neighbour of any record.
                 self._db.execute("DELETE FROM units WHERE phase = 'relabel'")
                 self._db.execute("DELETE FROM failures")
-        return bool(units)
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Per expert: questions asked, tokens and seconds, over all sessions of the run."""

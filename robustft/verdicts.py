@@ -147,6 +147,7 @@ def write_outputs(
             _count(result, judged)
             verdicts.write(b"".join(lines))
             progress.update(len(judged))
+        source.require_unchanged()  # or rows of now would stand under verdicts of then
     with replacing(out / "rejects.jsonl") as temporary:
         shutil.copyfile(corpus.intake.rejects_file, temporary)
     result.suspicious = [one for _, _, one in sorted(suspicious, reverse=True)]

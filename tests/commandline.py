@@ -14,6 +14,7 @@ from scripted import LetterEmbedder, ScriptedEngine
 
 import robustft.cleaning
 import robustft.evaluation
+import robustft.methods
 import robustft.scoring
 from robustft.cli import main
 
@@ -43,9 +44,11 @@ class CommandLine:
     def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
         self._capture = capture
         self._engine: dict[str, Any] = {}
-        for module in (robustft.cleaning, robustft.evaluation, robustft.scoring):
+        asking = robustft.cleaning, robustft.evaluation, robustft.methods, robustft.scoring
+        for module in asking:
             patch.setattr(module, "load_engine", lambda *_: ScriptedEngine(**self._engine))
-        patch.setattr(robustft.cleaning, "Embedder", lambda _: LetterEmbedder())
+        for module in (robustft.cleaning, robustft.methods):
+            patch.setattr(module, "Embedder", lambda _: LetterEmbedder())
 
     def script(self, **engine: Any) -> None:
         self._engine = engine

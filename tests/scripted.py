@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore
+from robustft.engines import Abilities, Choice, Failure, Generation, Prompt, ResponseScore
+
+REASON = "HTTP 500 (4 tries)"
 
 
 class ScriptedEngine:
@@ -71,6 +74,32 @@ def hashed(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
     """Probabilities drawn from the prompt's hash; they do not sum to one, as in a real model."""
     random = np.random.default_rng(digest(prompt))
     return list(random.dirichlet(np.ones(len(candidates))) * 0.9 + 1e-3)
+
+
+class FlakyEngine(ScriptedEngine):
+    """Fails on every request whose hash is divisible by `every`."""
+
+    def __init__(self, every: int, **scripted: Any) -> None:
+        super().__init__(**scripted)
+        self.every = every
+        self.failed = 0
+
+    def _or_failure(self, prompts: Sequence[Prompt], replies: Sequence[Any]) -> list[Any]:
+        found = [
+            Failure(REASON) if digest(prompt) % self.every == 0 else reply
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+        self.failed += sum(isinstance(reply, Failure) for reply in found)
+        return found
+
+    def generate(self, prompts: Sequence[Prompt], *rest: Any) -> list[Any]:
+        return self._or_failure(prompts, super().generate(prompts, *rest))
+
+    def choose(self, prompts: Sequence[Prompt], *rest: Any) -> list[Any]:
+        return self._or_failure(prompts, super().choose(prompts, *rest))
+
+    def score(self, prompts: Sequence[Prompt], *rest: Any) -> list[Any]:
+        return self._or_failure(prompts, super().score(prompts, *rest))
 
 
 class LetterEmbedder:

@@ -312,6 +312,9 @@ def test_outputs_never_land_on_the_input(run: CommandLine, tmp_path: Path) -> No
     source = write(tmp_path / "cleaned.jsonl", quiz(3))
     before = source.read_bytes()
     assert "would be overwritten" in run.refused("clean", source, "--out", tmp_path)
+    chat = write(tmp_path / "messages.jsonl", quiz(3))
+    asked = ("clean", chat, "--out", tmp_path, "--dataset-info")
+    assert "would be overwritten" in run.refused(*asked)
     assert "is the input itself" in run.refused("score", source, "--out", source)
     assert "is the input itself" in run.refused("corrupt", source, "--out", source)
     inside = tmp_path / "out"
@@ -514,7 +517,16 @@ def test_the_input_and_other_people_s_files_stay(
         assert [run(*arguments, own).status for _ in range(2)] == [0, 0]
 
 
-@pytest.mark.parametrize(("command", "name"), [("clean", "report.html"), ("train", "README.md")])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("clean", "report.html"),
+        ("clean --dataset-info", "messages.jsonl"),
+        ("clean --dataset-info", "dataset_info.json"),
+        ("clean --method self-label", "verdicts.jsonl"),
+        ("train", "README.md"),
+    ],
+)
 def test_a_folder_of_somebody_else_stays(
     run: CommandLine, command: str, name: str, tmp_path: Path
 ) -> None:
@@ -524,7 +536,36 @@ def test_a_folder_of_somebody_else_stays(
     mine = tmp_path / "project" / name
     mine.parent.mkdir()
     mine.write_text("mine")
-    done = run(command, str(source), "--out", str(mine.parent))
-    assert (done.status, done.err.count("\n")) == (2, 1)
-    assert f"{name}: is there already and was not written by this command" in done.err
-    assert mine.read_text() == "mine"
+    for _ in range(2):  # what the first one leaves there is no leave for the second
+        done = run(*command.split(), str(source), "--out", str(mine.parent))
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert f"{name}: is there already and was not written by this command" in done.err
+        assert mine.read_text() == "mine"
+    if name == "verdicts.jsonl":
+        run.refused("clean", source, "--out", mine.parent)
+        run.refused("clean", source, "--out", mine.parent, "--method", "self-label")
+        assert mine.read_text() == "mine"
+
+
+def test_a_method_writes_over_its_own_outputs_alone(run: CommandLine, tmp_path: Path) -> None:
+    source, other = write(tmp_path / "in.jsonl", quiz(9)), write(tmp_path / "b.jsonl", quiz(8))
+    ours, theirs = tmp_path / "ours", tmp_path / "the irs"
+    label = ("clean", source, "--method", "self-label", "--out")
+    assert run("clean", source, "--out", ours, "--detector", "paper").status == 0
+    before = (ours / "verdicts.jsonl").read_bytes()
+    assert "ours: holds a run of robustft; choose another --out" in run.refused(*label, ours)
+    assert (ours / "verdicts.jsonl").read_bytes() == before
+    for _ in range(2):
+        done = run(*label, theirs)
+        assert done.status == 0
+    assert f"next:\n  robustft train '{theirs}/cleaned.jsonl' --out '{theirs}/adapter'" in done.out
+    before = (theirs / "verdicts.jsonl").read_bytes()
+    for arguments in (
+        ("clean", source),
+        ("clean", source, "--method", "self-select"),
+        ("clean", other, "--method", "self-label"),
+        ("clean", theirs / "cleaned.jsonl", "--method", "self-label"),
+        ("clean", f"file://{theirs}/cleaned.jsonl", "--method", "self-label"),
+    ):
+        assert "choose another --out" in run.refused(*arguments, "--out", theirs)
+        assert (theirs / "verdicts.jsonl").read_bytes() == before

@@ -148,7 +148,16 @@ def test_shards_of_several_folders_are_merged_elsewhere(tmp_path: Path, source: 
         merge([tmp_path / "a"])
     moved = tmp_path / "moved.jsonl"
     shutil.copy(source, moved)
-    merge([first, tmp_path / "b"], tmp_path / "out", data=str(moved))
+    folders = [first, tmp_path / "b"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/verdicts.jsonl").write_text("mine")
+    (tmp_path / "mine/.lock").touch()  # as a refused command leaves it
+    with pytest.raises(UserError, match="was not written by this command"):
+        merge(folders, tmp_path / "mine", data=str(moved))
+    with pytest.raises(UserError, match="whole: holds a run of robustft"):
+        merge(folders, tmp_path / "whole", data=str(moved))
+    for _ in range(2):  # what it wrote itself it may write again
+        merge(folders, tmp_path / "out", data=str(moved))
     same(tmp_path / "whole", tmp_path / "out")
 
 

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commandline import quiz, read, write
-from scripted import LetterEmbedder, ScriptedEngine, digest
+from scripted import REASON, FlakyEngine, LetterEmbedder, ScriptedEngine, digest
 
+from robustft import evaluation, pipeline, scoring
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, EvalConfig, ExpertConfig
-from robustft.engines import Abilities, Failure, Prompt
+from robustft.engines import Abilities, Prompt
 from robustft.evaluation import evaluate
 from robustft.scoring import score_file
+from robustft.shards import withdraw
 from robustft.verdicts import CleanResult
-
-REASON = "HTTP 500 (4 tries)"
-
-
-class FlakyEngine(ScriptedEngine):
-    """Fails on every request whose hash is divisible by `every`."""
-
-    def __init__(self, every: int, **scripted: Any) -> None:
-        super().__init__(**scripted)
-        self.every = every
-        self.failed = 0
-
-    def _or_failure(self, prompts: Sequence[Prompt], replies: Sequence[Any]) -> list[Any]:
-        found = [
-            Failure(REASON) if digest(prompt) % self.every == 0 else reply
-            for prompt, reply in zip(prompts, replies, strict=True)
-        ]
-        self.failed += sum(isinstance(reply, Failure) for reply in found)
-        return found
-
-    def generate(self, prompts: Sequence[Prompt], *rest: Any) -> list[Any]:
-        return self._or_failure(prompts, super().generate(prompts, *rest))
-
-    def choose(self, prompts: Sequence[Prompt], *rest: Any) -> list[Any]:
-        return self._or_failure(prompts, super().choose(prompts, *rest))
-
-    def score(self, prompts: Sequence[Prompt], *rest: Any) -> list[Any]:
-        return self._or_failure(prompts, super().score(prompts, *rest))
 
 
 def clean(source: Path, out: Path, engine: ScriptedEngine, detector: str = "paper") -> CleanResult:
@@ -72,6 +44,31 @@ def test_a_resumed_run_is_the_run_that_never_failed(
     assert sum(result.counts[a] for a in ("keep", "relabel", "drop")) == 80
 
     clean(source, tmp_path / "out", ScriptedEngine(), detector)
+    for name in ("verdicts.jsonl", "cleaned.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("withdrawn", range(4))
+def test_killed_while_failures_are_opened_again(
+    tmp_path: Path, withdrawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(80))
+    clean(source, tmp_path / "whole", ScriptedEngine())
+    assert clean(source, tmp_path / "out", FlakyEngine(9)).unanswered > 0
+    left = withdrawn
+
+    def killed(folder: Path) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        withdraw(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "withdraw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            clean(source, tmp_path / "out", ScriptedEngine())
+    assert clean(source, tmp_path / "out", ScriptedEngine()).unanswered == 0
     for name in ("verdicts.jsonl", "cleaned.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -135,6 +132,41 @@ def test_score_writes_a_line_for_a_failure(tmp_path: Path) -> None:
     assert [line["id"] for line in lines] == [f"r{i}" for i in range(40)]
     assert sum(line.get("failed") == REASON for line in lines) == summary.failures == engine.failed
     assert summary.mean_nll == 1.0
+
+
+@pytest.mark.parametrize("command", ["eval", "score"])
+def test_what_failed_in_a_killed_session_is_asked_again(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (evaluation, scoring):
+        monkeypatch.setattr(module, "UNIT_ROWS", 16)
+    source = str(write(tmp_path / "in.jsonl", [*quiz(20), b"{broken", *quiz(20, seed=1)]))
+
+    def call(out: str, engine: ScriptedEngine) -> str:
+        path = tmp_path / out
+        if command == "score":
+            return str(score_file(source, path, EngineConfig(), engine=engine))
+        return str(evaluate(EvalConfig(input=source, out=path), engine=engine))
+
+    batches = 0
+
+    def kill() -> None:
+        nonlocal batches
+        batches += 1
+        if batches > 4:
+            raise KeyboardInterrupt
+
+    flaky = FlakyEngine(3, before_batch=kill)
+    with pytest.raises(KeyboardInterrupt):
+        call("out.jsonl", flaky)
+    again = ScriptedEngine()
+    said = call("out.jsonl", again)
+    assert flaky.failed
+    assert len(again.asked) == 40 - (len(flaky.asked) - flaky.failed)
+    assert "reply from the engine" not in said
+    assert "not answered" not in said
+    call("whole.jsonl", ScriptedEngine())
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_without_likelihoods_words_are_read_from_text(tmp_path: Path) -> None:

@@ -109,12 +109,10 @@ def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
     assert "1 lines could not be read" in str(result)
 
 
-def test_a_category_cannot_move_the_cursor(tmp_path: Path) -> None:
-    rows = [choice("A", "A", category="law\x1b[2J\n  tax: 1.0000")]
-    source = write(tmp_path / "in.jsonl", rows)
-    result = evaluate(EvalConfig(input=str(source)), engine=ScriptedEngine())
-    assert "law\\x1b[2J\\n  tax" in str(result)
-    assert "\x1b" not in str(result)
+def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> None:
+    rows = [choice("A", "A", Subject="law\x1b[2J\nfaked: 1.0000\u202e")]
+    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
+    assert str(result).splitlines()[-1].startswith(r"  law\x1b[2J\nfaked: 1.0000\u202e: 1.0000 (1")
 
 
 def test_a_category_in_every_record_is_none(tmp_path: Path) -> None:

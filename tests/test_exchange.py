@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from commandline import CommandLine, quiz, read, write
 
+from robustft.engines import Prompt
 from robustft.exchange import DATASET_INFO, MESSAGES, write_exchange
 from robustft.records import open_records
 
@@ -36,7 +38,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def exchanged(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     folder = path.parent
-    write_exchange(open_records(str(path)), folder)
+    source = open_records(str(path))
+    write_exchange(source, folder, [item.id for item in source])
     return read(folder / MESSAGES), json.loads((folder / DATASET_INFO).read_text())
 
 
@@ -104,15 +107,50 @@ def test_parquet_is_read_as_it_is(tmp_path: Path) -> None:
 def test_clean_writes_both_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    source, out = write(tmp_path / "in.jsonl", quiz(40)), tmp_path / "out"
+    rows = [{name: row[name] for name in row if name != "id"} for row in quiz(40)]
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
     run = CommandLine(monkeypatch, capsys)
     clean = ("clean", source, "--out", out, "--detector", "paper")
     assert run(*clean).status == 0
     assert not (out / MESSAGES).exists()
+    (out / DATASET_INFO).write_text("{}")  # another program's, since the run
+    assert "was not written by this command" in run.refused(*clean, "--dataset-info")
+    (out / DATASET_INFO).unlink()
     assert run(*clean, "--dataset-info").status == 0  # the finished run, resumed
-    cleaned = read(out / "cleaned.jsonl")
-    turns = [line["messages"] for line in read(out / MESSAGES)]
-    assert [messages[-1]["content"] for messages in turns] == [
-        f"Answer: {row['answer']}" for row in cleaned
+    assert_as_cleaned(out)
+    before = (out / MESSAGES).read_bytes()
+    assert run(*clean, "--beta", "1").status == 0  # another share: the files follow
+    assert (out / MESSAGES).read_bytes() != before
+    assert_as_cleaned(out)
+    assert MESSAGES in (out / "report.html").read_text()
+
+
+def assert_as_cleaned(out: Path) -> None:
+    """`messages.jsonl` holds the training set, under the ids of the verdicts."""
+    lines, kept = read(out / MESSAGES), read(out / "cleaned.jsonl")
+    assert [line["messages"][-1]["content"] for line in lines] == [
+        f"Answer: {row['answer']}" for row in kept
     ]
+    verdicts = [line for line in read(out / "verdicts.jsonl") if line["action"] != "drop"]
+    assert [line["id"] for line in lines] == [verdict["id"] for verdict in verdicts]
     assert (out / DATASET_INFO).exists()
+
+
+def test_nothing_is_left_of_a_training_set_that_is_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def doubt(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
+        """A checker that never believes; the question without content gets even odds."""
+        if len(candidates) == 2:
+            return [0.5, 0.5] if "N/A" in prompt.messages[-1].content else [0.1, 0.9]
+        return [0.7, 0.1, 0.1]
+
+    run = CommandLine(monkeypatch, capsys)
+    run.script(choose=doubt)
+    source, out = write(tmp_path / "in.jsonl", quiz(9)), tmp_path / "out"
+    clean = ("clean", source, "--out", out, "--detector", "paper", "--dataset-info", "--beta")
+    assert run(*clean, "1").status == 0
+    assert_as_cleaned(out)
+    assert run(*clean, "0").status == 0
+    assert not (out / MESSAGES).exists()
+    assert not (out / DATASET_INFO).exists()

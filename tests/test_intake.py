@@ -108,7 +108,7 @@ def test_a_damaged_or_another_input_is_told(tmp_path: Path) -> None:
     source = open_records(str(path))
     with take_in(source, tmp_path / "taken") as intake:
         lines(path, CHAT[:3])
-        with pytest.raises(UserError, match="has changed since it was read"):
+        with pytest.raises(UserError, match="has changed since the run began"):
             list(intake.rows(source))
         records = tmp_path / "taken/records.jsonl"
         records.write_bytes(records.read_bytes()[:-20])

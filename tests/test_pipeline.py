@@ -259,6 +259,47 @@ def test_rows_in_memory(tmp_path: Path) -> None:
     assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 8
 
 
+def test_rows_in_memory_replace_nothing(tmp_path: Path) -> None:
+    mine = tmp_path / "input.jsonl"
+    mine.write_text("mine")
+    first, second = choice_rows(20), choice_rows(20, seed=1)
+    said: list[str] = []
+
+    def call_again() -> None:
+        if not said:
+            with pytest.raises(UserError, match="another run is working") as error:
+                clean(second, out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder())
+            said.append(str(error.value))
+
+    engine = ScriptedEngine(before_batch=call_again)
+    clean(first, out=tmp_path, engine=engine, embedder=LetterEmbedder(), detector="paper")
+    assert said
+    assert mine.read_text() == "mine"
+    questions = {row["question"] for row in read_jsonl(tmp_path / "cleaned.jsonl")}
+    assert questions
+    assert questions <= {row["question"] for row in first}
+
+
+@pytest.mark.parametrize("count", [29, 30, 31])
+def test_an_input_that_changes_while_it_is_worked_on(tmp_path: Path, count: int) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(30))
+    before = source.read_bytes()
+    run(source, tmp_path / "whole")
+
+    def edit() -> None:
+        write_jsonl(source, choice_rows(count, seed=1))
+
+    with pytest.raises(UserError, match=r"in\.jsonl: has changed since the run began; put it back"):
+        run(source, tmp_path / "out", ScriptedEngine(before_batch=edit))
+    assert not (tmp_path / "out/cleaned.jsonl").exists()
+    source.write_bytes(before)
+    again = ScriptedEngine()
+    run(source, tmp_path / "out", again)
+    assert again.asked == []
+    for name in ("verdicts.jsonl", "cleaned.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def alpaca(rows: list[dict[str, Any]], path: Path) -> Path:
     body = [{"instruction": r["question"], "input": "", "output": f"It is {r['answer']}."} for r in
             rows]  # fmt: skip

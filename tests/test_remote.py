@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -71,22 +71,77 @@ def test_nothing_is_copied_from_a_run_that_failed(tmp_path: Path) -> None:
     assert not (tmp_path / "there").exists()
 
 
-def test_files_of_somebody_else_and_the_input_stay(tmp_path: Path) -> None:
-    rows = [{"question": f"Q{i}?", "options": ["x", "y"], "answer": "A"} for i in range(5)]
-    there = f"file://{tmp_path}"
-    models = {"engine": ScriptedEngine(), "embedder": LetterEmbedder(), "detector": "paper"}
-    given = tmp_path / "cleaned.jsonl"
-    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    whole = given.read_bytes()
-    with pytest.raises(UserError, match=r"cleaned.jsonl: would be overwritten"):
-        clean(f"{there}/cleaned.jsonl", out=there, **models)
-    with pytest.raises(UserError, match=r"cleaned.jsonl: is there already and was not written"):
-        clean(rows, out=there, **models)
-    assert given.read_bytes() == whole
-    out = f"file://{tmp_path}/run"
-    clean(rows, out=out, **models)
-    clean(rows, out=out, **models)  # its own files are replaced
-    assert not list((tmp_path / "run").glob("input*"))
+def run(data: object, out: str, engine: ScriptedEngine | None = None, **settings: Any) -> None:
+    clean(
+        data, out=out, engine=engine or ScriptedEngine(), embedder=LetterEmbedder(),
+        detector="paper", **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("out", ["memory://bucket/out", "file://{}/there"])
+@pytest.mark.parametrize("name", ["cleaned.jsonl", "manifest.json", "messages.jsonl"])
+def test_files_of_somebody_else_stay(tmp_path: Path, out: str, name: str) -> None:
+    out = out.format(tmp_path)
+    system, path = fsspec.core.url_to_fs(out)
+    system.makedirs(path, exist_ok=True)
+    never = ScriptedEngine()
+
+    def place() -> None:
+        system.pipe(f"{path}/{name}", b"mine")
+
+    place()
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^{out}/{name}: is there already and was not wri"):
+            run(URL, out, never, dataset_info=True)
+    assert never.asked == []
+    system.rm(f"{path}/{name}")
+    with pytest.raises(UserError, match=rf"^{out}/{name}: is there already and was not written"):
+        run(URL, out, ScriptedEngine(before_batch=place), dataset_info=True)
+    assert [one.rpartition("/")[2] for one in system.ls(path, detail=False)] == [name]
+    assert system.cat(f"{path}/{name}") == b"mine"
+    system.rm(f"{path}/{name}")
+    run(URL, out, never, dataset_info=True)  # moved away: what was asked is copied
+    assert never.asked == []
+    assert system.exists(f"{path}/manifest.json")
+
+
+def test_the_input_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    source = write(folder / "cleaned.jsonl", quiz(20))
+    before = source.read_bytes()
+    for data in (source, f"file://{source}"):
+        for out in (f"file://{folder}", f"file://{folder}/", f"file://{tmp_path}/link"):
+            with pytest.raises(UserError, match=r"cleaned\.jsonl: would be overwritten"):
+                run(data, out)
+    with pytest.raises(UserError, match="lies in the input folder"):
+        run(folder, f"file://{folder}/out")
+    assert source.read_bytes() == before
+    fsspec.filesystem("memory").pipe("memory://bucket/cleaned.jsonl", before)
+    with pytest.raises(UserError, match=r"^memory://bucket/cleaned\.jsonl: would be overwritten"):
+        run("memory://bucket/cleaned.jsonl", "memory://bucket/")
+
+
+def test_a_copy_that_broke_off_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    put, left = type(memory).put_file, 2
+
+    def breaking(self: Any, *arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConnectionError("reset by peer")
+        put(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "put_file", breaking)
+        with pytest.raises(UserError, match="reset by peer"):
+            run(URL, "memory://bucket/out")
+    assert len(memory.ls("/bucket/out")) == 2
+    run(URL, "memory://bucket/out")
+    assert memory.exists("/bucket/out/manifest.json")
+    run(URL, "memory://bucket/out", beta=1.0)
 
 
 def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,5 +171,8 @@ def test_the_command_line(
     assert done.status == 0
     assert f"{there}: at work in" in done.err
     assert (tmp_path / "there/manifest.json").exists()
+    other = f"file://{tmp_path}/other"
+    assert run("clean", URL, "--out", other, "--estimate").status == 0
+    assert not (tmp_path / "other").exists()
     refused = run.refused("clean", URL, "--out", there, "--shard", "0/2")
     assert "a folder that all of them share" in refused

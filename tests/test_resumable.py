@@ -66,6 +66,21 @@ def test_a_torn_end_is_written_again(tmp_path: Path, tail: bytes) -> None:
     assert out.read_bytes() == WHOLE
 
 
+def test_a_chunk_may_be_written_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    attempt(out, stop=3)
+    fresh = [b'{"n":"%d"}\n' % n for n in range(3)]
+    with contextlib.suppress(PowerCutError), ResumableLines(out, {"who": "a"}) as lines:
+        assert lines.take(3) == CHUNKS[0]
+        lines.add(fresh)
+        raise PowerCutError
+    with ResumableLines(out, {"who": "a"}) as lines:
+        assert [lines.take(3) for _ in range(4)] == [fresh, *CHUNKS[1:3], []]
+        lines.add(CHUNKS[3])
+    assert out.read_bytes() == b"".join(fresh) + WHOLE[len(b"".join(CHUNKS[0])) :]
+    assert hidden(tmp_path) == []
+
+
 def test_another_run_takes_nothing_over_and_destroys_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     attempt(out, stop=3)

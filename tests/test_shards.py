@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustft.errors import UserError
-from robustft.shards import Published, publish, split
+from robustft.shards import Published, publish, split, withdraw
 from robustft.store import UNIT_ROWS
 
 
@@ -52,3 +53,18 @@ def test_nothing_pickled_is_read(tmp_path: Path) -> None:
     np.save(tmp_path / "p/x.npy", np.array([{"a": 1}]), allow_pickle=True)
     with pytest.raises(UserError, match="cannot be read"):
         Published(tmp_path / "p")["x"]
+
+
+def test_what_cannot_be_withdrawn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    withdraw(tmp_path / "p")  # is not there: nothing to do
+    publish(tmp_path / "p", {"x": np.arange(3)})
+
+    def busy(folder: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        with pytest.raises(UserError, match="cannot be removed: Device or resource busy"):
+            withdraw(tmp_path / "p")
+    withdraw(tmp_path / "p")
+    assert not (tmp_path / "p").exists()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import orjson
 
 from robustft.answers import answer_kind, matches
-from robustft.cleaning import spare_folder
+from robustft.cleaning import refuse_overwriting, refuse_runs, spare_folder
 from robustft.config import CleanConfig
-from robustft.errors import UserError
-from robustft.files import atomic_file, write_atomically
+from robustft.files import atomic_file
+from robustft.outputs import made_by, write_manifest
 from robustft.records import Record, RecordWriter, Reject, open_records, output_name
 from robustft.store import Stopwatch, folder_lock
 from robustft.verdicts import CleanResult
@@ -27,39 +28,47 @@ class Decision:
 
     answer: str | None
     reason: str
+    failed: bool = False  # the engine gave no reply
+
+    @classmethod
+    def unanswered(cls, record: Record, failure: str) -> Decision:
+        """A record that the engine said nothing about stays as given."""
+        return cls(record.answer, f"not judged: no reply: {failure}", failed=True)
 
 
 def write_decisions(
-    config: CleanConfig, decide: Callable[[Sequence[Record]], Sequence[Decision]]
+    config: CleanConfig, method: str, decide: Callable[[Sequence[Record]], Sequence[Decision]]
 ) -> CleanResult:
     """Write `cleaned.*`, `verdicts.jsonl`, `rejects.jsonl` and `manifest.json` to `config.out`.
 
-    `decide` sees up to 512 records at a time, in input order.
+    `method` is its name; `decide` sees up to 512 records at a time, in input order, once it is
+    certain that the folder may be written to.
 
     Raises:
-        UserError: the input cannot be read, or the folder not be written.
+        UserError: the input cannot be read, the folder not be written, or it is not this method's.
     """
     watch = Stopwatch()
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
+    refuse_overwriting(config, source)
+    content_hash = source.content_hash
     out = config.out
     result = CleanResult(out, out / output_name(source))
-    if result.cleaned.exists() and result.cleaned.resolve().samefile(config.input):
-        raise UserError(f"{config.input}: would be overwritten; choose another --out")
-    spare_folder(out, source, ".lock")
-    with (
-        folder_lock(out),
-        RecordWriter(result.cleaned, source) as cleaned,
-        atomic_file(out / "verdicts.jsonl") as verdicts,
-        atomic_file(out / "rejects.jsonl") as rejects,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(folder_lock(out))
+        refuse_runs(out)
+        spare_folder(config, source, own=made_by(out, method, content_hash))
+        cleaned = stack.enter_context(RecordWriter(result.cleaned, source))
+        verdicts = stack.enter_context(atomic_file(out / "verdicts.jsonl"))
+        rejects = stack.enter_context(atomic_file(out / "rejects.jsonl"))
         stream = iter(source)
         while items := list(itertools.islice(stream, _CHUNK)):
             records = [item for item in items if isinstance(item, Record)]
             for record, decision in zip(records, decide(records), strict=True):
                 action = _action(record, decision)
                 result.counts[action] += 1
+                result.unanswered += decision.failed
                 if decision.answer is not None:
                     cleaned.write(record, record.answer if action == "keep" else decision.answer)
                 line = {
@@ -74,16 +83,21 @@ def write_decisions(
                 if isinstance(item, Reject):
                     result.counts["rejected"] += 1
                     rejects.write(orjson.dumps({"line": item.line, "reason": item.reason}) + b"\n")
+        source.require_unchanged()
     result.counts["input"] = sum(result.counts.values())
+    if result.unanswered:
+        result.warn(
+            f"{result.unanswered} records got no reply from the engine and stay as given "
+            "(verdicts.jsonl says why); the same command asks again"
+        )
     result.seconds["total"] = round(watch.seconds(), 3)
     manifest = {
+        "method": method,
         "command": sys.argv, "config": config.fingerprint(), "counts": dict(result.counts),
-        "input": {"path": config.input, "blake2b": source.content_hash},
-        "seconds": result.seconds,
+        "input": {"path": config.input, "blake2b": content_hash},
+        "unanswered": result.unanswered, "warnings": result.warnings, "seconds": result.seconds,
     }  # fmt: skip
-    write_atomically(
-        out / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n"
-    )
+    write_manifest(out, manifest)
     return result
 
 

@@ -74,6 +74,7 @@ class _NoiseAL:
             Scorer(ngram_features(texts), self._width, shared, seed + 1),
         )
         self._threshold = 1.0 / self._width
+        self._failures: dict[int, str] = {}  # row -> why the LLM gave no reply, asked last
 
     def run(self) -> list[Decision]:
         """The decision on every record."""
@@ -117,6 +118,7 @@ class _NoiseAL:
         """[N] the LLM's labels of P, -1 where it gave none; elsewhere the given ones."""
         labels = self._given.copy()
         rows = np.flatnonzero(split.purified)
+        self._failures.clear()
         if len(rows) == 0:
             return labels
         shown: list[list[int]] = [[] for _ in rows]
@@ -135,6 +137,8 @@ class _NoiseAL:
         for row, one in zip(rows, predict(records, prompts, self._setting.engine, limit),
                             strict=True):  # fmt: skip
             labels[row] = self._learn(int(row), one.answer)
+            if one.failure:
+                self._failures[int(row)] = one.failure
         return labels
 
     def _learn(self, row: int, answer: str | None) -> int:
@@ -159,6 +163,8 @@ class _NoiseAL:
         record = self._records[row]
         if split.reliable[row]:
             return Decision(record.answer, "reliable")
+        if row in self._failures:
+            return Decision.unanswered(record, self._failures[row])
         if split.hard[row] or label < 0:
             return Decision(None, "hard" if split.hard[row] else "purifiable, but no label")
         answer = LETTERS[label] if record.options is not None else self._answers[row][label]
@@ -196,12 +202,18 @@ def _index(record: Record, candidates: Sequence[str]) -> int:
 def prepare(setting: Setting) -> CleanResult:
     """Write R as given and P with the LLM's labels. The whole corpus is held in memory."""
     config = setting.config
-    source = open_records(
-        config.input, schema=config.schema, limit=config.limit, split=config.split
-    )
-    records = [item for item in source if isinstance(item, Record)]
-    decisions = _NoiseAL(setting, records).run()
-    return write_decisions(config, lambda chunk: [decisions[record.index] for record in chunk])
+    decisions: list[Decision] = []
+
+    def decide(chunk: Sequence[Record]) -> list[Decision]:
+        if not decisions:
+            source = open_records(
+                config.input, schema=config.schema, limit=config.limit, split=config.split
+            )
+            records = [item for item in source if isinstance(item, Record)]
+            decisions.extend(_NoiseAL(setting, records).run())
+        return [decisions[record.index] for record in chunk]
+
+    return write_decisions(config, "noiseal", decide)
 
 
 METHOD = Method("noiseal", "NoiseAL", "co-predicting small models, the LLM as annotator", prepare)

@@ -1,14 +1,14 @@
 """SelfLabel: the model answers every training question itself, then SFT on its own answers.
 
 The given answers are not looked at, so noise changes nothing but which questions there are. A
-question that gets no readable answer is dropped.
+question that gets no readable answer is dropped; one that gets no reply at all stays as given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from robustft.evaluation import ask_plainly, predict
+from robustft.evaluation import Prediction, ask_plainly, predict
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
 from robustft.records import Record
@@ -21,9 +21,17 @@ def prepare(setting: Setting) -> CleanResult:
 
     def decide(records: Sequence[Record]) -> list[Decision]:
         said = predict(records, ask_plainly(records), setting.engine, limit)
-        return [Decision(one.answer, "the model's own answer") for one in said]
+        return list(map(_decision, said))
 
-    return write_decisions(setting.config, decide)
+    return write_decisions(setting.config, "self-label", decide)
+
+
+def _decision(said: Prediction) -> Decision:
+    if said.failure:
+        return Decision.unanswered(said.record, said.failure)
+    if said.answer is None:
+        return Decision(None, "the model gave no readable answer")
+    return Decision(said.answer, "the model's own answer")
 
 
 METHOD = Method("self-label", "SelfLabel", "SFT on the model's own answers", prepare)

@@ -31,7 +31,7 @@ def prepare(setting: Setting) -> CleanResult:
             said = engine.choose([prompts[row] for row in rows], [SELECT_WORDS] * len(rows))
             for row, choice in zip(rows, said, strict=True):
                 if isinstance(choice, Failure):
-                    decisions[row] = Decision(None, f"no reply: {choice.reason}")
+                    decisions[row] = Decision.unanswered(records[row], choice.reason)
                     continue
                 yes, no = choice.logprobs - neutral.logprobs
                 trusted = bool(yes > no)
@@ -39,7 +39,7 @@ def prepare(setting: Setting) -> CleanResult:
                 decisions[row] = Decision(answer, "trusted" if trusted else "not trusted")
         return [decisions[row] for row in range(len(records))]
 
-    return write_decisions(setting.config, decide)
+    return write_decisions(setting.config, "self-select", decide)
 
 
 METHOD = Method("self-select", "SelfSelect", "SFT on the examples the model trusts", prepare)

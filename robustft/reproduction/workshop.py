@@ -119,11 +119,12 @@ class Workshop:
         identity = config.fingerprint() | {"input": _content(config.input)}
         out = self.folder / "sets" / f"{method.name}-{content_key(method.name, identity).hex()}"
         manifest = out / "manifest.json"
-        if not manifest.exists():
+        known = json.loads(manifest.read_bytes()) if manifest.exists() else {}
+        if not known or known.get("unanswered"):
             method.prepare(
                 Setting(dataclasses.replace(config, out=out), self.engine, self.embedder)
             )
-        known = json.loads(manifest.read_text(encoding="utf-8"))
+            known = json.loads(manifest.read_bytes())
         counts = known["counts"]
         if not counts.get("keep", 0) + counts.get("relabel", 0):
             raise UserError("the method left no record to train on")
@@ -181,7 +182,8 @@ class Workshop:
             config = EvalConfig(str(test), limit=limit, engine=self.config)
             result = evaluate(config, engine=engine, ask=ask, judge=judge)
             stored = dataclasses.asdict(result)
-            self.cache.put(key, stored)
+            if not result.failed:  # what got no reply is asked again next time
+                self.cache.put(key, stored)
         return _evaluated(stored)
 
     def perplexities(self, test: Path, limit: int | None, adapter: Path | None) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import LetterEmbedder, ScriptedEngine
+from scripted import REASON, FlakyEngine, LetterEmbedder, ScriptedEngine
 
 from robustft.cli import main
 from robustft.config import CleanConfig
@@ -109,6 +109,47 @@ def test_the_papers_robustft_finds_wrong_answers(made: Callable[..., object]) ->
 def test_robustft_by_the_default_detector_harms_nothing(made: Callable[..., object]) -> None:
     records, _ = made("robustft")
     assert right(records) >= 0.75  # what the given answers have
+
+
+@pytest.mark.parametrize("name", ["self-label", "self-select", "noiseal"])
+def test_a_record_without_a_reply_stays_as_given(tmp_path: Path, name: str) -> None:
+    path, _ = corpus(tmp_path / "noisy.csv")
+    prepare = METHODS[name].prepare
+    assert prepare is not None
+    flaky = FlakyEngine(7, choose=knowing)
+    config = CleanConfig(input=path, out=tmp_path / "out")
+    result = prepare(Setting(config, flaky, LetterEmbedder()))
+    lines = [json.loads(line) for line in (tmp_path / "out/verdicts.jsonl").open()]
+    failed = [line for line in lines if REASON in line["reason"]]
+    assert len(failed) == result.unanswered > 0
+    for line in failed:
+        assert (line["action"], line["answer"]) == ("keep", line["given"])
+    assert "records got no reply from the engine and stay as given" in result.warnings[0]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_bytes())
+    assert manifest["unanswered"] == len(failed)
+    again = prepare(Setting(config, ScriptedEngine(choose=knowing), LetterEmbedder()))
+    prepare(setting(path, tmp_path / "whole"))
+    assert (again.unanswered, again.warnings) == (0, [])
+    for output in ("cleaned.csv", "verdicts.jsonl"):
+        assert (tmp_path / "out" / output).read_bytes() == (
+            tmp_path / "whole" / output
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["self-label", "noiseal"])
+def test_an_input_that_changes_while_it_is_worked_on(tmp_path: Path, name: str) -> None:
+    path, _ = corpus(tmp_path / "noisy.csv")
+    prepare = METHODS[name].prepare
+    assert prepare is not None
+
+    def edit() -> None:
+        corpus(tmp_path / "noisy.csv", wrong=0.1)
+
+    engine = ScriptedEngine(choose=knowing, before_batch=edit)
+    config = CleanConfig(input=path, out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"noisy\.csv: has changed since the run began"):
+        prepare(Setting(config, engine, LetterEmbedder()))
+    assert not (tmp_path / "out/cleaned.csv").exists()
 
 
 def test_noiseal_on_open_answers(tmp_path: Path) -> None:

@@ -9,15 +9,20 @@ import re
 from pathlib import Path
 
 import pytest
+from scripted import FlakyEngine
 
 from robustft.cli import main
-from robustft.config import ReproduceConfig
+from robustft.config import EngineConfig, ReproduceConfig
 from robustft.errors import UserError
+from robustft.evaluation import judge
+from robustft.methods import METHODS
 from robustft.reproduction import paper
 from robustft.reproduction.categories import CATEGORY, by_category
 from robustft.reproduction.cells import Bench, Cell, Outcome
+from robustft.reproduction.presets import preset_for
 from robustft.reproduction.rows import Row, to_csv, to_markdown
 from robustft.reproduction.studies import STUDIES
+from robustft.reproduction.workshop import TrainingData, Workshop
 
 WORDS = ("river", "mountain", "forest", "desert", "island", "valley")
 
@@ -181,6 +186,29 @@ def test_mistakes_get_one_line(
     said = capsys.readouterr().err
     assert complaint in said
     assert said.count("\n") == 1
+
+
+def test_what_failed_is_not_kept(
+    data: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky = FlakyEngine(3)
+    monkeypatch.setattr("robustft.reproduction.workshop.load_engine", lambda *_: flaky)
+    config = ReproduceConfig("table1", out=tmp_path, engine=EngineConfig(model=str(tiny_model)))
+    shop = Workshop(tmp_path, config.engine, preset_for(config, None))
+    noisy = TrainingData(data / "fpb" / "labeled.jsonl", None)
+
+    def results() -> tuple[int, int]:
+        made = shop.prepared(METHODS["self-label"], shop.clean_config(noisy, 0))
+        manifest = json.loads((made.path.parent / "manifest.json").read_bytes())
+        tested = shop.evaluation(data / "fpb" / "test.jsonl", None, judge=judge)
+        return manifest["unanswered"], tested.failed
+
+    assert min(results()) > 0
+    flaky.every = 1 << 40  # no hash is divisible by it
+    assert results() == (0, 0)
+    asked = len(flaky.asked)
+    assert results() == (0, 0)
+    assert len(flaky.asked) == asked
 
 
 def test_missing_data_is_told_and_nothing_is_made_up(tmp_path: Path) -> None:
