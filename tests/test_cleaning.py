@@ -12,7 +12,6 @@ from scripted import LetterEmbedder, ScriptedEngine
 import robustft as rft
 from robustft.errors import UserError
 from robustft.methods import clean_by
-from robustft.methods.decisions import Decision, write_decisions
 from robustft.store import folder_lock
 
 ROWS = [{"question": f"Q{i}?", "options": ["x", "y"], "answer": "A"} for i in range(6)]
@@ -52,12 +51,6 @@ def test_the_public_names_are_all_there_is() -> None:
     assert all(getattr(rft, name) is not None for name in rft.__all__)
 
 
-def folder_of(path: Path) -> dict[str, bytes]:
-    return {
-        str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -87,21 +80,6 @@ def test_the_input_is_never_an_output(tmp_path: Path) -> None:
     assert given.read_bytes() == before
 
 
-def test_a_baseline_spares_a_run_and_replaces_its_own(tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    clean(tmp_path / "run")
-    config = rft.CleanConfig(str(source), tmp_path / "run")
-    before = folder_of(tmp_path / "run")
-    decide = lambda records: [Decision(record.answer, "why not") for record in records]  # noqa: E731
-    with pytest.raises(UserError, match="is there already and was not written by this command"):
-        write_decisions(config, decide)
-    assert folder_of(tmp_path / "run") == before
-    own = rft.CleanConfig(str(source), tmp_path / "own")
-    assert write_decisions(own, decide).counts["keep"] == 6
-    assert write_decisions(own, decide).counts["keep"] == 6
-
-
 def test_rows_of_one_call_do_not_replace_those_of_another(tmp_path: Path) -> None:
     (tmp_path / "input.jsonl").write_text("mine")
     clean(tmp_path)
@@ -111,17 +89,6 @@ def test_rows_of_one_call_do_not_replace_those_of_another(tmp_path: Path) -> Non
     assert (tmp_path / "input.jsonl").read_text() == "mine"
     assert set(inputs) < set(tmp_path.glob("input*.jsonl"))
     assert [path.read_bytes().count(b"\n") for path in inputs if path.stat().st_size > 4] == [6]
-
-
-def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    changed = source.read_text().replace("Q1?", "Q9?")
-    engine = ScriptedEngine(before_batch=lambda: source.write_text(changed) and None)
-    models = {"engine": engine, "embedder": LetterEmbedder(), "detector": "paper"}
-    with pytest.raises(UserError, match=r"in.jsonl: was changed while it was read"):
-        rft.clean(source, out=tmp_path / "out", **models)
-    assert not (tmp_path / "out/cleaned.jsonl").exists()
 
 
 def test_exchange_files_name_the_records_as_verdicts_do_and_never_go_stale(tmp_path: Path) -> None:

@@ -93,26 +93,6 @@ def test_an_unjudged_record_is_nobodys_neighbour(tmp_path: Path) -> None:
     assert not unjudged & shown
 
 
-def test_a_run_killed_while_it_reopens_asks_again_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write(tmp_path / "in.jsonl", quiz(80))
-    clean(source, tmp_path / "whole", ScriptedEngine())
-    clean(source, tmp_path / "out", FlakyEngine(5))
-
-    def killed(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    for step in ("robustft.pipeline.shutil.rmtree", "robustft.store.Store.forgive"):
-        with monkeypatch.context() as patch:
-            patch.setattr(step, killed)
-            with pytest.raises(KeyboardInterrupt):
-                clean(source, tmp_path / "out", ScriptedEngine())
-    assert clean(source, tmp_path / "out", ScriptedEngine()).unanswered == 0
-    for name in ("verdicts.jsonl", "cleaned.jsonl"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
 def test_eval_leaves_failures_out(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", quiz(40))
     out = tmp_path / "p.jsonl"

@@ -178,23 +178,6 @@ def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Sign
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_lines_that_the_engine_failed_are_written_again(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    failed = b'{"id":"b","failed":"HTTP 500"}\n'
-    quoting = b'{"id":"a","reply":"\\",\\"failed\\":\\""}\n'
-    with contextlib.suppress(PowerCutError), ResumableLines(path, {}) as lines:
-        for line in (quoting, failed, b'{"id":"c"}\n'):
-            lines.add([line])
-        raise PowerCutError
-    with ResumableLines(path, {}) as lines:
-        assert lines.take(1) == [quoting]
-        assert lines.take(1) == []
-        lines.add([b'{"id":"b"}\n'])
-        assert lines.take(1) == []
-        lines.add([b'{"id":"c"}\n'])
-    assert path.read_bytes() == quoting + b'{"id":"b"}\n{"id":"c"}\n'
-
-
 def test_other_settings_start_afresh(run: CommandLine, tmp_path: Path, command: str) -> None:
     source, out = write(tmp_path / "in.jsonl", quiz(5)), tmp_path / "o.jsonl"
 
