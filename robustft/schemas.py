@@ -20,6 +20,7 @@ import orjson
 from robustft.errors import UserError
 from robustft.formats import BadRowError, has_nan, type_name
 from robustft.framing import MAX_LINE_BYTES
+from robustft.terminal import printable
 
 _log = logging.getLogger("robustft")
 LETTERS = string.ascii_uppercase
@@ -431,12 +432,13 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     best = next(schema for schema in candidates if 2 * votes[schema] >= most)
     if votes[best]:
         return best.tuned(sample) if isinstance(best, ChoiceSchema) else best
-    found = ", ".join(list(dict.fromkeys(key for row in sample for key in row))[:20]) or "none"
+    names = list(dict.fromkeys(key for row in sample for key in row))[:20]
+    other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+    found = printable(", ".join(names)) or "none"
     if name is not None:
         wanted = " or ".join("+".join(s.fields) for s in candidates)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
     wanted = "; ".join(f"{s.name} ({', '.join(s.fields)})" for s in SCHEMAS)
-    other = next((mark for mark in ";\t|" if mark in found and "," not in found), None)
     if other is not None:
         raise UserError(f"{where}: expected columns divided by commas, found {other!r}: {found}")
     raise UserError(

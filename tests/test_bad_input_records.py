@@ -518,6 +518,25 @@ _JUNK = st.lists(
 ).map(b"".join)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'"\n"', r"has these fields: \\n; rename them"),
+        (
+            b"question;answer\na;b\n",
+            r"expected columns divided by commas, found ';': question;answer",
+        ),
+        (b"question\tanswer\na\tb\n", r"divided by commas, found '\\t': question\\tanswer"),
+    ],
+)
+def test_columns_that_fit_no_schema_are_told_in_one_line(
+    tmp_path: Path, text: bytes, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as told:
+        open_records(save(tmp_path / "d.csv", text))
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
