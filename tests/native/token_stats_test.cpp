@@ -105,12 +105,12 @@ void run(const std::string& isa, bool halves, std::int64_t vocab, double offset)
     ts::compute(logits, targets.data(), options, s);
 
     // The same in two pieces, added up.
-    std::vector<double> reals(5 * rows, 0.0);
+    std::vector<double> reals(4 * rows, 0.0);
     for (std::int64_t i = 0; i < 2 * rows; ++i) reals[static_cast<std::size_t>(i)] = -inf;
     std::vector<std::int64_t> counts(2 * rows, 0);
     double* const r = reals.data();
     const ts::Partials<double> total{
-        r, r + rows, r + 2 * rows, r + 3 * rows, r + 4 * rows, counts.data(), counts.data() + rows};
+        r, r + rows, r + 2 * rows, r + 3 * rows, counts.data(), counts.data() + rows};
     std::vector<float> levels;
     for (std::int64_t row = 0; row < rows; ++row) {
         levels.push_back(x[static_cast<std::size_t>(row * vocab + targets[row])]);
