@@ -80,37 +80,24 @@ class Progress:
             self._bar.close()
 
 
-class Stages:
+class Stages(contextlib.ExitStack):
     """Progress through stages that name themselves: `stages("neighbours", done, total)`.
 
     A stage is over when the next one begins, with its total or without.
     """
 
-    def __init__(self, desc: str, *, quiet: bool = False) -> None:
-        self._desc, self._quiet = desc, quiet
-        self._stage, self._done = "", 0
-        self._open = contextlib.ExitStack()
+    def __init__(self, desc: str) -> None:
+        super().__init__()
+        self._desc, self._stage, self._done = desc, "", 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """`done` of `total` steps of `stage` are over."""
         if stage != self._stage:
-            self._open.close()
-            shown = Progress(f"{self._desc} · {stage}", total, quiet=self._quiet)
-            self._progress = self._open.enter_context(shown)
+            self.close()
+            self._shown = self.enter_context(Progress(f"{self._desc} · {stage}", total))
             self._stage, self._done = stage, 0
-        self._progress.update(done - self._done)
+        self._shown.update(done - self._done)
         self._done = done
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.close()
 
 
 def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:

@@ -321,6 +321,5 @@ def _shared_out(rows: Sequence[Row]) -> bool:
     for row in rows:
         counted = row.unit.endswith(("pairs/s", "queries/s"))  # bytes also differ by what is copied
         if counted and math.isfinite(row.ms_p50 * row.rate):
-            amount = float(f"{row.ms_p50 * row.rate:.2g}")
-            done.setdefault((row.case, row.unit), set()).add(amount)
+            done.setdefault((row.case, row.unit), set()).add(row.ms_p50 * row.rate)
     return any(max(amounts) > 1.2 * min(amounts) for amounts in done.values())

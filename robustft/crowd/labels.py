@@ -19,6 +19,7 @@ A record may have fewer options than others; those it lacks are neither true nor
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,10 +60,6 @@ class _Given:
         self.labels, self.classes = labels, classes
         self._widths = np.full(len(labels), classes) if widths is None else widths
         self._known, self._kind = np.unique(self._widths, return_inverse=True)
-        frequencies = label_frequencies(labels, classes)
-        within = [np.where(np.arange(classes) < width, frequencies, 0.0) for width in self._known]
-        self.frequencies = frequencies
-        self._shares = np.stack([row / max(row.sum(), 1e-12) for row in within])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,17 +72,25 @@ class _Given:
         """[N, C] options that a record does not have."""
         return np.arange(self.classes) >= self._widths[:, None]
 
+    @functools.cached_property
+    def frequencies(self) -> Floats:
+        """[C] share of each label."""
+        return label_frequencies(self.labels, self.classes)
+
     @property
     def expected(self) -> Floats:
         """[N, C] how frequent each of a record's options is among given labels."""
-        return self._shares[self._kind]
+        return np.stack(self._among_options(self.frequencies))[self._kind]
 
     def likelihood(self, rate: float, spread: Floats) -> Floats:
         """[N, C] p(y_i | z)."""
-        within = [np.where(np.arange(self.classes) < width, spread, 0.0) for width in self._known]
-        within = [one / np.maximum(one.sum(1, keepdims=True), 1e-12) for one in within]
-        tables = np.stack([transition(rate, one) for one in within])
+        tables = np.stack([transition(rate, one) for one in self._among_options(spread)])
         return np.asarray(tables[self._kind, :, self.labels])
+
+    def _among_options(self, shares: Floats) -> list[Floats]:
+        """`shares` [..., C] of all options as shares of the first ones, by how many there are."""
+        within = [np.where(np.arange(self.classes) < width, shares, 0.0) for width in self._known]
+        return [one / np.maximum(one.sum(-1, keepdims=True), 1e-12) for one in within]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +101,6 @@ class _Pool:
     weights: Floats  # [M]
     bias: Floats  # [C]
     log_evidence: float
-
-    def labels(self, opinions: Floats, lacking: NDArray[np.bool_]) -> Floats:
-        """[N, C] p(z | x) from log-probabilities [M, N, C]."""
-        return _pooled(self.weights, self.bias, opinions, lacking)
 
 
 def judge_labels(
@@ -233,11 +234,10 @@ def _mean_probabilities(logs: Floats, lacking: NDArray[np.bool_]) -> Floats:
 
 
 def _pooled(weights: Floats, bias: Floats, opinions: Floats, lacking: NDArray[np.bool_]) -> Floats:
-    """[N, C] the pool's probabilities; none for options that a record lacks."""
+    """[N, C] p(z | x) from log-probabilities [M, N, C]; none for options that a record lacks."""
     scores = np.tensordot(weights, opinions, 1) + bias
     scores[lacking] = -np.inf
-    found: Floats = softmax(scores)
-    return found
+    return softmax(scores)
 
 
 def _weight_prior(kinds: Sequence[str]) -> tuple[Floats, Floats]:
@@ -315,10 +315,12 @@ def _posterior(
     kept = np.zeros(len(pools))
     for low in range(0, len(given), _CHUNK):
         rows = slice(low, low + _CHUNK)
-        some, lacking = given[rows], given[rows].lacking
+        some = given[rows]
+        lacking = some.lacking
         for index in likely:
             pool = pools[index]
-            joint = pool.labels(opinions[:, rows], lacking) * some.likelihood(pool.rate, spread)
+            joint = _pooled(pool.weights, pool.bias, opinions[:, rows], lacking)
+            joint *= some.likelihood(pool.rate, spread)
             joint /= joint.sum(1, keepdims=True)
             labels[rows] += evidence[index] * joint
             kept[index] += float(joint[np.arange(len(joint)), some.labels].sum())

@@ -197,23 +197,19 @@ def _one_cut(
     rng: np.random.Generator,
     penalty: float,
 ) -> Floats:
-    fitted = []
+    fitted = {}
     for number in range(int(fold.max(initial=-1)) + 1):
         train = np.flatnonzero(fold != number)
         if len(train) > _FIT_ROWS:
             train = np.sort(rng.choice(train, _FIT_ROWS, replace=False))
-        fitted.append(
-            fit_regression(features[train], given[train], transition, penalty)
-            if len(train)
-            else None
-        )
+        if len(train):
+            fitted[number] = fit_regression(features[train], given[train], transition, penalty)
     predicted = np.full((len(given), len(transition)), 1.0 / len(transition))
     for low in range(0, len(given), _CHUNK):
         rows, owner = features[low : low + _CHUNK], fold[low : low + _CHUNK]
-        for number, weights in enumerate(fitted):
+        for number, weights in fitted.items():
             mine = np.flatnonzero(owner == number)
-            if weights is not None:
-                predicted[low + mine] = softmax(_scores(rows[mine], weights))
+            predicted[low + mine] = softmax(_scores(rows[mine], weights))
     return predicted
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import orjson
 
 from robustft.answers import answer_kind, matches
-from robustft.cleaning import refuse_overwriting, refuse_runs, spare_folder
+from robustft.cleaning import open_source, refuse_runs, spare_folder
 from robustft.config import CleanConfig
 from robustft.files import atomic_file
 from robustft.outputs import made_by, write_manifest
-from robustft.records import Record, RecordWriter, Reject, open_records, output_name
+from robustft.records import Record, RecordWriter, Reject, output_name
 from robustft.store import Stopwatch, folder_lock
 from robustft.verdicts import CleanResult
 
@@ -48,10 +48,7 @@ def write_decisions(
         UserError: the input cannot be read, the folder not be written, or it is not this method's.
     """
     watch = Stopwatch()
-    source = open_records(
-        config.input, schema=config.schema, limit=config.limit, split=config.split
-    )
-    refuse_overwriting(config, source)
+    source = open_source(config)
     content_hash = source.content_hash
     out = config.out
     result = CleanResult(out, out / output_name(source))

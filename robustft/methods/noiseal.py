@@ -26,13 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustft.answers import normalise
+from robustft.cleaning import open_source
 from robustft.evaluation import predict
 from robustft.experts import record_kind
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
 from robustft.methods.scorers import Scorer, ngram_features, sharpened
 from robustft.prompts import LETTERS, context_prompt
-from robustft.records import Record, open_records
+from robustft.records import Record
 from robustft.retrieval import CosineKNN
 from robustft.verdicts import CleanResult
 
@@ -206,10 +207,7 @@ def prepare(setting: Setting) -> CleanResult:
 
     def decide(chunk: Sequence[Record]) -> list[Decision]:
         if not decisions:
-            source = open_records(
-                config.input, schema=config.schema, limit=config.limit, split=config.split
-            )
-            records = [item for item in source if isinstance(item, Record)]
+            records = [item for item in open_source(config) if isinstance(item, Record)]
             decisions.extend(_NoiseAL(setting, records).run())
         return [decisions[record.index] for record in chunk]
 
