@@ -1,4 +1,4 @@
-"""The README taken apart: its Python snippets, its commands and the options it names."""
+"""The documents taken apart: Python snippets, commands, and the options and files they name."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "bench/README.md",
+    ROOT / "robustft/crowd/README.md",
+    ROOT / "robustft/engines/README.md",
+]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 _SPAN = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.M)
 
 
 @dataclass(frozen=True)
 class Snippet:
     """A Python block; `line` is that of its first statement."""
 
+    document: Path
     line: int
     code: str
 
@@ -25,17 +34,19 @@ class Snippet:
         return set(re.findall(r"^\s*(?:from|import) (\w+)", self.code, re.M))
 
 
-def snippets(text: str) -> list[Snippet]:
+def snippets(document: Path) -> list[Snippet]:
     """Every ```python block."""
+    text = document.read_text(encoding="utf-8")
     return [
-        Snippet(text[: match.start(2)].count("\n") + 1, match[2])
+        Snippet(document, text[: match.start(2)].count("\n") + 1, match[2])
         for match in _FENCE.finditer(text)
         if match[1] == "python"
     ]
 
 
-def commands(text: str) -> list[list[str]]:
+def commands(document: Path) -> list[list[str]]:
     """Every command in a shell or plain block, as words; output that a block shows is left out."""
+    text = document.read_text(encoding="utf-8")
     found = []
     for match in _FENCE.finditer(text):
         if match[1] in ("", "sh", "bash", "console"):
@@ -45,9 +56,25 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
-def spans(text: str) -> list[str]:
+def spans(document: Path) -> list[str]:
     """Inline code outside of blocks."""
-    return _SPAN.findall(_FENCE.sub("", text))
+    return _SPAN.findall(_FENCE.sub("", document.read_text(encoding="utf-8")))
+
+
+def links(document: Path) -> list[tuple[Path, str]]:
+    """(file, anchor) of every link into the repository; anchor "" where there is none."""
+    found = []
+    for target in _LINK.findall(document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            found.append(((document.parent / path).resolve() if path else document, anchor))
+    return found
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link can jump to: headings in lower case, their punctuation dropped, hyphenated."""
+    headings = _HEADING.findall(_FENCE.sub("", document.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _split(line: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The README keeps its word: snippets run, commands parse, options, files and targets exist.
+"""The documents keep their word: snippets run, commands parse, options, files and links exist.
 
 Snippets run in a folder with `train.jsonl`, `test.jsonl` and a finished run in `runs/first`; what
 looks like a hub id is a folder with a tiny random model. Names they may use without defining them
@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from commandline import quiz, write
-from readme import README, Snippet, commands, snippets, spans
+from readme import DOCUMENTS, ROOT, Snippet, anchors, commands, links, snippets, spans
 from scripted import LetterEmbedder, ScriptedEngine
 
 import robustft
@@ -29,8 +29,6 @@ from robustft.config import CleanConfig, EngineConfig
 from robustft.options import build_parser
 from robustft.settings import parse
 
-TEXT = README.read_text(encoding="utf-8")
-ROOT = README.parent
 MODELS = ("meta-llama/Llama-3.1-8B-Instruct",)
 EMBEDDERS = ("sentence-transformers/all-MiniLM-L6-v2",)
 HEAVY = {"trl", "datatrove", "ray", "trackio", "tensorboard", "llamafactory"}
@@ -89,10 +87,19 @@ def names() -> dict[str, Any]:
 
 def case(snippet: Snippet) -> Any:
     marks = [pytest.mark.integration] if snippet.imports & HEAVY else []
-    return pytest.param(snippet, id=f"line{snippet.line}", marks=marks)
+    return pytest.param(snippet, id=f"{name(snippet.document)}:{snippet.line}", marks=marks)
 
 
-@pytest.mark.parametrize("snippet", [case(snippet) for snippet in snippets(TEXT)])
+def name(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def each(parts: Callable[[Path], list[Any]]) -> list[Any]:
+    """What `parts` finds in any of the documents."""
+    return [part for document in DOCUMENTS for part in parts(document)]
+
+
+@pytest.mark.parametrize("snippet", [case(snippet) for snippet in each(snippets)])
 def test_a_snippet_runs(
     snippet: Snippet, folder: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,15 +110,16 @@ def test_a_snippet_runs(
     monkeypatch.setattr("robustft.cleaning.Embedder", lambda _: LetterEmbedder())
     padded = "\n" * (snippet.line - 1) + snippet.code
     with working_in(folder):
-        exec(compile(padded, str(README), "exec"), names)
+        exec(compile(padded, str(snippet.document), "exec"), names)
 
 
 def test_there_is_something_to_check() -> None:
-    assert snippets(TEXT)
-    assert len(commands(TEXT)) > 4
+    assert len(each(snippets)) > 4
+    assert len(each(commands)) > 9
+    assert len(each(links)) > 9
 
 
-@pytest.mark.parametrize("words", commands(TEXT), ids=" ".join)
+@pytest.mark.parametrize("words", each(commands), ids=" ".join)
 def test_a_command_is_accepted(words: list[str], folder: Path) -> None:
     program, *arguments = words
     if program == "robustft":
@@ -126,7 +134,7 @@ def test_a_command_is_accepted(words: list[str], folder: Path) -> None:
         parse(arguments[2:])
 
 
-@pytest.mark.parametrize("span", [s for s in spans(TEXT) if s.startswith("robustft ")])
+@pytest.mark.parametrize("span", [s for s in each(spans) if s.startswith("robustft ")])
 def test_a_command_in_the_text_exists(span: str) -> None:
     """`robustft eval INPUT [--adapter DIR]`: the command and its options, not their values."""
     commands = build_parser().commands
@@ -145,14 +153,22 @@ def test_options_named_in_the_text_exist() -> None:
         for parser in build_parser().commands.values()
         for option in parser._option_string_actions
     }
-    for span in spans(TEXT):
+    for span in each(spans):
         if re.match(r"--?[a-z]", span):
             option = re.split(r"[\s=|\[]", span)[0]
-            assert option in known, f"no command has {option} (README: `{span}`)"
+            assert option in known, f"no command has {option}: `{span}`"
 
 
 def test_files_named_in_the_text_exist() -> None:
     places = r"(?:robustft|kernels|csrc|bench|tests)/[\w./-]+"
-    for span in spans(TEXT):
+    for span in each(spans):
         if re.fullmatch(places, span):
-            assert (ROOT / span).exists(), f"README: `{span}`"
+            assert (ROOT / span).exists(), f"`{span}`"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target, anchor in links(document):
+        assert target.exists(), f"{name(document)}: {target}"
+        if anchor:
+            assert anchor in anchors(target), f"{name(document)}: {target}#{anchor}"
