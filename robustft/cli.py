@@ -328,9 +328,13 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. `arguments` are those of the process by default."""
+    from robustft.options import build_parser
     from robustft.settings import parse
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments:
+        build_parser().print_help(sys.stderr)
+        return _USER
     command, verbose, resumable = "", False, False
     try:
         options = parse(arguments)

@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from robustft.cleaning import Announcement
 from robustft.config import CleanConfig
 from robustft.models import DEFAULT_MODEL
+from robustft.terminal import counted
 from robustft.verdicts import CleanResult
 
 
 def print_announcement(known: Announcement) -> None:
     """First lines of a run: what was read and which models will be asked."""
-    bad = f", {known.rejects} unreadable (see rejects.jsonl)" if known.rejects else ""
-    print(f"robustft: {known.records} records{bad}, read as {known.schema}", file=sys.stderr)
+    bad = f", {known.rejects:,} unreadable (see rejects.jsonl)" if known.rejects else ""
+    print(
+        f"robustft: {counted(known.records, 'record')}{bad}, read as {known.schema}",
+        file=sys.stderr,
+    )
     print(
         f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}",
         file=sys.stderr,
@@ -35,12 +39,12 @@ def print_announcement(known: Announcement) -> None:
 def print_clean_summary(result: CleanResult) -> None:
     """What happened, where the files are and what to run next."""
     counts, out = result.counts, result.out
-    judged = f"{counts['clean']} found clean, {counts['noisy']} noisy"
+    judged = f"{counts['clean']:,} found clean, {counts['noisy']:,} noisy"
     if counts["unjudged"]:
-        judged += f", {counts['unjudged']} not judged"
+        judged += f", {counts['unjudged']:,} not judged"
     if result.powerless:
         judged = "not judged, nothing changed"
-    print(f"{counts['input']} records: {judged}, {counts['rejected']} unreadable")
+    print(f"{counted(counts['input'], 'record')}: {judged}, {counts['rejected']:,} unreadable")
     for action, meaning in (
         ("keep", "as given"),
         ("relabel", "new answer from the experts"),
@@ -49,7 +53,7 @@ def print_clean_summary(result: CleanResult) -> None:
     ):
         if counts[action] or action != "rejected":
             name = {"keep": "kept", "relabel": "relabeled", "drop": "dropped"}.get(action, action)
-            print(f"  {name:<10} {counts[action]:>8}  {meaning}")
+            print(f"  {name:<10} {counts[action]:>8,}  {meaning}")
     if result.weights and not result.powerless:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result.weights.items())
         print(f"votes         {shares}")
@@ -79,7 +83,7 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
     counts = result.counts
     kept = counts["keep"] + counts["relabel"]
     done = ", ".join(
-        f"{counts[name]} {word}"
+        f"{counts[name]:,} {word}"
         for name, word in (
             ("keep", "kept as given"),
             ("relabel", "relabeled"),
@@ -87,7 +91,7 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
             ("rejected", "unreadable"),
         )
     )
-    print(f"{counts['input']} records: {done} ({method})")
+    print(f"{counted(counts['input'], 'record')}: {done} ({method})")
     print(f"training set  {result.cleaned}")
     print(f"verdicts      {result.out / 'verdicts.jsonl'}")
     print(f"took          {result.seconds['total']:.0f} s")

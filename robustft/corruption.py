@@ -25,6 +25,7 @@ from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
 from robustft.formats import dump_json
 from robustft.records import Record, RecordSource, RecordWriter
+from robustft.terminal import counted
 
 # Wrong answers to open questions come from this many distinct answers of each kind.
 DONORS = 4096
@@ -48,7 +49,7 @@ class CorruptionReport:
     def __str__(self) -> str:
         unread = f"; {self.rejected} unreadable ones left out" if self.rejected else ""
         return (
-            f"{self.corrupted} of {self.records} answers made wrong "
+            f"{self.corrupted:,} of {counted(self.records, 'answer')} made wrong "
             f"(rate {self.rate:g}, seed {self.seed}){unread}\n"
             f"noisy copy  {self.out}\n"
             f"truth       {self.truth}\n"

@@ -25,7 +25,7 @@ from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
 from robustft.finishing import METHOD, Models, finish
 from robustft.intake import Intake, intake_folder, take_in
-from robustft.outputs import made_by
+from robustft.outputs import claim, identity, made_by
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
@@ -234,7 +234,8 @@ def merge(
     source = open_source(config)
     if source.content_hash != plan.identity["input"]:
         raise UserError(f"{config.input}: is not the input that the shards were made from")
-    if config.out.resolve() not in map(Path.resolve, roots):
+    elsewhere = config.out.resolve() not in map(Path.resolve, roots)
+    if elsewhere:
         refuse_runs(config.out)
         own = made_by(config.out, METHOD, source.content_hash)
         spare_folder(config, source, own=own)
@@ -254,6 +255,8 @@ def merge(
                 yield shard, store
 
     with folder_lock(config.out), plan.intake(roots[0]) as intake, long_lived():
+        if elsewhere:
+            claim(config.out, identity(config, METHOD, source.content_hash))
         corpus = Corpus(intake, shards, config.threads, config.retriever)
         conclusion = conclude(config, shards, target, corpus)
         return finish(config, source, parts(), corpus, conclusion, plan.models, watch)

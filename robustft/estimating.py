@@ -16,6 +16,7 @@ from robustft.engines import Engine
 from robustft.files import atomic_file
 from robustft.records import Record, RecordSource, open_records
 from robustft.store import Stopwatch, Store
+from robustft.terminal import counted
 
 _LEARNT_AT_ONCE = 100_000  # of more records the embeddings are read in pieces
 
@@ -38,7 +39,7 @@ class CostEstimate:
         tokens = f"{self.prompt_tokens:,} prompt and {self.new_tokens:,} new tokens"
         return "\n".join(
             (
-                f"{self.records:,} records, {self.rejects:,} unreadable",
+                f"{counted(self.records, 'record')}, {self.rejects:,} unreadable",
                 f"tokens        {tokens}",
                 f"time          {_duration(self.hours)} with one process like this one",
                 f"memory        {_size(self.memory_bytes)} at most",

@@ -15,11 +15,11 @@ import orjson
 
 from robustft.answers import answer_kind
 from robustft.files import atomic_file, write_atomically
-from robustft.outputs import DATASET_INFO, MESSAGES
+from robustft.outputs import DATASET_INFO, EXCHANGE, MESSAGES
 from robustft.prompts import answer_prompt
-from robustft.records import Record, RecordSource
+from robustft.records import Record, RecordSource, reopened
 
-__all__ = ["DATASET_INFO", "MESSAGES", "chat_turns", "kept_ids", "write_exchange"]
+__all__ = ["DATASET_INFO", "MESSAGES", "chat_turns", "exchange", "kept_ids", "write_exchange"]
 
 _OPENAI_TAGS = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user",
@@ -57,6 +57,19 @@ def kept_ids(verdicts: Path) -> Iterator[str]:
         for verdict in map(orjson.loads, lines):
             if verdict["action"] != "drop":
                 yield verdict["id"]
+
+
+def exchange(source: RecordSource, cleaned: Path, *, left: int) -> None:
+    """Offer the training set that a run made of `source` to other trainers, beside `cleaned`.
+
+    `left` is how many records it has; where none are, an earlier run's files go.
+    """
+    folder = cleaned.parent
+    if left:
+        write_exchange(reopened(source, cleaned), folder, kept_ids(folder / "verdicts.jsonl"))
+    else:
+        for name in EXCHANGE:
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_exchange(source: RecordSource, folder: Path, ids: Iterable[str]) -> None:

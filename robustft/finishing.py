@@ -17,10 +17,10 @@ from robustft.corpus import Corpus
 from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
-from robustft.exchange import kept_ids, write_exchange
-from robustft.outputs import EXCHANGE, read_manifest, write_manifest
+from robustft.exchange import exchange
+from robustft.outputs import identity, read_manifest, write_manifest
 from robustft.pipeline import select
-from robustft.records import RecordSource, reopened
+from robustft.records import RecordSource
 from robustft.reporting import next_steps, write_run_report
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
@@ -120,19 +120,9 @@ def finish(
     manifest = _manifest(config, result, models, totals, source.content_hash)
     write_manifest(config.out, manifest)
     if config.dataset_info:  # only now: the manifest is what tells that these files are ours
-        _exchange(config, source, result)
+        exchange(source, result.cleaned, left=result.counts["keep"] + result.counts["relabel"])
     write_run_report(config, result, manifest)
     return result
-
-
-def _exchange(config: CleanConfig, source: RecordSource, result: CleanResult) -> None:
-    """Write the training set for other trainers; where nothing is left of it, no earlier one."""
-    if result.counts["keep"] + result.counts["relabel"]:
-        ids = kept_ids(config.out / "verdicts.jsonl")
-        write_exchange(reopened(source, result.cleaned), config.out, ids)
-    else:
-        for name in EXCHANGE:
-            (config.out / name).unlink(missing_ok=True)
 
 
 def vanished(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
@@ -160,11 +150,9 @@ def _manifest(
             versions[name] = "not installed"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
     return {
-        "method": METHOD,
+        **identity(config, METHOD, content_hash),
         "command": sys.argv,
-        "config": config.fingerprint(),
         "dataset_info": config.dataset_info,
-        "input": {"path": config.input, "blake2b": content_hash},
         "versions": versions,
         "platform": platform.platform(),
         "models": asdict(models),

@@ -7,6 +7,7 @@ GGUF, and `trust_remote_code` is never set.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -96,6 +97,32 @@ def _check_folder(path: Path) -> None:
         )
 
 
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached; asked once a process.
+
+    Where it cannot, what is cached is taken at once: each load would otherwise try again for most
+    of a minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # the client, and with it what it raises, depends on the hub's version
+        return False
+    return True
+
+
+def _origin(source: ModelSource) -> dict[str, Any]:
+    """Arguments of every `from_pretrained`: no code of the model's, no waiting in vain."""
+    return {
+        "trust_remote_code": False,
+        "local_files_only": not source.local and not hub_answers(),
+    }
+
+
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' loading chatter; errors still raise."""
@@ -119,7 +146,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     options: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
     with _quiet_transformers(), _named_failure(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(source.path, **_origin(source), **options)
 
 
 def load_causal_lm(source: ModelSource, *, dtype: Any, attention: str | None = None) -> Any:
@@ -133,7 +160,7 @@ def load_causal_lm(source: ModelSource, *, dtype: Any, attention: str | None = N
         options["use_safetensors"] = True
     with _quiet_transformers(), _named_failure(source, "model"):
         model: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, trust_remote_code=False, **options
+            source.path, dtype=dtype, **_origin(source), **options
         )
     if source.gguf:
         _forget_quantization(model)
@@ -169,7 +196,7 @@ def load_encoder(source: ModelSource) -> Any:
 
     with _quiet_transformers(), _named_failure(source, "embedding model"):
         model: Any = AutoModel.from_pretrained(
-            source.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            source.path, dtype=torch.float32, use_safetensors=True, **_origin(source)
         )
     return model.eval()
 
@@ -186,7 +213,10 @@ def _named_failure(source: ModelSource, what: str) -> Iterator[None]:
             first = f"no {first} in its files"
         if "trust_remote_code" in str(error):
             first = "it needs code of its own, which is never run"
-        where = "" if source.local else " (not a local folder; the hub was asked)"
+        where = ""
+        if not source.local:
+            hub = "was asked" if hub_answers() else "does not answer"
+            where = f" (not a local folder; the hub {hub})"
         path = Path(source.path, source.gguf) if source.gguf else source.path
         raise UserError(f"{path}: cannot load the {what}{where}: {first}") from error
 

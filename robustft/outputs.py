@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from robustft.config import CleanConfig
 from robustft.files import write_atomically
 
 MANIFEST = "manifest.json"
@@ -21,18 +22,41 @@ def is_output(name: str, *, exchange: bool) -> bool:
     return name.startswith("cleaned.") or name in OUTPUTS or (exchange and name in EXCHANGE)
 
 
+def identity(config: CleanConfig, method: str, content_hash: str) -> dict[str, Any]:
+    """What a manifest says of whose outputs these are: the method, its settings, its input."""
+    return {
+        "method": method,
+        "config": config.fingerprint(),
+        "input": {"path": config.input, "blake2b": content_hash},
+    }
+
+
 def write_manifest(out: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest of a run whose outputs are there. Raises UserError where that fails."""
     body = orjson.dumps(facts, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     write_atomically(out / MANIFEST, body)
 
 
+def claim(out: Path, facts: Mapping[str, Any]) -> None:
+    """Say whose the outputs will be before any is there; a manifest of ours is left as it is.
+
+    With it (`facts` is an `identity`) a command that was killed between its outputs and their
+    manifest finds its folder its own when it is called again.
+    """
+    if not read_manifest(out):
+        write_manifest(out, facts)
+
+
 def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of an earlier run; empty where a folder holds none that robustft wrote."""
+    """The manifest of an earlier run; empty where a folder holds none that robustft wrote.
+
+    One that was killed before its end may have no "counts" (see `claim`).
+    """
     try:
         found = orjson.loads((out / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return {}
+    # What `identity` names.
     ours = isinstance(found, dict) and {"method", "input", "config"} <= found.keys()
     return found if ours else {}
 

@@ -56,7 +56,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         version=manifest["versions"]["robustft"],
         finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         counts=Counts(**{name: counts[name] for name in Counts.__dataclass_fields__}),
-        reasons={why: n for why, n in result.reasons.items() if why != "keep: found clean"},
+        reasons=result.reasons,
         reject_reasons=result.reject_reasons,
         before=dict(sorted(result.answers_before.items())),
         after=dict(sorted(result.answers_after.items())),

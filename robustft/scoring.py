@@ -21,7 +21,7 @@ from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS, Stopwatch
-from robustft.terminal import printable
+from robustft.terminal import counted, printable
 
 _NAMED = 5  # truncated records that the summary names
 
@@ -77,7 +77,8 @@ class ScoreSummary:
                 f"part: {', '.join(map(printable, self.truncated_ids))}{more}\n"
             )
         return (
-            f"{self.records} responses scored, {self.rejects} unreadable lines{failed}\n{cut}"
+            f"{counted(self.records, 'response')} scored, "
+            f"{counted(self.rejects, 'unreadable line')}{failed}\n{cut}"
             f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
             f"took        {self.seconds:.1f} s, {fresh} response tokens{rate}{before}\n"
             f"statistics  {self.path}"

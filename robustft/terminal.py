@@ -1,4 +1,4 @@
-"""Text from data and errors, made safe to print."""
+"""Words for the terminal: text from data and errors made safe to print, counts with their noun."""
 
 from __future__ import annotations
 
@@ -8,3 +8,8 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """`1 record`, `2 records`, `12,345 records`."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"

@@ -30,10 +30,10 @@ class Comparison:
     right: int  # of those, with the true answer
 
     def __str__(self) -> str:
-        lines = f"truth         {self.wrong} of {self.records} given answers are wrong"
+        lines = f"truth         {self.wrong:,} of {self.records:,} given answers are wrong"
         if self.noisy:
             lines += (
-                f"; of {self.noisy} found noisy {self.hits} are (precision "
+                f"; of {self.noisy:,} found noisy {self.hits:,} are (precision "
                 f"{self.hits / self.noisy:.0%}, recall {self.hits / max(self.wrong, 1):.0%})"
             )
         if self.ranked is not None:
@@ -44,7 +44,7 @@ class Comparison:
         given = (self.records - self.wrong) / max(self.records, 1)
         return lines + (
             f"\n              right answers: {given:.1%} as given, "
-            f"{self.right / max(self.kept, 1):.1%} of {self.kept} in the training set"
+            f"{self.right / max(self.kept, 1):.1%} of {self.kept:,} in the training set"
         )
 
 

@@ -24,6 +24,7 @@ import pytest
 from commandline import CommandLine, call, quiz, read, write
 
 from robustft.engines.factory import load_engine
+from robustft.models import hub_answers
 
 COMMANDS = ("demo", "clean", "train", "eval", "score", "corrupt", "bench")
 PAPER = ("--detector", "paper")
@@ -66,6 +67,12 @@ def test_the_overview_names_every_command_and_exit_status(run: CommandLine) -> N
     assert run("--version").out.startswith("robustft 0.")
 
 
+def test_no_command_at_all_shows_the_overview(run: CommandLine) -> None:
+    done = run()
+    assert (done.status, done.out) == (2, "")
+    assert done.err == run("--help").out
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, time; t = time.process_time()\n"
@@ -87,7 +94,6 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "the following arguments are required: COMMAND"),
         (("frob",), "invalid choice: 'frob'"),
         (("clean",), "required: INPUT, --out (see robustft clean --help)"),
         (("clean", "x", "--out", "o", "--frob"), "unknown argument '--frob'"),
@@ -130,6 +136,30 @@ def test_wrong_models(
     done = call(capsys, "clean", source, "--out", tmp_path / "out", *options)
     assert done.status == 2
     assert complaint in done.complaint
+
+
+def test_an_unreachable_hub_is_asked_once(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked = []
+
+    class Nowhere:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Nowhere)
+    hub_answers.cache_clear()
+    try:
+        done = call(capsys, "clean", source, "--out", tmp_path / "out", "--model", "owner/name")
+    finally:
+        hub_answers.cache_clear()
+    assert done.status == 2
+    assert "owner/name: cannot load the tokenizer" in done.complaint
+    assert "the hub does not answer" in done.complaint
+    assert len(asked) == 1
 
 
 # --- config files --------------------------------------------------------------------------------
@@ -350,7 +380,7 @@ def test_score_writes_one_line_a_record(run: CommandLine, tmp_path: Path) -> Non
     source = write(tmp_path / "in.jsonl", [*quiz(5), b"{broken"])
     done = run("score", source, "--out", tmp_path / "s.jsonl")
     assert (done.status, done.err) == (0, "")
-    assert "5 responses scored, 1 unreadable lines" in done.out
+    assert "5 responses scored, 1 unreadable line\n" in done.out
     assert str(tmp_path / "s.jsonl") in done.out
     lines = read(tmp_path / "s.jsonl")
     assert [line.get("id") for line in lines] == ["r0", "r1", "r2", "r3", "r4", None]

@@ -161,6 +161,21 @@ def test_shards_of_several_folders_are_merged_elsewhere(tmp_path: Path, source: 
     same(tmp_path / "whole", tmp_path / "out")
 
 
+def test_a_merge_killed_before_its_manifest_goes_on(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    all_shards(source, tmp_path / "shards", 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("robustft.finishing.write_manifest", killed)
+        merge([tmp_path / "shards"], tmp_path / "out")
+    assert (tmp_path / "out/verdicts.jsonl").exists()
+    merge([tmp_path / "shards"], tmp_path / "out")
+    assert (tmp_path / "out/report.html").exists()
+
+
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UnfinishedError):
@@ -289,6 +304,6 @@ def test_the_commands(run: CommandLine, tmp_path: Path, source: Path) -> None:
     done = run(*arguments, "--shard", "0/2")
     assert done.status == 0
     assert f"next:\n  robustft merge {out}" in done.out
-    assert f"{ROWS + 2} records" in run("merge", out).out
+    assert f"{ROWS + 2:,} records" in run("merge", out).out
     for wrong in ("2/2", "x", "1", "a/2", "0/0"):
         assert "expected I/N" in run.refused(*arguments, "--shard", wrong)

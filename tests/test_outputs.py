@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from robustft.outputs import MANIFEST, made_by, read_manifest, write_manifest
+from robustft.outputs import MANIFEST, claim, made_by, read_manifest, write_manifest
 
 FACTS = {"method": "self-label", "config": {}, "input": {"blake2b": "c0ffee"}}
 
@@ -25,3 +25,12 @@ def test_a_manifest_tells_method_and_input(tmp_path: Path) -> None:
     assert made_by(tmp_path, "self-label", "c0ffee")
     assert not made_by(tmp_path, "self-select", "c0ffee")
     assert not made_by(tmp_path, "self-label", "decaf")
+
+
+def test_a_claim_leaves_a_manifest_as_it_is(tmp_path: Path) -> None:
+    claim(tmp_path, FACTS)
+    assert made_by(tmp_path, "self-label", "c0ffee")
+    whole = FACTS | {"counts": {"keep": 3}}
+    write_manifest(tmp_path, whole)
+    claim(tmp_path, FACTS)
+    assert read_manifest(tmp_path) == whole

@@ -13,8 +13,9 @@ import orjson
 from robustft.answers import answer_kind, matches
 from robustft.cleaning import open_source, refuse_runs, spare_folder
 from robustft.config import CleanConfig
+from robustft.exchange import exchange
 from robustft.files import atomic_file
-from robustft.outputs import made_by, write_manifest
+from robustft.outputs import claim, identity, made_by, write_manifest
 from robustft.records import Record, RecordWriter, Reject, output_name
 from robustft.store import Stopwatch, folder_lock
 from robustft.verdicts import CleanResult
@@ -50,12 +51,14 @@ def write_decisions(
     watch = Stopwatch()
     source = open_source(config)
     content_hash = source.content_hash
+    whose = identity(config, method, content_hash)
     out = config.out
     result = CleanResult(out, out / output_name(source))
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
         refuse_runs(out)
         spare_folder(config, source, own=made_by(out, method, content_hash))
+        claim(out, whose)
         cleaned = stack.enter_context(RecordWriter(result.cleaned, source))
         verdicts = stack.enter_context(atomic_file(out / "verdicts.jsonl"))
         rejects = stack.enter_context(atomic_file(out / "rejects.jsonl"))
@@ -89,12 +92,13 @@ def write_decisions(
         )
     result.seconds["total"] = round(watch.seconds(), 3)
     manifest = {
-        "method": method,
-        "command": sys.argv, "config": config.fingerprint(), "counts": dict(result.counts),
-        "input": {"path": config.input, "blake2b": content_hash},
+        **whose, "command": sys.argv, "dataset_info": config.dataset_info,
+        "counts": dict(result.counts),
         "unanswered": result.unanswered, "warnings": result.warnings, "seconds": result.seconds,
     }  # fmt: skip
     write_manifest(out, manifest)
+    if config.dataset_info:
+        exchange(source, result.cleaned, left=result.counts["keep"] + result.counts["relabel"])
     return result
 
 

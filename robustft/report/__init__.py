@@ -23,6 +23,7 @@ from robustft.report.data import (
 )
 from robustft.report.figures import Bar, Series
 from robustft.report.suspects import suspects_section
+from robustft.terminal import counted
 
 __all__ = [
     "Counts",
@@ -95,17 +96,17 @@ def _outcome(summary: ReportData) -> str:
         sentence = "No line of the input could be read as a record: see <code>rejects.jsonl</code>."
     elif summary.powerless:
         sentence = (
-            f"The experts could not judge these {markup.count(records, 'record')}: nothing was "
+            f"The experts could not judge these {counted(records, 'record')}: nothing was "
             "changed, and the cleaned set is the input as it came."
         )
     elif counts.noisy == 0:
         sentence = (
-            f"None of the {markup.count(records, 'record')} looked noisy: the cleaned set is the "
+            f"None of the {counted(records, 'record')} looked noisy: the cleaned set is the "
             "input as it came."
         )
     else:
         sentence = (
-            f"<b>{counts.noisy:,}</b> of {markup.count(records, 'record')} looked noisy "
+            f"<b>{counts.noisy:,}</b> of {counted(records, 'record')} looked noisy "
             f"({markup.percent(counts.noisy, records)}). The cleaned set holds "
             f"<b>{counts.keep + counts.relabel:,}</b>."
         )

@@ -44,11 +44,6 @@ def data(text: str, limit: int = 1500) -> str:
     return f'<bdi dir="auto">{"".join(pieces)}</bdi>{more}'
 
 
-def count(number: int, singular: str, plural: str | None = None) -> str:
-    """`1 record`, `2 records`, `12,345 records`."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
 def percent(part: float, whole: float) -> str:
     """Share as a person writes it: `12 %`, `0.4 %`, `–` when there is no whole."""
     if whole <= 0:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from robustft.report import markup
 from robustft.report.data import Opinion, Suspect
 from robustft.report.figures import gauge
+from robustft.terminal import counted
 
 SHOWN = 20
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -123,7 +124,7 @@ def _neighbours(suspect: Suspect) -> str:
         for neighbour in neighbours
     )
     return (
-        f"<details class='neighbours'><summary>{markup.count(len(neighbours), 'clean neighbour')}"
+        f"<details class='neighbours'><summary>{counted(len(neighbours), 'clean neighbour')}"
         f" used as context</summary><ul>{items}</ul></details>"
     )
 

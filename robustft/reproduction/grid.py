@@ -21,8 +21,9 @@ from robustft.reproduction import plots
 from robustft.reproduction.cells import Bench, Cell, Outcome
 from robustft.reproduction.estimate import estimate
 from robustft.reproduction.presets import preset_for
-from robustft.reproduction.rows import Row, to_csv, to_markdown
+from robustft.reproduction.rows import CHANGE, Row, to_csv, to_markdown
 from robustft.reproduction.studies import STUDIES, Study
+from robustft.terminal import counted
 
 
 def reproduce(config: ReproduceConfig) -> str:
@@ -146,7 +147,7 @@ def _relative(rows: Sequence[Row]) -> list[Row]:
                     continue
                 if other.values and other.mean > 0:
                     change = 100 * (row.mean / other.mean - 1)
-                    name = f"↑ {METHODS[ours].title} vs. {METHODS[base].title}"
+                    name = f"{CHANGE} {METHODS[ours].title} vs. {METHODS[base].title}"
                     found.append(Row(name, row.task, row.noise, values=[change]))
     return found
 
@@ -192,8 +193,9 @@ def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[s
         f"Model: {', '.join(models)}. Data: {config.data or 'Hugging Face hub'}, "
         f"{config.limit or 'all'} training and {config.test_limit or 'all'} test records. "
         f"LoRA on {layers}: learning rate {preset.learning_rate:g}, {preset.batch_size} records a "
-        f"step, as many steps for every row as {preset.epochs} epochs of the noisy set have. "
-        f"Experts: {preset.rounds} round(s) of reasoning of {preset.reasoning_tokens} tokens.",
+        f"step, as many steps for every row as {counted(preset.epochs, 'epoch')} of the noisy set "
+        f"would take. Experts: {counted(preset.rounds, 'round')} of reasoning of "
+        f"{preset.reasoning_tokens} tokens.",
     ]
     if study.note:
         notes.append(study.note)

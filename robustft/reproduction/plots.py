@@ -15,7 +15,7 @@ from robustft.errors import UserError
 from robustft.files import replacing
 from robustft.metrics import Tally
 from robustft.reproduction.categories import by_category
-from robustft.reproduction.rows import Row
+from robustft.reproduction.rows import CHANGE, Row
 from robustft.reproduction.studies import Study
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
@@ -25,7 +25,7 @@ _PAPER = "#999999"
 
 def draw(study: Study, rows: Sequence[Row], base: Path) -> list[Path]:
     """Write the study's figure as PNG and SVG; nothing where no row has a number."""
-    rows = [row for row in rows if row.values and not row.name.startswith("↑")]
+    rows = [row for row in rows if row.values and not row.name.startswith(CHANGE)]
     if not rows:
         return []
     try:

@@ -14,6 +14,7 @@ import numpy as np
 from robustft.metrics import Tally
 from robustft.reproduction.cells import Outcome
 
+CHANGE = "Δ"  # begins the name of a row that holds a relative change, as in the paper
 # Student's t at 97.5 % by degrees of freedom; beyond, the normal's.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -152,7 +153,7 @@ def _heading(task: str, noise: int | None) -> str:
 def _best(rows: Iterable[Row]) -> Mapping[tuple[str, int | None], float]:
     best: dict[tuple[str, int | None], float] = {}
     for row in rows:
-        if row.values and not row.name.startswith("↑"):
+        if row.values and not row.name.startswith(CHANGE):
             key = row.task, row.noise
             best[key] = max(best.get(key, -math.inf), row.mean)
     return best
@@ -164,7 +165,7 @@ def _cell(row: Row | None, best: float | None, deviation: bool) -> str:
     printed = "" if row.paper is None else f" ({row.paper:g})"
     if not row.values:
         return f"{row.reason or 'not run'}{printed}".replace("|", "/")
-    if row.name.startswith("↑"):
+    if row.name.startswith(CHANGE):
         return f"{row.mean:+.1f} %"
     low, high = row.interval
     star = r"\*" if any(outcome.powerless for outcome in row.outcomes) else ""

@@ -7,7 +7,6 @@ figures share it, a killed grid goes on where it was, and a second call only rea
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from robustft.evaluation import Ask, EvalResult, Judge, ask_plainly, evaluate
 from robustft.methods import Method, Setting
 from robustft.metrics import Tally
 from robustft.models import DEFAULT_EMBEDDER, find_model
+from robustft.outputs import read_manifest
 from robustft.records import Record, open_records
 from robustft.reproduction.presets import Preset
 from robustft.scoring import response_request
@@ -118,13 +118,12 @@ class Workshop:
             return TrainingData(Path(config.input), config.limit)
         identity = config.fingerprint() | {"input": _content(config.input)}
         out = self.folder / "sets" / f"{method.name}-{content_key(method.name, identity).hex()}"
-        manifest = out / "manifest.json"
-        known = json.loads(manifest.read_bytes()) if manifest.exists() else {}
-        if not known or known.get("unanswered"):
+        known = read_manifest(out)
+        if "counts" not in known or known.get("unanswered"):
             method.prepare(
                 Setting(dataclasses.replace(config, out=out), self.engine, self.embedder)
             )
-            known = json.loads(manifest.read_bytes())
+            known = read_manifest(out)
         counts = known["counts"]
         if not counts.get("keep", 0) + counts.get("relabel", 0):
             raise UserError("the method left no record to train on")

@@ -18,6 +18,7 @@ from robustft.files import spare_others, write_atomically
 from robustft.models import DEFAULT_MODEL, find_model, load_causal_lm, load_tokenizer
 from robustft.records import Record, RecordSource, Reject, open_records
 from robustft.store import folder_lock, refuse_changes
+from robustft.terminal import counted
 from robustft.training import trackers
 from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
 from robustft.training.data import TrainingSet, encode_records
@@ -47,16 +48,16 @@ class TrainResult:
         losses = ", ".join(f"{loss:.4f}" for loss in self.history.epoch_losses)
         lines = [
             f"Trained a LoRA adapter of {self.trained_parameters:,} parameters on "
-            f"{self.records:,} records ({self.history.step:,} steps, "
+            f"{counted(self.records, 'record')} ({counted(self.history.step, 'step')}, "
             f"{self.history.tokens:,} tokens, {self.history.seconds:,.0f} s).",
             f"Mean loss of each epoch, nats per response token: {losses}",
         ]
         if self.resumed:
             lines.append(f"Resumed at step {self.resumed:,}.")
         if self.rejected:
-            lines.append(f"{self.rejected:,} lines could not be read and were left out.")
+            lines.append(f"Left out, as they could not be read: {counted(self.rejected, 'line')}.")
         if self.shortened:
-            lines.append(f"{self.shortened:,} records were cut to the cutoff.")
+            lines.append(f"Cut to the cutoff: {counted(self.shortened, 'record')}.")
         model = "" if self.model == DEFAULT_MODEL else f"--model {shlex.quote(self.model)} "
         lines += [
             f"Adapter: {self.out}",

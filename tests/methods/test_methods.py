@@ -220,6 +220,35 @@ def test_clean_with_a_baseline(
         clean_by("sft", CleanConfig(input=path, out=tmp_path / "c"))
 
 
+def test_a_baseline_killed_before_its_manifest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path, _ = corpus(tmp_path / "noisy.csv", size=9)
+    prepare = METHODS["self-label"].prepare
+    assert prepare is not None
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("robustft.methods.decisions.write_manifest", killed)
+        prepare(setting(path, tmp_path / "out"))
+    assert (tmp_path / "out/cleaned.csv").exists()
+    prepare(setting(path, tmp_path / "out"))
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["input"] == 9
+
+
+def test_a_baseline_for_other_trainers(tmp_path: Path) -> None:
+    path, _ = corpus(tmp_path / "noisy.csv", size=9)
+    prepare = METHODS["self-label"].prepare
+    assert prepare is not None
+    for _ in range(2):
+        prepare(setting(path, tmp_path / "out", dataset_info=True))
+    kept = answers(tmp_path / "out")
+    lines = [json.loads(x) for x in (tmp_path / "out/messages.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [record.id for record in kept]
+    assert "messages" in json.loads((tmp_path / "out/dataset_info.json").read_text())
+
+
 @pytest.mark.parametrize("name", ["self-label", "self-select"])
 def test_a_record_without_a_reply_stays_as_given_and_is_told(tmp_path: Path, name: str) -> None:
     class Failing(ScriptedEngine):

@@ -83,7 +83,7 @@ def test_table1_is_written_and_read_again(
         assert found[title]["test_records"] == "9"
     assert found["Hermes-3"]["accuracy"] == ""
     assert {found[n]["steps"] for n in ("SelfLabel", "SFT", "RobustFT (ours)")} == {"2"}
-    assert "↑ RobustFT (ours) vs. SFT" in said or found["SFT"]["accuracy"] == "0.00"
+    assert "Δ RobustFT (ours) vs. SFT" in said or found["SFT"]["accuracy"] == "0.00"
     for suffix in ("png", "svg", "md"):
         assert (tmp_path / f"table1.{suffix}").stat().st_size > 200
     before = (tmp_path / "table1.csv").read_bytes()
