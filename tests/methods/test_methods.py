@@ -229,9 +229,10 @@ def test_a_baseline_killed_before_its_manifest_goes_on(
     path, _ = corpus(tmp_path / "noisy.csv", size=9)
     prepare = METHODS["self-label"].prepare
     assert prepare is not None
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr("robustft.methods.decisions.write_manifest", killed)
-        prepare(setting(path, tmp_path / "out"))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(setting(path, tmp_path / "out"))
     assert (tmp_path / "out/cleaned.csv").exists()
     prepare(setting(path, tmp_path / "out"))
     assert json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["input"] == 9
