@@ -16,7 +16,6 @@ from typing import Any
 import orjson
 import torch
 
-from robustft.approximate import require_retriever
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
 from robustft.corpus import Corpus
 from robustft.detection import Conclusion
@@ -31,6 +30,7 @@ from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
 from robustft.remote import local_path, output_folder
+from robustft.retrieval.approximate import require_retriever
 from robustft.shards import Shard, conclusion_folder, first_conclusion, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.tuned import ask_tuned, require_choices

@@ -17,11 +17,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from robustft.approximate import ApproximateKNN
 from robustft.errors import UserError
 from robustft.intake import Intake
 from robustft.records import Record
 from robustft.retrieval import CosineKNN, NeighbourIndex
+from robustft.retrieval.approximate import ApproximateKNN
 from robustft.shards import Shard
 
 _NAME = "embeddings.f32"

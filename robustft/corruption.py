@@ -23,8 +23,8 @@ import numpy.typing as npt
 from robustft.answers import Kind, answer_kind, matches, normalise
 from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
-from robustft.formats import dump_json
 from robustft.records import Record, RecordSource, RecordWriter
+from robustft.records.formats import dump_json
 from robustft.terminal import counted
 
 # Wrong answers to open questions come from this many distinct answers of each kind.

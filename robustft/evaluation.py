@@ -18,11 +18,11 @@ from robustft.config import EvalConfig
 from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
 from robustft.files import spare
-from robustft.formats import hash_files
 from robustft.metrics import Tally, macro_f1
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, answer_prompt, letters
 from robustft.records import Record, RecordSource, Reject, count_records, open_records
+from robustft.records.formats import hash_files
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
 from robustft.terminal import printable

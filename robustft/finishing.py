@@ -21,7 +21,7 @@ from robustft.exchange import exchange
 from robustft.outputs import identity, read_manifest, write_manifest
 from robustft.pipeline import select
 from robustft.records import RecordSource
-from robustft.reporting import next_steps, write_run_report
+from robustft.report.run import next_steps, write_run_report
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
 from robustft.verdicts import CleanResult, write_outputs

@@ -5,9 +5,9 @@ import importlib.util
 import numpy as np
 import pytest
 
-from robustft.approximate import ApproximateKNN, require_retriever
 from robustft.errors import UserError
 from robustft.retrieval import CosineKNN
+from robustft.retrieval.approximate import ApproximateKNN, require_retriever
 
 
 def clustered(count: int, seed: int) -> np.ndarray:

@@ -22,9 +22,9 @@ CONFINED = {
     "sqlite3": {"robustft.store", "robustft.cache"},
     "accelerate": {"robustft.training"},
     "datatrove": {"robustft.integrations.datatrove_step"},
-    "datasets": {"robustft.columnar"},
-    "faiss": {"robustft.approximate", "robustft.benchmarks"},
-    "ray": {"robustft.raycluster"},
+    "datasets": {"robustft.records.columnar"},
+    "faiss": {"robustft.retrieval.approximate", "robustft.benchmarks"},
+    "ray": {"robustft.distributed.raycluster"},
     "trl": {"robustft.benchmarks"},
 }
 LAYERS = (
@@ -33,7 +33,6 @@ LAYERS = (
         "prompts",
         "engines",
         "retrieval",
-        "approximate",
         "embedding",
         "exchange",
         "store",
@@ -50,7 +49,6 @@ LAYERS = (
     {"tuned"},
     {"cleaning"},
     {"distributed", "estimating"},
-    {"raycluster"},
     {"integrations", "cli"},
 )
 

@@ -22,9 +22,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from robustft import framing
 from robustft.errors import UserError
-from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records
+from robustft.records import Record, RecordSource, RecordWriter, Reject, framing, open_records
 
 GOOD = {"question": "2+2?", "options": ["3", "4"], "answer": "B"}
 LINE = orjson.dumps(GOOD)

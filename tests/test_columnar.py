@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from robustft.columnar import open_stream
 from robustft.errors import UserError
 from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records, output_name
+from robustft.records.columnar import open_stream
 
 SCHEMA = pa.schema(
     [
@@ -204,7 +204,7 @@ def test_saved_dataset_reads_no_file_outside_its_folder(tmp_path: Path) -> None:
 def test_streamed_dataset(tmp_path: Path) -> None:
     rows = hub_rows(600)
     reader = open_stream(rows.to_iterable_dataset(num_shards=2), "owner/name@rev:train")
-    from robustft.schemas import ChoiceSchema
+    from robustft.records.schemas import ChoiceSchema
 
     layout = ChoiceSchema("choices", "answer")
     source = RecordSource("owner/name", reader, layout, reader.fields, None)

@@ -20,8 +20,8 @@ from scripted import LetterEmbedder, ScriptedEngine
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig
 from robustft.distributed import merge, run_shard
+from robustft.distributed.processes import _Child, run_children
 from robustft.errors import UnfinishedError, UserError
-from robustft.processes import _Child, run_children
 from robustft.verdicts import CleanResult
 
 HERE = Path(__file__).parent

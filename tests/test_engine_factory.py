@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from robustft.cli import _engine_config
+from robustft.cli.settings import parse
 from robustft.config import EngineConfig
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.settings import parse
 
 SERVER = ("--engine", "openai", "--base-url", "http://localhost:1/v1")
 

@@ -25,9 +25,9 @@ from scripted import LetterEmbedder, ScriptedEngine
 
 import robustft
 from robustft.cleaning import run_clean
+from robustft.cli.options import build_parser
+from robustft.cli.settings import parse
 from robustft.config import CleanConfig, EngineConfig
-from robustft.options import build_parser
-from robustft.settings import parse
 
 MODELS = ("meta-llama/Llama-3.1-8B-Instruct",)
 EMBEDDERS = ("sentence-transformers/all-MiniLM-L6-v2",)

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustft.errors import UserError
-from robustft.formats import BadRowError
 from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records, output_name
+from robustft.records.formats import BadRowError
 
 CHOICE = [
     {"id": "a", "question": "2+2?", "options": ["3", "4"], "answer": "B", "gt": "never read"},

@@ -22,10 +22,10 @@ from robustft.corruption import corrupt
 from robustft.errors import UserError
 from robustft.evaluation import Judge, judge
 from robustft.files import atomic_file
-from robustft.framing import MAX_LINE_BYTES, Reject
 from robustft.records import Record, open_records
+from robustft.records.framing import MAX_LINE_BYTES, Reject
+from robustft.records.sources import open_reader
 from robustft.reproduction.drop import best_score, gold_spans
-from robustft.sources import open_reader
 
 Row = dict[str, Any]
 _SUFFIXES = (".csv", ".jsonl", ".json", ".parquet", ".csv.gz", ".jsonl.gz", ".jsonl.zst")

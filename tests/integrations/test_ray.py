@@ -27,7 +27,7 @@ from pathlib import Path
 import ray
 from robustft.cleaning import load, run_clean
 from robustft.config import CleanConfig, EngineConfig
-from robustft.raycluster import run_ray
+from robustft.distributed.raycluster import run_ray
 from scripted import LetterEmbedder, ScriptedEngine, slowly
 
 how, source, out, model, encoder = sys.argv[1:]

@@ -14,11 +14,11 @@ from typing import Any, Self
 
 from robustft.errors import UserError
 from robustft.files import replacing
-from robustft.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
-from robustft.framing import MAX_LINE_BYTES, Reject, reject
 from robustft.progress import Progress
-from robustft.schemas import Context, Schema, find_schema
-from robustft.sources import open_reader
+from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
+from robustft.records.framing import MAX_LINE_BYTES, Reject, reject
+from robustft.records.schemas import Context, Schema, find_schema
+from robustft.records.sources import open_reader
 
 __all__ = [
     "Record",

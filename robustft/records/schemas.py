@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from robustft.errors import UserError
-from robustft.formats import BadRowError, has_nan, type_name
-from robustft.framing import MAX_LINE_BYTES
+from robustft.records.formats import BadRowError, has_nan, type_name
+from robustft.records.framing import MAX_LINE_BYTES
 from robustft.terminal import printable
 
 _log = logging.getLogger("robustft")

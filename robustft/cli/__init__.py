@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import robustft
 from robustft.errors import UnfinishedError, UserError
 from robustft.terminal import printable
 
@@ -48,7 +49,7 @@ def _run_clean(options: argparse.Namespace) -> int:
 
 def _clean_into_folder(options: argparse.Namespace) -> int:
     from robustft.cleaning import run_clean
-    from robustft.console import (
+    from robustft.cli.console import (
         print_announcement,
         print_baseline_summary,
     )
@@ -85,7 +86,7 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
 
 def _conclude(result: Any, options: argparse.Namespace) -> int:
     """Print what was done; the exit status."""
-    from robustft.console import print_clean_summary
+    from robustft.cli.console import print_clean_summary
 
     print_clean_summary(result)
     _print_truth(result, options)
@@ -100,9 +101,9 @@ def _print_truth(result: Any, options: argparse.Namespace) -> None:
 
 
 def _run_shards(options: argparse.Namespace, config: Any) -> int:
-    from robustft.console import print_shard_summary
+    from robustft.cli.console import print_shard_summary
     from robustft.distributed import merge, run_shard
-    from robustft.processes import require_gpus, run_processes
+    from robustft.distributed.processes import require_gpus, run_processes
     from robustft.store import Stopwatch
 
     count, pinned = max(options.processes, options.gpus), options.gpus > 1
@@ -120,7 +121,7 @@ def _run_shards(options: argparse.Namespace, config: Any) -> int:
 
 
 def _run_ray(options: argparse.Namespace, config: Any) -> int:
-    from robustft.raycluster import run_ray
+    from robustft.distributed.raycluster import run_ray
 
     if options.shard:
         raise UserError("--shard does not go with --ray, which makes shards of its own")
@@ -174,7 +175,7 @@ def _clean_config(options: argparse.Namespace) -> Any:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    from robustft.settings import parse
+    from robustft.cli.settings import parse
 
     defaults = parse(
         ["clean", str(demo_corpus()), "--out", options.out, "--reasoning-tokens", "48",
@@ -185,7 +186,7 @@ def _run_demo(options: argparse.Namespace) -> int:
 
 def demo_corpus() -> Path:
     """The bundled example corpus: messages to a help desk, 30 % of their labels wrong."""
-    return Path(__file__).parent / "data" / "demo.jsonl"
+    return Path(robustft.__file__).parent / "data" / "demo.jsonl"
 
 
 def _run_score(options: argparse.Namespace) -> int:
@@ -328,8 +329,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. `arguments` are those of the process by default."""
-    from robustft.options import build_parser
-    from robustft.settings import parse
+    from robustft.cli.options import build_parser
+    from robustft.cli.settings import parse
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 import orjson
 
 from robustft.errors import UserError
-from robustft.framing import (
+from robustft.records.framing import (
     MAX_LINE_BYTES,
     Reject,
     read_chunks,

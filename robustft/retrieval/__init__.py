@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustft import _core, _knnfile
+from robustft import _core
+from robustft.retrieval import _file
 
 if TYPE_CHECKING:
     import torch
@@ -220,12 +221,12 @@ class CosineKNN:
                 done += count
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index, rows included, to one file (format: `robustft/_knnfile.py`).
+        """Write the index, rows included, to one file (format: `robustft/retrieval/_file.py`).
 
         The file appears under its name only when it is complete.
         """
         with self._lock:
-            _knnfile.write(
+            _file.write(
                 Path(path),
                 dim=self._dim,
                 dtype=self._dtype,
@@ -245,7 +246,7 @@ class CosineKNN:
         Raises:
             UserError: the file is not such a file, is cut short, or fails its checksum.
         """
-        content = _knnfile.read(Path(path), verify=verify)
+        content = _file.read(Path(path), verify=verify)
         index = cls.__new__(cls)
         index._setup(content.dim, content.dtype, threads)
         if content.rows.size:

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from dataclasses import dataclass
 
-from robustft.numerals import canonical, find_numbers
+from robustft.answers.numerals import canonical, find_numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from robustft.choices import parse_choice
-from robustft.numerals import canonical, find_numbers, whole_number
-from robustft.replies import (
+from robustft.answers.choices import parse_choice
+from robustft.answers.numerals import canonical, find_numbers, whole_number
+from robustft.answers.replies import (
     Parsed,
     is_refusal,
     parse_final_number,

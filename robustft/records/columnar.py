@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from robustft.errors import UserError
-from robustft.formats import BadRowError, RowWriter, hash_files
-from robustft.framing import Reject
+from robustft.records.formats import BadRowError, RowWriter, hash_files
+from robustft.records.framing import Reject
 
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from robustft.cli.options import Parser, build_parser
 from robustft.errors import UserError
-from robustft.options import Parser, build_parser
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

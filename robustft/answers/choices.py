@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from robustft.replies import MARKER, NOTHING, QUOTES, Parsed, body_start
+from robustft.answers.replies import MARKER, NOTHING, QUOTES, Parsed, body_start
 
 _DECORATION = re.compile(
     r"""(?:[\s*_"'`“”‘’(\[{<$:>]|\\(?:text|mathrm|mathbf|boxed|\()|\#|-\s

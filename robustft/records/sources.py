@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from robustft.columnar import open_arrow, open_hub, open_parquet
 from robustft.errors import UserError
-from robustft.formats import Reader, TextReader, csv_header
-from robustft.framing import (
+from robustft.records.columnar import open_arrow, open_hub, open_parquet
+from robustft.records.formats import Reader, TextReader, csv_header
+from robustft.records.framing import (
     BOM,
     DamagedError,
     read_chunks,
