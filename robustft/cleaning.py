@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
@@ -29,6 +28,7 @@ from robustft.intake import intake_folder, take_in
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
+from robustft.records.formats import dump_json
 from robustft.remote import local_path, output_folder
 from robustft.retrieval.approximate import require_retriever
 from robustft.shards import Shard, conclusion_folder, first_conclusion, plan_folder
@@ -104,7 +104,7 @@ def _rows_file(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
     draft = folder / f".input.{secrets.token_hex(6)}.jsonl"
     with atomic_file(draft) as handle:
         for row in rows:
-            line = orjson.dumps(dict(row)) + b"\n"
+            line = dump_json(dict(row)) + b"\n"
             digest.update(line)
             handle.write(line)
     return draft.replace(folder / f"input-{digest.hexdigest()}.jsonl")
@@ -130,7 +130,6 @@ def run_clean(
 ) -> CleanResult:
     """Run `config` from the input file to the report; see `clean` for errors."""
     watch = Stopwatch()
-    require_retriever(config.retriever)
     if engine is not None and config.tuned.folds:
         raise UserError("folds are fine-tuned from a model by name: give model, not an engine")
     source = open_source(config)
@@ -163,7 +162,7 @@ def run_clean(
         announce(Announcement(intake.records, intake.rejects, schema, models, resumed))
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
-        reopen(shard, store, target, published=False)
+        reopen(shard, store, target, alone=True)
         run = ShardRun(config, shard, intake, engine, embedder, store)
         run.detect()
         corpus = Corpus(intake, [shard], config.threads, config.retriever)
@@ -190,6 +189,7 @@ def open_source(config: CleanConfig) -> RecordSource:
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
     require_choices(config, source)
+    require_retriever(config.retriever)
     refuse_overwriting(config, source)
     return source
 
@@ -201,7 +201,6 @@ def load(
 
     Raises UserError where the engine cannot give what the method needs.
     """
-    require_retriever(config.retriever)
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     engine = engine or load_engine(config.engine)

@@ -73,12 +73,12 @@ class Conclusion:
     warnings: tuple[str, ...] = ()
     stage_seconds: Mapping[str, float] = field(default_factory=dict)  # what the split took
 
-    @property
+    @functools.cached_property
     def silent(self) -> NDArray[np.bool_]:
         """[N] records without a verdict."""
         return self.unjudged | ((self.jury >= 0) & np.isnan(self.wrong))
 
-    @property
+    @functools.cached_property
     def clean(self) -> NDArray[np.bool_]:
         """[N] whom retrieval may show."""
         return ~(self.noisy | self.silent)
@@ -114,7 +114,7 @@ class Conclusion:
             return []
         first = asked[0].record.index
         return [
-            unjudged(one) or self._by_crowd(one, first + row) or paper_rule(one)
+            unjudged(one) or self._by_crowd(one, first + row) or self._by_paper(one, first + row)
             for row, one in enumerate(asked)
         ]
 
@@ -135,6 +135,10 @@ class Conclusion:
             best = int(row.argmax())
             said = f"{LETTERS[best]} ({row[best]:.2f}), {said}"
         return Detection(bool(self.noisy[position]), wrong, f"crowd: {said}; votes {voters}")
+
+    def _by_paper(self, asked: Asked, position: int) -> Detection:
+        """The paper's verdict; the split is the one that relabeling went by."""
+        return paper_rule(asked)._replace(noisy=bool(self.noisy[position]))
 
     def own_label(self, record: Record) -> tuple[str, float] | None:
         """The crowd's label and its negative log-probability where it outranks the panel's.

@@ -3,12 +3,73 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from robustft.errors import UserError
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class BusyError(UserError):
+    """Another process holds what this one needs."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: str | None = None) -> Iterator[int | None]:
+    """Hold the file `path` against other processes; yields its handle.
+
+    The kernel drops the lock when its holder dies, however it dies. `wait` says what another
+    process does meanwhile: it is told on stderr, and waited for. On a file system that knows no
+    locks nothing is held, and None given.
+
+    Raises:
+        BusyError: another process holds it, and there is nothing to `wait` for. Its text is what
+            the holder wrote into the file.
+        UserError: there can be no such file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written: {error.strerror}") from error
+    held: int | None = handle
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                said = os.pread(handle, 100, 0).decode("ascii", "replace").strip() or "unknown"
+                raise BusyError(said) from None
+            print(f"robustft: waiting for another process, which {wait}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise UserError(f"{path}: cannot be locked: {error.strerror}") from error
+            held = None
+        yield held
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what killed processes were about to make `folder`'s files or folders of these names.
+
+    Names may hold wildcards. Only for who holds the folder: `replacing` and `publishing` of others
+    would lose their work.
+    """
+    for name in names:
+        for left in folder.glob(f".{name}.*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from robustft.records import RecordSource
 from robustft.report.run import next_steps, write_run_report
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
+from robustft.terminal import counted
 from robustft.verdicts import CleanResult, write_outputs
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
@@ -108,9 +109,11 @@ def finish(
     if truncated:
         result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
     if result.unanswered:
+        # What shards have built on together stays.
+        again = "; the same command asks those questions again" if shards[0].of == 1 else ""
         result.warn(
-            f"{result.unanswered} records got no reply from the engine on some question "
-            "(verdicts.jsonl says why); the same command asks those questions again"
+            f"{counted(result.unanswered, 'record')} got no reply from the engine on some question "
+            f"(verdicts.jsonl says why){again}"
         )
     result.seconds["total"] = round(watch.seconds(), 3)
     result.next_steps = next_steps(config, result)

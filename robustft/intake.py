@@ -9,10 +9,8 @@ the training set goes through the rows of the input once more.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ import orjson
 from numpy.typing import NDArray
 
 from robustft.errors import UserError
+from robustft.files import locked, remove_leftovers
 from robustft.progress import Progress
 from robustft.records import Record, RecordSource, Reject
 from robustft.shards import Published, Shard, publishing
@@ -43,32 +42,14 @@ def take_in(source: RecordSource, folder: Path, *, quiet: bool = False) -> Intak
 
     Raises UserError where the input cannot be read or changes, or the folder cannot be written.
     """
-    with _turn(folder):
+    with locked(folder.parent / ".reading", wait="reads the input") as held:
+        if held is not None:
+            remove_leftovers(folder.parent, folder.name)
         if not folder.is_dir():
             with publishing(folder) as (temporary, facts):
                 facts.update(_read(source, temporary, quiet=quiet))
                 source.require_unchanged()  # what `folder` is named by
     return Intake(folder)
-
-
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Hold the right to read the input, where the file system knows locks."""
-    handle = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder.parent / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-    except OSError as error:
-        if handle is None:
-            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:

@@ -39,7 +39,9 @@ from robustft.detection import (
 )
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
+from robustft.errors import UnfinishedError
 from robustft.experts import Panel
+from robustft.files import locked, remove_leftovers
 from robustft.intake import Intake
 from robustft.progress import Progress, Stages
 from robustft.records import Record
@@ -327,32 +329,13 @@ def conclude(
     """The split of the whole corpus; published at `target` once and then read from there.
 
     `more`: evidence that was not gathered shard by shard; `seconds`: what that took, by stage.
+    One process computes it, others wait. Raises UnfinishedError where a shard has begun to detect
+    again since the caller looked.
     """
     if not target.is_dir():
-        watch = Stopwatch()
-        evidence = stacked([Published(shard.phase("detected")).arrays for shard in shards])
-        evidence |= more or {}
-        with Stages("split") as stages:
-            found = make_detector(config).conclude(evidence, corpus, stages)
-        publish(
-            target,
-            {
-                "noisy": found.noisy,
-                "unjudged": found.unjudged,
-                "pooled": found.pooled,
-                "wrong": found.wrong,
-                "jury": found.jury,
-                **{f"{_LEARNED}{name}": values for name, values in found.learned.items()},
-            },
-            {
-                "votes": list(map(dict, found.votes)),
-                "powerless": found.powerless,
-                "noise_rate": found.noise_rate,
-                "expected_precision": found.expected_precision,
-                "warnings": [*found.warnings, *_on_the_clean_set(config, found)],
-                "stage_seconds": {"split": watch.seconds(), **(seconds or {})},
-            },
-        )
+        with _deciding(target):
+            if not target.is_dir():
+                _publish_split(config, shards, target, corpus, more, seconds)
     read = Published(target)
     learners = dict.fromkeys(name for votes in read.facts["votes"] for name in votes)
     return Conclusion(
@@ -368,6 +351,46 @@ def conclude(
         {name: read[_LEARNED + name] for name in learners if _LEARNED + name in read},
         tuple(read.facts["warnings"]),
         read.facts.get("stage_seconds", {}),  # a run of an older version told none
+    )
+
+
+def _publish_split(
+    config: CleanConfig,
+    shards: Sequence[Shard],
+    target: Path,
+    corpus: Corpus,
+    more: Evidence | None,
+    seconds: Mapping[str, float] | None,
+) -> None:
+    again = [shard.number for shard in shards if not shard.phase("detected").is_dir()]
+    if again:
+        raise UnfinishedError(
+            f"shard {again[0]}/{shards[0].of} asks again what failed before: run the same command "
+            "when it is through"
+        )
+    watch = Stopwatch()
+    evidence = stacked([Published(shard.phase("detected")).arrays for shard in shards])
+    evidence |= more or {}
+    with Stages("split") as stages:
+        found = make_detector(config).conclude(evidence, corpus, stages)
+    publish(
+        target,
+        {
+            "noisy": found.noisy,
+            "unjudged": found.unjudged,
+            "pooled": found.pooled,
+            "wrong": found.wrong,
+            "jury": found.jury,
+            **{f"{_LEARNED}{name}": values for name, values in found.learned.items()},
+        },
+        {
+            "votes": list(map(dict, found.votes)),
+            "powerless": found.powerless,
+            "noise_rate": found.noise_rate,
+            "expected_precision": found.expected_precision,
+            "warnings": [*found.warnings, *_on_the_clean_set(config, found)],
+            "stage_seconds": {"split": watch.seconds(), **(seconds or {})},
+        },
     )
 
 
@@ -429,12 +452,27 @@ def select(config: CleanConfig, shards: Sequence[Shard], conclusion: Conclusion)
     return Selection(selected, doubtful, nll[mask & finite], nll[~mask & finite], cuts, own)
 
 
-def reopen(shard: Shard, store: Store, target: Path, *, published: bool) -> None:
-    """Ask again what failed in an earlier session, unless others have built on it (`published`)."""
-    if published or not store.has_failures:
+def reopen(shard: Shard, store: Store, target: Path, *, alone: bool) -> None:
+    """Ask again what failed in an earlier session, unless others may have built on it.
+
+    That is so once the split is published at `target`, but for a shard that is `alone`.
+    """
+    if not store.has_failures:
         return
-    # What rests on the failures goes first: killed in between, the next session begins here again.
-    phases = shard.phase("relabeled"), shard.phase("detected")
-    for folder in (target, first_conclusion(target), *phases):
-        withdraw(folder)
-    store.forgive()
+    with _deciding(target):
+        if target.is_dir() and not alone:
+            return
+        # What rests on the failures goes first: killed in between, the next session begins here.
+        phases = shard.phase("relabeled"), shard.phase("detected")
+        for folder in (target, first_conclusion(target), *phases):
+            withdraw(folder)
+        store.forgive()
+
+
+@contextlib.contextmanager
+def _deciding(target: Path) -> Iterator[None]:
+    """Hold the split of the corpus: nobody else computes it, or takes back what it rests on."""
+    with locked(target.parent / ".deciding", wait="splits the corpus") as held:
+        if held is not None:
+            remove_leftovers(target.parent, target.name)
+        yield

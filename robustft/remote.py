@@ -26,6 +26,8 @@ from robustft.progress import Progress
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.ASCII)
 _BLOCK = 4 << 20
+_VALIDATORS = ("ETag", "Content-MD5", "Digest", "Last-Modified")  # of a web server's file
+_FETCHED: set[Path] = set()  # by this process
 _SENT = ".sent"  # names of the files that were copied, or were about to be
 _STAYS = ("run.sqlite", "embeddings.f32", "input-", ".")  # beginnings of working files' names
 
@@ -49,16 +51,20 @@ def fetched(url: str) -> Path:
     with _telling(url):
         info = system.info(path)
         version = f"{url} {system.ukey(path)}"
+    # The key of a web page is its address alone.
+    marks = [str(info[name]) for name in _VALIDATORS if info.get(name)]
+    unmarked = url.startswith(("http://", "https://")) and not marks
     if info.get("type") == "directory":
         raise UserError(f"{url}: is a folder; remote inputs are single files")
     name = Path(path.partition("?")[0]).name
-    target = _place("in", version) / name
-    if not target.exists():
+    target = _place("in", " ".join([version, *marks])) / name
+    if not target.exists() or (unmarked and target not in _FETCHED):
         progress = Progress(f"fetch {name}", info.get("size"), unit="bytes")
         with replacing(target) as temporary, temporary.open("wb") as file, progress:
             for block in _blocks(system, path, url):
                 file.write(block)
                 progress.update(len(block))
+    _FETCHED.add(target)
     return target
 
 

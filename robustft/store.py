@@ -9,7 +9,6 @@ would.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import math
 import os
@@ -27,6 +26,8 @@ from numpy.typing import NDArray
 
 from robustft.config import differences
 from robustft.errors import UserError
+from robustft.files import BusyError, locked, remove_leftovers
+from robustft.outputs import EXCHANGE, OUTPUTS
 
 UNIT_ROWS = 512  # records of one unit, the last one's but for the remainder
 
@@ -116,30 +117,29 @@ def _columns(body: bytes) -> tuple[list[int], list[str], Iterator[Opinion]]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the output folder; a second run fails at once, naming the first.
+    """Hold the output folder, and remove what killed runs have left half written.
 
-    The kernel drops the lock when its holder dies, however it dies.
+    A second run fails at once, naming the first: BusyError.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the output folder: {error.strerror}") from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(handle, 100, 0).decode("ascii", "replace").strip() or "unknown"
-            raise UserError(
-                f"{folder}: another run is working in this folder (process {holder}); wait for "
-                "it or choose another --out"
+            handle = stack.enter_context(locked(folder / ".lock"))
+        except BusyError as error:
+            raise BusyError(
+                f"{folder}: another run is working in this folder (process {error}); wait for it "
+                "or choose another --out"
             ) from None
+        if handle is None:
+            raise UserError(
+                f"{folder}: lies on a file system without locks, where two runs would spoil each "
+                "other's work; choose another --out"
+            )
         with contextlib.suppress(OSError):  # on a full disk the lock holds without its number
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        remove_leftovers(folder, "cleaned.*", *OUTPUTS, *EXCHANGE)
+        remove_leftovers(folder / "phases", "*")
         yield
-    finally:
-        os.close(handle)
 
 
 def refuse_changes(folder: Path, found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """`text` on one line, control and bidirectional characters shown as escapes."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """`3, 4, 7`; of more than twenty the first ones."""
+    return ", ".join(map(str, numbers[:20])) + (" …" if len(numbers) > 20 else "")
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:

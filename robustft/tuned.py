@@ -9,6 +9,7 @@ what it has learnt from; for the division into folds see Northcutt et al. 2021, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from robustft.progress import Progress
 from robustft.prompts import LETTERS
 from robustft.records import Record, RecordSource
 from robustft.shards import Shard
-from robustft.store import Store
+from robustft.store import Opinion, Store
 from robustft.training import train
 
 _SUREST = 2 / 3  # share of the records of every label that train
@@ -75,18 +76,32 @@ def ask_tuned(
                 "learn from some; leave it out or use fewer folds"
             )
         _write_lessons(path, shard, intake, lessons)
-        engine = load_engine(config.engine, _trained(config, path, name))
-        with Progress(f"{name} asked", shard.rows, unit="records") as progress:
-            panel = Panel(engine, store, config.experts, seed=config.seed)
-            for unit, chunk in intake.units(shard):
-                panel.unit = unit
-                mine = [one for one in chunk if folds[one.index] == fold]
-                for record, said in zip(mine, panel.tuned(mine, basis), strict=True):
-                    assert record.options is not None
-                    size = len(record.options)
-                    found[record.index, :size] = option_probabilities(said, size)
-                progress.update(len(chunk))
+        adapter = _trained(config, path, name)
+        for record, said in _answers(config, adapter, name, shard, intake, store, folds == fold):
+            assert record.options is not None
+            size = len(record.options)
+            found[record.index, :size] = option_probabilities(said, size)
     return {TUNED: found}
+
+
+def _answers(
+    config: CleanConfig,
+    adapter: Path,
+    name: str,
+    shard: Shard,
+    intake: Intake,
+    store: Store,
+    asked: NDArray[np.bool_],
+) -> Iterator[tuple[Record, Opinion]]:
+    """The records `asked` [N] and what the model with an adapter, loaded for this, says to each."""
+    basis = adapter.parent.name
+    panel = Panel(load_engine(config.engine, adapter), store, config.experts, seed=config.seed)
+    with Progress(f"{name} asked", shard.rows, unit="records") as progress:
+        for unit, chunk in intake.units(shard):
+            panel.unit = unit
+            mine = [one for one in chunk if asked[one.index]]
+            yield from zip(mine, panel.tuned(mine, basis), strict=True)
+            progress.update(len(chunk))
 
 
 def surest_labels(pooled: NDArray[np.float64]) -> NDArray[np.int8]:

@@ -23,7 +23,11 @@ from pathlib import Path
 import pytest
 from commandline import CommandLine, call, quiz, read, write
 
+from robustft.cleaning import Announcement
+from robustft.cli.console import print_announcement
+from robustft.engines import Abilities
 from robustft.engines.factory import load_engine
+from robustft.finishing import Models
 from robustft.models import hub_answers
 
 COMMANDS = ("demo", "clean", "train", "eval", "score", "corrupt", "bench")
@@ -599,3 +603,14 @@ def test_a_method_writes_over_its_own_outputs_alone(run: CommandLine, tmp_path: 
     ):
         assert "choose another --out" in run.refused(*arguments, "--out", theirs)
         assert (theirs / "verdicts.jsonl").read_bytes() == before
+
+
+def test_a_servers_words_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "evil\x1b]0;pwned\x07\x1b[2J"
+    can = Abilities(found=(f"serves {evil}",))
+    models = Models("openai", evil, "", "MiniLM", False, can)
+    print_announcement(Announcement(3, 0, "qa (question, answer)", models, resumed=False))
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    assert "evil\\x1b]0;pwned" in said

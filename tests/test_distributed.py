@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commandline import CommandLine, quiz, write
-from scripted import LetterEmbedder, ScriptedEngine
+from scripted import FlakyEngine, LetterEmbedder, ScriptedEngine
 
+from robustft import pipeline
 from robustft.cleaning import run_clean
+from robustft.cli.settings import parse
 from robustft.config import CleanConfig, EngineConfig
 from robustft.distributed import merge, run_shard
-from robustft.distributed.processes import _Child, run_children
+from robustft.distributed.processes import _Child, run_children, run_processes
 from robustft.errors import UnfinishedError, UserError
 from robustft.verdicts import CleanResult
 
@@ -200,6 +204,48 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, source: Path) -> 
         merge([out], data=str(other))
 
 
+def test_a_shard_run_again_while_another_splits_the_corpus(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not take back what the split, which is about to be published, rests on."""
+    out, left = tmp_path / "out", []
+    with pytest.raises(UnfinishedError):
+        shard(source, out, 1, 2, FlakyEngine(every=40))
+    again = threading.Thread(target=lambda: left.append(shard(source, out, 1, 2, wait=60)))
+    publish = pipeline.publish
+
+    def late(folder: Path, *rest: Any) -> None:
+        if folder.name == "conclusion":
+            again.start()
+            again.join(1.0)  # long enough to have withdrawn something
+        publish(folder, *rest)
+
+    monkeypatch.setattr(pipeline, "publish", late)
+    shard(source, out, 0, 2)
+    again.join()
+    assert left in ([[]], [[0]])
+    result = merge([out])
+    assert result.counts["input"] == ROWS + 2
+    assert result.unanswered > 0
+    assert "(verdicts.jsonl says why)" in result.warnings[-1]
+    assert "same command" not in result.warnings[-1]  # it would ask nothing again
+
+
+def test_no_split_without_every_shard(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard may begin to ask again right after another has seen it finished."""
+    out = tmp_path / "out"
+    with pytest.raises(UnfinishedError):
+        shard(source, out, 1, 2)
+    for phase in out.glob("shards/rows-*/phases/detected"):
+        shutil.rmtree(phase)
+    monkeypatch.setattr("robustft.distributed.wait_for", lambda *_: None)
+    with pytest.raises(UnfinishedError, match="shard 1/2 asks again what failed before"):
+        shard(source, out, 0, 2)
+    assert not (out / "phases/conclusion").exists()
+
+
 def test_a_damaged_plan_is_told(tmp_path: Path, source: Path) -> None:
     with pytest.raises(UnfinishedError):
         shard(source, tmp_path / "out", 0, 2)
@@ -277,7 +323,25 @@ def test_a_process_that_fails_ends_the_others_with_its_own_words() -> None:
     failing = child("print('robustft: beta was 1', file=sys.stderr); sys.exit(2)")
     with pytest.raises(UserError, match=r"^shard 0/2: beta was 1$"):
         run_children([slow, failing])
+    named = child("print('robustft: shard 0/2: is late', file=sys.stderr); sys.exit(4)")
+    with pytest.raises(UnfinishedError, match=r"^shard 0/2: is late$"):
+        run_children([named])
     assert slow.process.returncode is not None
+
+
+def test_processes_wait_for_each_other_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[_Child] = []
+    monkeypatch.setattr("robustft.distributed.processes.run_children", made.extend)
+    run_processes(["clean", "--out", "o", "--", "-in.jsonl"], (0, 1), 2, pinned=False)
+    options = parse(made[1].command[3:])
+    assert (options.shard, options.wait, options.input) == ((1, 2), math.inf, "-in.jsonl")
+    made.clear()
+    # Other machines' shards may never come.
+    run_processes(["clean", "in", "--out", "o"], (1, 3), 2, pinned=False)
+    options = parse(made[0].command[3:])
+    assert (options.shard, options.wait) == ((2, 6), 600.0)
 
 
 def test_a_process_that_is_killed_is_started_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,39 @@ def test_a_copy_that_broke_off_is_made_again(monkeypatch: pytest.MonkeyPatch) ->
     run(URL, "memory://bucket/out")
     assert memory.exists("/bucket/out/manifest.json")
     run(URL, "memory://bucket/out", beta=1.0)
+
+
+def test_a_web_page_is_fetched_again_unless_its_server_marks_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    marks: dict[str, str] = {}
+
+    class Web:
+        def info(self, path: str) -> dict[str, Any]:
+            return {"type": "file", "size": None, **marks}
+
+        def ukey(self, path: str) -> str:
+            return "of the address"
+
+        def open(self, path: str, mode: str) -> io.BytesIO:
+            return io.BytesIO(body)
+
+    url = "https://host/in.jsonl?x=1"
+    monkeypatch.setattr("robustft.remote._opened", lambda url: (Web(), url))
+    body = b"1"
+    assert fetched(url).read_bytes() == b"1"
+    body = b"2"
+    assert fetched(url).read_bytes() == b"1"  # one process sees one version
+    monkeypatch.setattr("robustft.remote._FETCHED", set())
+    assert fetched(url).read_bytes() == b"2"
+    marks["ETag"], body = "one", b"3"
+    first = fetched(url)
+    body = b"4"
+    monkeypatch.setattr("robustft.remote._FETCHED", set())
+    assert fetched(url) == first
+    assert first.read_bytes() == b"3"
+    marks["ETag"] = "two"
+    assert fetched(url).read_bytes() == b"4"
 
 
 def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import sqlite3
@@ -119,3 +120,27 @@ def test_a_second_run_names_the_first(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"process {os.getpid()}" in done.stderr
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_who_holds_a_folder_removes_what_killed_runs_left(tmp_path: Path) -> None:
+    left = [".cleaned.jsonl.77.tmp", ".verdicts.jsonl.9.tmp", "phases/.detected.ab12.tmp"]
+    for name in (*left, ".mine.1.tmp", "cleaned.jsonl", "phases/detected"):
+        (tmp_path / name).mkdir(parents=True) if "detected" in name else (tmp_path / name).touch()
+    with folder_lock(tmp_path):
+        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {".lock", ".mine.1.tmp", "cleaned.jsonl", "phases", "phases/detected"}
+
+
+@pytest.mark.parametrize(
+    ("number", "complaint"),
+    [(errno.ENOLCK, "a file system without locks"), (errno.EIO, "cannot be locked: Input/output")],
+)
+def test_a_folder_that_cannot_be_locked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, complaint: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(UserError, match=complaint), folder_lock(tmp_path):
+        pass

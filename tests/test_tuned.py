@@ -170,7 +170,10 @@ def test_what_cannot_hear_them_is_refused(changed: dict[str, Any], message: str)
         (["--folds", "1"], "folds must be 0 (none) or at least 2, got 1"),
         (["--folds", "2", "--processes", "2"], "--folds does not go with shards: it belongs"),
         (["--folds", "2", "--method", "noiseal"], "--folds does not go with --method noiseal"),
-        (["--folds", "2", "--fold-learning-rate", "0"], "fold_learning_rate must be above 0"),
+        (
+            ["--folds", "2", "--fold-learning-rate", "0"],
+            "--fold-learning-rate: expected a number above 0",
+        ),
         (["--folds", "2"], "--folds needs multiple choice"),
     ],
 )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from robustft.cleaning import Announcement
 from robustft.config import CleanConfig
 from robustft.models import DEFAULT_MODEL
-from robustft.terminal import counted
+from robustft.terminal import counted, listed, printable
 from robustft.verdicts import CleanResult
 
 
@@ -21,11 +21,11 @@ def print_announcement(known: Announcement) -> None:
         file=sys.stderr,
     )
     print(
-        f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}",
+        printable(f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}"),
         file=sys.stderr,
     )
     if found := known.models.abilities.found:
-        print(f"robustft: server: {'; '.join(found)}", file=sys.stderr)
+        print(printable(f"robustft: server: {'; '.join(found)}"), file=sys.stderr)
     if known.models.small_embedded_model:
         print(
             f"robustft: {DEFAULT_MODEL} is a small model: fine to see how everything works, too "
@@ -108,7 +108,6 @@ def print_shard_summary(
     """A finished shard: what is still to come."""
     print(f"shard {shard[0]}/{shard[1]} is finished")
     if missing:
-        listed = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
-        print(f"still at work: {'shard' if len(missing) == 1 else 'shards'} {listed}")
+        print(f"still at work: {'shard' if len(missing) == 1 else 'shards'} {listed(missing)}")
     print("then:" if missing else "next:")
     print(f"  {shlex.join(['robustft', 'merge', str(config.out)])}")

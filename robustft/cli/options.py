@@ -69,15 +69,19 @@ def _positive(text: str) -> int:
     return _integer(text, 1)
 
 
-def _seed(text: str) -> int:
+def _count(text: str) -> int:
     return _integer(text, 0)
 
 
-def _seconds(text: str) -> float:
+def _above_zero(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
     return value
+
+
+def _patience(text: str) -> float:
+    return math.inf if text == "inf" else _at_least_zero(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -199,11 +203,11 @@ def _add_engine(parser: Parser) -> None:
         help="requests to the server at a time, at most",
     )  # fmt: skip
     group.add_argument(
-        "--timeout", type=_seconds, default=300.0, metavar="SECONDS",
+        "--timeout", type=_above_zero, default=300.0, metavar="SECONDS",
         help="longest wait for one reply of the server",
     )  # fmt: skip
     group.add_argument(
-        "--retries", type=_seed, default=5, metavar="N",
+        "--retries", type=_count, default=5, metavar="N",
         help="further tries of a request that failed, with growing pauses",
     )  # fmt: skip
     group.add_argument(
@@ -261,7 +265,7 @@ def _add_expert_options(parser: Parser) -> None:
     group.add_argument(
         "--temperature", type=_at_least_zero, default=0.0, metavar="T", help="0 is greedy"
     )
-    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of all sampling")
+    group.add_argument("--seed", type=_count, default=0, metavar="N", help="seed of all sampling")
     group.add_argument(
         "--embedder", metavar="MODEL",
         help="sentence-embedding model, hub id or folder (default: the embedded MiniLM)",
@@ -289,7 +293,7 @@ def _add_tuned(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--fold-epochs", type=_positive, default=3, metavar="N", help="as in train")
     group.add_argument(
-        "--fold-learning-rate", type=_at_least_zero, default=1e-4, metavar="LR", help="as in train"
+        "--fold-learning-rate", type=_above_zero, default=1e-4, metavar="LR", help="as in train"
     )
     group.add_argument(
         "--fold-batch-size", type=_positive, default=8, metavar="N", help="records a step"
@@ -343,7 +347,7 @@ def _add_scale(parser: Parser) -> None:
         "for each other where they must; `robustft merge` writes the outputs (default: all)",
     )  # fmt: skip
     group.add_argument(
-        "--wait", type=_at_least_zero, default=600.0, metavar="SECONDS",
+        "--wait", type=_patience, default=600.0, metavar="SECONDS",
         help="how long a shard waits for the next of the others to get as far",
     )  # fmt: skip
     group.add_argument(
@@ -408,7 +412,9 @@ def _add_corrupt(commands: Any) -> None:
     parser.add_argument(
         "--rate", type=_share, default=0.3, metavar="SHARE", help="share of answers made wrong"
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="which answers, and how")
+    parser.add_argument(
+        "--seed", type=_count, default=0, metavar="N", help="which answers, and how"
+    )
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="file of the input's format (required)"
     )
@@ -427,7 +433,7 @@ def _add_train(commands: Any) -> None:
         "--epochs", type=_positive, default=2, metavar="N", help="passes over the data"
     )
     group.add_argument(
-        "--learning-rate", type=_at_least_zero, default=1e-4, metavar="LR",
+        "--learning-rate", type=_above_zero, default=1e-4, metavar="LR",
         help="peak learning rate",
     )  # fmt: skip
     group.add_argument(
@@ -447,7 +453,7 @@ def _add_train(commands: Any) -> None:
         help="adapt only the last N layers, which is faster (default: all)",
     )  # fmt: skip
     group.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="order of records and initial weights"
+        "--seed", type=_count, default=0, metavar="N", help="order of records and initial weights"
     )
     group.add_argument(
         "--report-to", action="append", metavar="NAME", default=[],
@@ -479,14 +485,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(_integer(part, 0) for part in _names(text))
-
-
-def _share_of(text: str) -> tuple[int, int]:
-    number, _, of = text.partition("/")
-    found = (_integer(number, 0), _integer(of, 1))
-    if found[0] >= found[1]:
-        raise argparse.ArgumentTypeError(f"expected I/N with I below N, found {text!r}")
-    return found
 
 
 def _add_reproduce(commands: Any) -> None:
@@ -538,7 +536,7 @@ def _add_reproduce(commands: Any) -> None:
         ("--top-layers", "adapt only the last N layers"),
     ):
         more.add_argument(name, type=_positive, metavar="N", help=f"{about} (default: the preset)")
-    more.add_argument("--learning-rate", type=_at_least_zero, metavar="LR",
+    more.add_argument("--learning-rate", type=_above_zero, metavar="LR",
                       help="peak learning rate (default: the preset)")  # fmt: skip
     more.add_argument("--hermes", metavar="MODEL", help="the model of the row hermes-3 (default: "
                       "NousResearch/Hermes-3-Llama-3.1-8B)")  # fmt: skip
@@ -548,7 +546,7 @@ def _add_reproduce(commands: Any) -> None:
                       "(default: five in English)")  # fmt: skip
     more.add_argument("--embedder", metavar="MODEL", help="sentence-embedding model (default: the "
                       "embedded MiniLM)")  # fmt: skip
-    more.add_argument("--share", type=_share_of, metavar="I/N", default=(0, 1),
+    more.add_argument("--share", type=_shard, metavar="I/N", default=(0, 1),
                       help="only every Nth cell from the Ith, and no table: set by itself where "
                       "there are several GPUs (default: all)")  # fmt: skip
 

@@ -30,6 +30,7 @@ from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
 from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
+from robustft.terminal import listed
 from robustft.tuned import refuse_folds
 from robustft.verdicts import CleanResult
 
@@ -157,7 +158,7 @@ def run_shard(
         target = conclusion_folder(config.out)
         with ExitStack() as stack:
             store = stack.enter_context(opened(shard, plan))
-            reopen(shard, store, target, published=target.is_dir())
+            reopen(shard, store, target, alone=False)
             intake = stack.enter_context(plan.intake())
             stack.enter_context(long_lived())
             run = ShardRun(config, shard, intake, engine, embedder, store)
@@ -183,8 +184,7 @@ def wait_for(shards: Sequence[Shard], phase: str, name: str, wait: float) -> Non
     before: list[int] = []
     deadline = time.monotonic() + wait
     while missing := [one.number for one in shards if not one.phase(phase).is_dir()]:
-        listed = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
-        said = f"{_DOING[phase]} of {'shard' if len(missing) == 1 else 'shards'} {listed}"
+        said = f"{_DOING[phase]} of {'shard' if len(missing) == 1 else 'shards'} {listed(missing)}"
         if missing != before:
             deadline = time.monotonic() + wait
             if wait > 0:
@@ -242,9 +242,8 @@ def merge(
     shards = [_found(shard, roots) for shard in plan.shards() if shard.rows]
     missing = [shard.number for shard in shards if not shard.phase("relabeled").is_dir()]
     if missing:
-        listed = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
         raise UnfinishedError(
-            f"{roots[0]}: of {plan.of} shards these are not finished: {listed}; run "
+            f"{roots[0]}: of {plan.of} shards these are not finished: {listed(missing)}; run "
             f"`robustft clean` with --shard N/{plan.of} for each, then merge again"
         )
     target = next(filter(Path.is_dir, map(conclusion_folder, roots)), conclusion_folder(roots[0]))

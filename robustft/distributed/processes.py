@@ -81,11 +81,14 @@ def run_processes(
     pinned: whether process i sees the i-th GPU only.
     """
     number, of = shard
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     children = []
     for index in range(count):
         name = f"{number * count + index}/{of * count}"
-        command = [sys.executable, "-m", "robustft", *arguments, "--shard", name]
-        command += ["--processes", "1", "--gpus", "1"]
+        options = ["--shard", name, "--processes", "1", "--gpus", "1"]
+        if of == 1:  # all shards are children of this process, which knows when one is lost
+            options += ["--wait", "inf"]
+        command = [sys.executable, "-m", "robustft", *arguments[:end], *options, *arguments[end:]]
         children.append(_Child(name, command, _environment(index, count, pinned=pinned)))
     run_children(children)
 
@@ -120,7 +123,8 @@ def _finished(child: _Child) -> bool:
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     kind = {_WRONG: UserError, _UNFINISHED: UnfinishedError}.get(status, RuntimeError)
-    raise kind(f"shard {child.name}: {child.last.removeprefix('robustft: ')}")
+    said = child.last.removeprefix("robustft: ").removeprefix(f"shard {child.name}: ")
+    raise kind(f"shard {child.name}: {said}")
 
 
 def _environment(index: int, count: int, *, pinned: bool) -> dict[str, str]:

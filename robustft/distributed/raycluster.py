@@ -23,6 +23,7 @@ from robustft.distributed import Plan, make_plan, merge, opened
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.errors import UserError
+from robustft.files import BusyError
 from robustft.finishing import Models
 from robustft.intake import Intake
 from robustft.pipeline import Effort, ShardRun, conclude, long_lived, reopen
@@ -83,14 +84,13 @@ class Worker:
             try:
                 with opened(shard, plan) as store, long_lived():
                     _note_start(shard, store)
-                    published = conclusion_folder(plan.config.out)
-                    reopen(shard, store, published, published=published.is_dir())
+                    reopen(shard, store, conclusion_folder(plan.config.out), alone=False)
                     models = self.engine, self.embedder
                     step(ShardRun(plan.config, shard, self._intake, *models, store, quiet=True))
                     store.set_meta("starts", 0)
                 return shard.rows
-            except UserError as error:
-                if "another run" not in str(error) or time.monotonic() > deadline:
+            except BusyError:
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(1.0)
 
