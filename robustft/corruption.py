@@ -47,13 +47,14 @@ class CorruptionReport:
     truth: Path
 
     def __str__(self) -> str:
+        clean = self.out.with_name(f"{self.out.name.partition('.')[0]}-cleaned")
         unread = f"; {self.rejected} unreadable ones left out" if self.rejected else ""
         return (
             f"{self.corrupted:,} of {counted(self.records, 'answer')} made wrong "
             f"(rate {self.rate:g}, seed {self.seed}){unread}\n"
             f"noisy copy  {self.out}\n"
             f"truth       {self.truth}\n"
-            f"next:\n  robustft clean {quote(str(self.out))} --out {quote(f'{self.out}.cleaned')} "
+            f"next:\n  robustft clean {quote(str(self.out))} --out {quote(str(clean))} "
             f"--truth {quote(str(self.truth))}"
         )
 

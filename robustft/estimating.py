@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import resource
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,7 +89,8 @@ def estimate(
             config, input=str(path), out=folder / "out", limit=None, schema=source.schema,
             detector="paper", dataset_info=False, tuned=TunedConfig(),
         )  # fmt: skip
-        result = run_clean(small, engine=engine, embedder=embedder)
+        with _unheard():  # warnings would be of the sample
+            result = run_clean(small, engine=engine, embedder=embedder)
         seconds = watch.seconds()
         with Store(folder / "out" / "run.sqlite") as store:
             totals = store.totals()
@@ -114,6 +117,16 @@ def estimate(
         memory_bytes=peak + memory,
         disk_bytes=round(share * disk),
     )
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    logger = logging.getLogger("robustft")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _spread(source: RecordSource, records: int, sample: int) -> list[Record]:

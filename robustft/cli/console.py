@@ -15,9 +15,9 @@ from robustft.verdicts import CleanResult
 
 def print_announcement(known: Announcement) -> None:
     """First lines of a run: what was read and which models will be asked."""
-    bad = f", {known.rejects:,} unreadable (see rejects.jsonl)" if known.rejects else ""
+    bad = f", {known.rejects:,} of them unreadable" if known.rejects else ""
     print(
-        f"robustft: {counted(known.records, 'record')}{bad}, read as {known.schema}",
+        f"robustft: {counted(known.records + known.rejects, 'record')}{bad}, read as {known.schema}",
         file=sys.stderr,
     )
     print(
@@ -47,11 +47,11 @@ def print_clean_summary(result: CleanResult) -> None:
     print(f"{counted(counts['input'], 'record')}: {judged}, {counts['rejected']:,} unreadable")
     for action, meaning in (
         ("keep", "as given"),
-        ("relabel", "new answer from the experts"),
+        ("relabel", "new answer, from the experts or the corpus"),
         ("drop", "no answer, given or new, was confident enough"),
         ("rejected", f"could not be read: see {out / 'rejects.jsonl'}"),
     ):
-        if counts[action] or action != "rejected":
+        if counts[action] or not (result.powerless or action == "rejected"):
             name = {"keep": "kept", "relabel": "relabeled", "drop": "dropped"}.get(action, action)
             print(f"  {name:<10} {counts[action]:>8,}  {meaning}")
     if result.weights and not result.powerless:

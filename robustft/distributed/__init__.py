@@ -153,7 +153,13 @@ def run_shard(
     shards = plan.shards()
     shard = shards[number]
     filled = [one for one in shards if one.rows]
-    _say(f"shard {shard.name}: records {shard.start} to {shard.stop} of {plan.records}")
+    if shard.rows:
+        _say(f"shard {shard.name}: records {shard.start} to {shard.stop} of {plan.records}")
+    else:
+        _say(
+            f"shard {shard.name}: nothing to do; shards are whole units of {UNIT_ROWS} records, and "
+            f"there are {plan.records}"
+        )
     if shard.rows:
         target = conclusion_folder(config.out)
         with ExitStack() as stack:

@@ -55,11 +55,13 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
     if lacking and config.data is None:
         lines.append("  with --data FOLDER the data come from a folder with one folder a task")
     lines.append("at most: " + ", ".join(f"{total[part]:,} tokens {part}" for part in _PARTS))
-    if all(speeds.get(part) for part in _PARTS):
-        seconds = sum(total[part] / speeds[part] for part in _PARTS)
+    if all(speeds.get(part) for part in _PARTS if total[part]):
+        seconds = sum(total[part] / speeds[part] for part in _PARTS if total[part])
         lines.append(f"at the speed of earlier work in {config.out}: {seconds / 60:.0f} minutes")
     else:
-        lines.append("time: unknown until this machine has run something; try --limit 50 first")
+        lines.append(
+            f"time: unknown until some of this has run in {config.out}; a small --limit tells it soon"
+        )
     return "\n".join(lines)
 
 
