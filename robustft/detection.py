@@ -25,8 +25,8 @@ from robustft.store import Opinion
 
 NO_BETTER_THAN_CHANCE = (
     "these experts agree with the given answers no more than chance would: nothing was changed; "
-    "more records (a few dozen tell little) or a stronger model (--model) may show more; --detector "
-    "paper goes by the model's word regardless"
+    "more records (a few dozen tell little) or a stronger model (--model) may show more; "
+    "--detector paper goes by the model's word regardless"
 )
 
 

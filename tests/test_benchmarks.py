@@ -48,7 +48,7 @@ def test_rows_and_their_gate(
     assert [row["case"] for row in limits] == [row["case"] for row in ours]
     assert all(float(row["ms_p50"]) > 0 for row in rows)
     printed = capsys.readouterr().out
-    assert "of the limit; speed " in printed
+    assert "alone; speed " in printed
     assert "x torch eager" in printed
 
 

@@ -263,7 +263,7 @@ def test_clean_says_what_happened_and_what_to_run_next(
 def test_rejects_are_counted_on_both_streams(run: CommandLine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [*quiz(9), b"{broken"])
     done = run("clean", source, "--out", tmp_path / "out", *PAPER)
-    assert "9 records, 1 unreadable (see rejects.jsonl)" in done.err
+    assert "10 records, 1 of them unreadable" in done.err
     assert re.search(r"rejected +1  could not be read", done.out)
     assert read(tmp_path / "out/rejects.jsonl")[0]["line"] == 10
 

@@ -272,9 +272,8 @@ def verdict(rows: Sequence[Row], ours: str) -> str:
     share = limit.ms_p50 / own.ms_p50
     peers = [row for row in rows if row is not own and row is not limit]
     ratios = ", ".join(f"{row.ms_p50 / own.ms_p50:.2f}x {row.contender}" for row in peers)
-    return (
-        f"{own.case}: {share:.0%} of the {limit.contender}; speed {ratios}; correct: {own.correct}"
-    )
+    what = limit.contender.removeprefix("limit: ")
+    return f"{own.case}: {share:.0%} of {what}; speed {ratios}; correct: {own.correct}"
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:

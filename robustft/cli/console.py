@@ -16,10 +16,8 @@ from robustft.verdicts import CleanResult
 def print_announcement(known: Announcement) -> None:
     """First lines of a run: what was read and which models will be asked."""
     bad = f", {known.rejects:,} of them unreadable" if known.rejects else ""
-    print(
-        f"robustft: {counted(known.records + known.rejects, 'record')}{bad}, read as {known.schema}",
-        file=sys.stderr,
-    )
+    read = counted(known.records + known.rejects, "record")
+    print(f"robustft: {read}{bad}, read as {known.schema}", file=sys.stderr)
     print(
         printable(f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}"),
         file=sys.stderr,

@@ -157,8 +157,8 @@ def run_shard(
         _say(f"shard {shard.name}: records {shard.start} to {shard.stop} of {plan.records}")
     else:
         _say(
-            f"shard {shard.name}: nothing to do; shards are whole units of {UNIT_ROWS} records, and "
-            f"there are {plan.records}"
+            f"shard {shard.name}: nothing to do; shards are whole units of {UNIT_ROWS} records, "
+            f"and there are {plan.records}"
         )
     if shard.rows:
         target = conclusion_folder(config.out)

@@ -60,7 +60,7 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
         lines.append(f"at the speed of earlier work in {config.out}: {seconds / 60:.0f} minutes")
     else:
         lines.append(
-            f"time: unknown until some of this has run in {config.out}; a small --limit tells it soon"
+            f"time: unknown until some of this has run in {config.out}; a small --limit tells soon"
         )
     return "\n".join(lines)
 

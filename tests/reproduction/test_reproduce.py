@@ -174,7 +174,7 @@ def test_a_share_leaves_the_rest_to_others(
         (["--methods", "magic"], "method must be one of vanilla"),
         (["--noise", "130"], "noise must be percents in [0, 100]"),
         (["--noise", "lots"], "expected a whole number"),
-        (["--share", "2/2"], "expected I/N with I below N"),
+        (["--share", "2/2"], "expected I/N with I from 0"),
         (["--rephrasings", "absent.txt", "--tasks", "fpb"], "cannot read the rephrasings"),
     ],
 )
