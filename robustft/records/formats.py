@@ -82,6 +82,9 @@ class RowWriter(Protocol):
     def write(self, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         """Write `row` with the top-level fields of `changes` replaced; verbatim if empty."""
 
+    def misfit(self, changes: Mapping[str, Any]) -> str:
+        """Why `write` could not store these fields; empty where it can."""
+
     def close(self) -> None:
         """Write what the format still needs; the file itself is closed by its owner."""
 
@@ -285,7 +288,15 @@ def csv_header(
     return names, item[1]
 
 
-class JsonWriter:
+class _TextWriter:
+    """What all text formats share: any field can be written."""
+
+    def misfit(self, changes: Mapping[str, Any]) -> str:
+        """See `RowWriter`."""
+        return ""
+
+
+class JsonWriter(_TextWriter):
     """Writes JSON objects, one a line or as an array; untouched rows go out byte for byte."""
 
     def __init__(self, file: Any, *, array: bool, close: bool) -> None:
@@ -319,7 +330,7 @@ def dump_json(value: Any, *, pretty: bool = False) -> bytes:
         return text.encode()
 
 
-class CsvWriter:
+class CsvWriter(_TextWriter):
     """Writes CSV records under the input's own header line and line ends."""
 
     def __init__(self, file: Any, fields: tuple[str, ...], header: bytes, *, close: bool) -> None:
