@@ -402,6 +402,45 @@ def test_csv_with_a_quote_that_swallows_megabytes(tmp_path: Path) -> None:
     assert "a quoted field makes the record longer than 10000 bytes" in reject.reason
 
 
+@pytest.mark.parametrize(
+    ("lines", "good"),
+    [
+        (['z",w,"q'] * 3000, 0),
+        (['z",w,"q'] * 3000 + ['x"y,'], 1),  # the chain of quotes breaks, at last
+        (['z",w,"q', "q,a"] * 1500, 1500),
+        (["q,a"] * 99 + ['"q,a'] + (["q,a"] * 99 + ['z",w,"q']) * 29, 99 * 30),
+    ],
+)
+def test_csv_lines_of_open_quotes_are_read_a_few_times_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], good: int
+) -> None:
+    reads = 0
+    hand_out = framing._CsvFeed.__next__
+
+    def counted(feed: framing._CsvFeed) -> str:
+        nonlocal reads
+        reads += 1
+        return hand_out(feed)
+
+    monkeypatch.setattr(framing._CsvFeed, "__next__", counted)
+    chunks = iter(["\n".join(lines).encode()])
+    items = list(framing.split_csv(framing.split_lines(chunks, 1 << 20), 1 << 20))
+    rejects = [item for item in items if isinstance(item, Reject)]
+    assert len(items) == len(lines)
+    assert len(items) - len(rejects) == good
+    assert {reject.reason.partition(": ")[0] for reject in rejects} == {"broken CSV"}
+    assert reads < 12 * len(lines), "every line once for each record before it would be 4,500,000"
+
+
+def test_csv_records_of_many_lines_survive_a_stray_quote(tmp_path: Path) -> None:
+    long = 'q,"' + "line\n" * 300 + 'end"\n'
+    records, rejects = split(
+        iter(open_records(save(tmp_path / "d.csv", HEADER + 'q,a"\n"q,a\n' + long * 3)))
+    )
+    assert [len(record.answer) for record in records[-2:]] == [1503, 1503]
+    assert 0 < len(rejects) < 310
+
+
 def test_parquet_that_breaks_off(tmp_path: Path) -> None:
     text = [f"{n:080}" for n in range(9000)]
     pq.write_table(

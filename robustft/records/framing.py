@@ -20,6 +20,8 @@ from robustft.errors import UserError
 MAX_LINE_BYTES = 8 << 20
 REJECT_BYTES = 64 << 10
 CHUNK_BYTES = 128 << 10
+RETRY_LINES = 1000  # a record may have, at first, among lines that a broken record had swallowed
+RETRY_LEAST = 8
 BOM = b"\xef\xbb\xbf"
 
 
@@ -221,13 +223,19 @@ def text_reason(data: bytes) -> str | None:
 
 
 class _CsvFeed:
-    """Hands lines to `csv.reader`, remembers what it took, and takes back what was not used."""
+    """Hands lines to `csv.reader`, remembers what it took, and takes back what was not used.
+
+    A broken record may have run over megabytes before that was known. Its lines are read again as
+    records of at most `_patience` lines, which every further broken one halves and every good one
+    raises by one: so all of them together are read a few times, whatever they hold.
+    """
 
     def __init__(self, lines: Iterator[tuple[int, bytes] | Reject], limit: int) -> None:
         self.waiting: deque[tuple[int, bytes] | Reject] = deque()
         self.lines, self.limit = lines, limit
         self.taken: list[tuple[int, bytes]] = []
         self.size = 0
+        self._patience: int | None = None  # None: no line in `waiting` was given back
 
     def peek(self) -> tuple[int, bytes] | Reject | None:
         if not self.waiting:
@@ -237,18 +245,28 @@ class _CsvFeed:
             self.waiting.append(item)
         return self.waiting[0]
 
-    def begin(self) -> None:
+    def start(self) -> tuple[int, bytes] | Reject | None:
+        """Return what the next record begins with, without taking it; None at the end."""
+        if not self.waiting:
+            self._patience = None
         self.taken.clear()
         self.size = 0
+        return self.peek()
 
     def give_back(self) -> tuple[int, bytes]:
         """Return the first line of a broken record; the others are read again as records."""
         first, *others = self.taken
         self.waiting.extendleft(reversed(others))
+        if others:
+            half = RETRY_LINES if self._patience is None else self._patience // 2
+            self._patience = max(half, RETRY_LEAST)
         return first
 
-    def raw(self) -> bytes:
-        return b"\n".join(data for _, data in self.taken)
+    def accept(self) -> tuple[int, bytes]:
+        """Return the number of the first line of a good record and its bytes."""
+        if self._patience is not None:
+            self._patience = min(self._patience + 1, RETRY_LINES)
+        return self.taken[0][0], b"\n".join(data for _, data in self.taken)
 
     def __iter__(self) -> _CsvFeed:
         return self
@@ -260,6 +278,8 @@ class _CsvFeed:
         self.size += len(item[1]) + 1
         if self.taken and self.size > self.limit:
             raise csv.Error(f"a quoted field makes the record longer than {self.limit} bytes")
+        if len(self.taken) == self._patience:
+            raise csv.Error("a quoted field is not closed on the next lines")
         self.waiting.popleft()
         self.taken.append(item)
         return item[1].decode(errors="surrogateescape") + "\n"
@@ -276,12 +296,11 @@ def split_csv(
     csv.field_size_limit(max(csv.field_size_limit(), limit + 1))  # the module's default is 128 KiB
     feed = _CsvFeed(lines, limit)
     reader = csv.reader(feed, strict=True)
-    while (item := feed.peek()) is not None:
+    while (item := feed.start()) is not None:
         if isinstance(item, Reject):
             feed.waiting.popleft()
             yield item
             continue
-        feed.begin()
         try:
             fields = next(reader)
         except (csv.Error, StopIteration) as error:
@@ -289,7 +308,7 @@ def split_csv(
             number, data = feed.give_back()
             yield reject(number, f"broken CSV: {_csv_reason(str(error))}", data)
             continue
-        number, raw = feed.taken[0][0], feed.raw()
+        number, raw = feed.accept()
         if reason := text_reason(raw):
             yield reject(number, reason, raw)
         elif fields:
