@@ -386,6 +386,24 @@ def test_csv_with_a_broken_quote_or_row(tmp_path: Path, body: str, kinds: str, r
     assert reject.data.decode() == (HEADER + body).split("\n")[line - 1]
 
 
+def test_very_wide_tables(tmp_path: Path) -> None:
+    """Comparing every name, or every cell's name, with every other would take minutes."""
+    names = [f"column {n}" for n in range(200_000)]
+    text = ",".join(["question", "answer", *names])
+    source = open_records(save(tmp_path / "d.csv", f"{text}\nq,a{',x' * len(names)}\n"))
+    assert len(source.fields) == len(names) + 2
+    assert "line 1: the column 'column 7' appears twice" in refused(
+        save(tmp_path / "d.csv", text + ",column 7\nq,a\n")
+    )
+    names = names[:20_000]
+    cells = {"question": ["q", " "], "answer": ["a"] * 2} | {name: [1, 2] for name in names}
+    table = pa.table(cells)
+    pq.write_table(table, tmp_path / "d.parquet")
+    _, (reject,) = split(iter(open_records(str(tmp_path / "d.parquet"))))
+    assert reject.reason == "empty question (field 'question')"
+    assert reject.data.startswith(b'{"question":" ","answer":"a","column 0":2,')
+
+
 def test_csv_with_invalid_utf8(tmp_path: Path) -> None:
     data = HEADER.encode() + b'q,a\n"two\n\xfflines",a\nq,a\n'
     records, (reject,) = split(iter(open_records(save(tmp_path / "d.csv", data))))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from robustft.errors import UserError
-from robustft.records.formats import BadRowError, RowWriter, hash_files
+from robustft.records.formats import BadRowError, RowWriter, hash_files, refuse_twins
 from robustft.records.framing import Reject
 
 BATCH_BYTES = 4 << 20
@@ -28,6 +28,7 @@ class _Batch:
     """An Arrow record batch whose columns become Python values on first use."""
 
     arrow: Any
+    names: dict[str, None]  # of all columns, in order
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
     def values(self, name: str) -> list[Any]:
@@ -64,13 +65,13 @@ class BatchRow(Mapping[str, Any]):
         return value
 
     def __contains__(self, name: object) -> bool:
-        return name in self.batch.columns or name in self.batch.arrow.schema.names
+        return name in self.batch.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.batch.arrow.schema.names)
+        return iter(self.batch.names)
 
     def __len__(self) -> int:
-        return len(self.batch.arrow.schema.names)
+        return len(self.batch.names)
 
 
 class _Damage(NamedTuple):
@@ -109,7 +110,7 @@ class ColumnReader:
                 yield Reject(number + 1, reason, b"", 0)
                 number += item.records
                 continue
-            batch = _Batch(item)
+            batch = _Batch(item, dict.fromkeys(item.schema.names))
             for position in range(item.num_rows):
                 number += 1
                 yield number, BatchRow(batch, position)
@@ -240,7 +241,7 @@ def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
                 compression = {"uncompressed": "none", "lz4_raw": "lz4"}.get(codec, codec)
         elif not found.equals(schema):
             raise UserError(f"{path}: expected the columns and types of {files[0].name}")
-    _refuse_twins(files[0], schema)
+    refuse_twins(files[0], schema.names)
     return ColumnReader(
         "parquet",
         schema,
@@ -284,7 +285,7 @@ def open_arrow(folder: Path, files: tuple[Path, ...]) -> ColumnReader:
             raise UserError(f"{path}: not a readable Arrow file: {_first_line(error)}") from None
     if schema is None:
         raise UserError(f"{folder}: the saved dataset holds no data files")
-    _refuse_twins(folder, schema)
+    refuse_twins(folder, schema.names)
     return ColumnReader("hub", schema, lambda: _arrow_batches(files), lambda: hash_files(files))
 
 
@@ -358,15 +359,9 @@ def open_stream(stream: Any, identity: str) -> ColumnReader:
         schema = getattr(next(batches(), None), "schema", None)
     if schema is None:
         raise UserError(f"{identity}: the dataset holds no records")
-    _refuse_twins(identity, schema)
+    refuse_twins(identity, schema.names)
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     return ColumnReader("hub", schema, batches, lambda: digest)
-
-
-def _refuse_twins(path: Path | str, schema: Any) -> None:
-    for name in schema.names:
-        if schema.names.count(name) > 1:
-            raise UserError(f"{path}: the column {name!r} appears twice")
 
 
 def _first_line(error: Exception) -> str:

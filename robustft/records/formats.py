@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,11 +282,15 @@ def csv_header(
         raise UserError(f"{path}: the file is empty")
     if isinstance(item, Reject):
         raise UserError(f"{path}, line {item.line}: expected a CSV header, found: {item.reason}")
-    names = tuple(item[2])
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path}, line {item[0]}: the column {name!r} appears twice")
-    return names, item[1]
+    refuse_twins(f"{path}, line {item[0]}", item[2])
+    return tuple(item[2]), item[1]
+
+
+def refuse_twins(where: Path | str, columns: Iterable[str]) -> None:
+    """Raise UserError, which begins with `where`, if two columns share a name."""
+    twin = next((name for name, count in Counter(columns).items() if count > 1), None)
+    if twin is not None:
+        raise UserError(f"{where}: the column {twin!r} appears twice")
 
 
 class _TextWriter:
