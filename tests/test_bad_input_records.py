@@ -172,6 +172,27 @@ def test_missing_field(tmp_path: Path) -> None:
     assert "schema qa needs the fields question+answer; fields found: question, reply" in message
 
 
+def test_reasons_stay_short_whatever_the_names(tmp_path: Path) -> None:
+    wide = {f"{n} " + "n" * 100_000: 1 for n in range(30)}
+    reject = rejected(tmp_path, orjson.dumps(wide))
+    assert reject.reason.startswith("missing field 'question'; fields found: 0 nnn")
+    assert len(reject.reason) < 1400
+    roles = [{"role": "x" * 100_000, "content": "q"}]
+    for number, row in enumerate([wide, {"messages": roles}, {"q" * 100_000: 1}]):
+        assert len(refused(save(tmp_path / f"{number}.jsonl", orjson.dumps(row)))) < 2500
+    assert len(framing.reject(1, "x" * 100_000, b"").reason) == framing.REASON_CHARACTERS
+    for header in (f"{'n' * 100_000},b,b", f"{'n' * 100_000},{'n' * 100_000}"):
+        assert len(refused(save(tmp_path / "d.csv", header + "\nq,a,b\n"))) < 500
+
+
+def test_another_header_is_told_in_a_short_line(tmp_path: Path) -> None:
+    source = open_records(save(tmp_path / "d.csv", f"question,answer,{'n' * 100_000}\nq,a,b\n"))
+    save(tmp_path / "d.csv", "question,answer\nq,a\n")
+    with pytest.raises(UserError, match=r"n\.\.\., found question, answer$") as told:
+        list(source)
+    assert len(str(told.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -457,6 +478,16 @@ def test_csv_records_of_many_lines_survive_a_stray_quote(tmp_path: Path) -> None
     )
     assert [len(record.answer) for record in records[-2:]] == [1503, 1503]
     assert 0 < len(rejects) < 310
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    pq.write_table(
+        pa.table({"question": ["q"] * 2, "answer": [1.5, value]}), tmp_path / "d.parquet"
+    )
+    (record,), (reject,) = split(iter(open_records(str(tmp_path / "d.parquet"))))
+    assert record.answer == "1.5"
+    assert reject.reason == f"field 'answer': expected a finite number, found {value}"
 
 
 def test_parquet_that_breaks_off(tmp_path: Path) -> None:

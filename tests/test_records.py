@@ -188,6 +188,27 @@ def test_open_schemas(
     assert named.schema == schema
 
 
+@pytest.mark.parametrize(
+    ("given", "answer", "written"),
+    [
+        (12, "13", 13), (12, "+13", 13), (12, "12.5", 12.5), (12, "1e3", 1000.0), (1.5, "2", 2.0),
+        (12, "1e400", "1e400"), (12, "1_000", "1_000"), (1.5, "1_000", "1_000"),
+        (12, "infinity", "infinity"), (1.5, "nan", "nan"), (10**400, "5.", 5.0),
+        (12, "1" * 200_000 + "x", "1" * 200_000 + "x"),
+        (12, "1/3", "1/3"), (12, "\u0661", "\u0661"),
+        (12, "9" * 5000, "9" * 5000), (12, "9" * 30, int("9" * 30)), ("12", "13", "13"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_as_numbers_where_they_are_plain_and_finite(
+    tmp_path: Path, given: Any, answer: str, written: Any
+) -> None:
+    row = {"question": "?", "answer": given}
+    source = open_records(save(tmp_path / "d.jsonl", json.dumps(row).encode()))
+    out = json.loads(rewrite(source, tmp_path / "o.jsonl", {0: answer}))
+    assert out == row | {"answer": written}
+    assert type(out["answer"]) is type(written)
+
+
 def test_chat_turns_in_a_csv_cell(tmp_path: Path) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([("id", "messages"), ("a", json.dumps(MESSAGES))])
@@ -217,6 +238,7 @@ ARC = {"text": ["up", "down"], "label": ["1", "2"]}
         ('["up", "down"]', "B", "B", "A", "A"),
         (ARC, "2", "B", "A", "1"),
         (ARC, 2, "B", "A", 1),
+        ({"text": ["up", "down"], "label": ["x", "2"]}, 2, "B", "A", "x"),
         ({"A": "up", "B": "down"}, "B", "B", "A", "A"),
         ({"A": "up", "B": "down"}, "down", "B", "A", "up"),
     ],
@@ -230,7 +252,7 @@ def test_choice_answers_keep_their_form(
     assert (source.schema, record.answer) == ("choice", letter)
     out = json.loads(rewrite(source, tmp_path / "o.jsonl", {0: other}))
     assert out == row | {"answerKey": written}
-    assert type(out["answerKey"]) is type(answer)
+    assert type(out["answerKey"]) is type(written)
 
 
 def test_options_may_stand_in_columns_of_their_own(tmp_path: Path) -> None:

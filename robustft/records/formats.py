@@ -23,8 +23,10 @@ from robustft.errors import UserError
 from robustft.records.framing import (
     MAX_LINE_BYTES,
     Reject,
+    listed,
     read_chunks,
     reject,
+    short,
     split_array,
     split_csv,
     split_lines,
@@ -233,7 +235,7 @@ class TextReader:
         names = csv_header(path, header)[0]
         if names != self.fields:
             raise UserError(
-                f"{path}: expected the columns {', '.join(self.fields)}, found {', '.join(names)}"
+                f"{path}: expected the columns {listed(self.fields)}, found {listed(names)}"
             )
         for item in records:
             if isinstance(item, Reject):
@@ -290,7 +292,7 @@ def refuse_twins(where: Path | str, columns: Iterable[str]) -> None:
     """Raise UserError, which begins with `where`, if two columns share a name."""
     twin = next((name for name, count in Counter(columns).items() if count > 1), None)
     if twin is not None:
-        raise UserError(f"{where}: the column {twin!r} appears twice")
+        raise UserError(f"{where}: the column {short(twin)!r} appears twice")
 
 
 class _TextWriter:

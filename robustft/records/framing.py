@@ -12,6 +12,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from robustft.errors import UserError
 
 MAX_LINE_BYTES = 8 << 20
 REJECT_BYTES = 64 << 10
+REASON_CHARACTERS = 2000
 CHUNK_BYTES = 128 << 10
 RETRY_LINES = 1000  # a record may have, at first, among lines that a broken record had swallowed
 RETRY_LEAST = 8
@@ -44,8 +46,19 @@ class DamagedError(Exception):
 
 
 def reject(line: int, reason: str, data: bytes | bytearray, size: int | None = None) -> Reject:
-    """Build a reject, cutting `data` to `REJECT_BYTES`."""
-    return Reject(line, reason, bytes(data[:REJECT_BYTES]), len(data) if size is None else size)
+    """Build a reject, cutting `data` to `REJECT_BYTES`, `reason` to `REASON_CHARACTERS`."""
+    size = len(data) if size is None else size
+    return Reject(line, short(reason, REASON_CHARACTERS), bytes(data[:REJECT_BYTES]), size)
+
+
+def short(text: str, most: int = 60) -> str:
+    """`text`, its end left out where it is longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first 20 names of an input's fields, each made short, for a message."""
+    return ", ".join(map(short, islice(names, 20))) or "none"
 
 
 def system_error(path: Path, error: OSError) -> UserError:

@@ -7,19 +7,21 @@ passed through unseen.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, NamedTuple, Protocol
 
 import orjson
 
 from robustft.errors import UserError
 from robustft.records.formats import BadRowError, has_nan, type_name
-from robustft.records.framing import MAX_LINE_BYTES
+from robustft.records.framing import MAX_LINE_BYTES, listed, short
 from robustft.terminal import printable
 
 _log = logging.getLogger("robustft")
@@ -57,8 +59,7 @@ class Schema(Protocol):
 def field(row: Mapping[str, Any], name: str) -> Any:
     """Return a field that must be there."""
     if name not in row:
-        found = ", ".join(list(row)[:20]) or "none"
-        raise BadRowError(f"missing field {name!r}; fields found: {found}")
+        raise BadRowError(f"missing field {name!r}; fields found: {listed(row)}")
     return row[name]
 
 
@@ -67,6 +68,8 @@ def text(value: Any, name: str) -> str:
     if type(value) is str and len(value) <= MAX_LINE_BYTES and "\0" not in value:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) and not isfinite(value):
+            raise BadRowError(f"field {name!r}: expected a finite number, found {value}")
         value = str(value)
     if not isinstance(value, str):
         raise BadRowError(f"field {name!r}: expected text, found {type_name(value)}")
@@ -92,15 +95,19 @@ def _filled(value: str, what: str, name: str) -> str:
     return value
 
 
+_PLAIN_NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*")
+
+
 def _like(given: Any, answer: str) -> Any:
     """Give `answer` the type of the value it replaces, where it can be written that way."""
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
-        for kind in (int, float) if isinstance(given, int) else (float,):
-            try:
-                return kind(answer)
-            except ValueError:
-                continue
-    return answer
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if not number or _PLAIN_NUMBER.fullmatch(answer) is None:
+        return answer
+    if isinstance(given, int):
+        with contextlib.suppress(ValueError):  # a fraction, or beyond Python's limit of digits
+            return int(answer)
+    value = float(answer)
+    return value if isfinite(value) else answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +140,6 @@ class OpenSchema:
         return {self.answer: _like(row[self.answer], answer)}
 
 
-def _short(value: str) -> str:
-    return repr(value if len(value) <= 60 else value[:57] + "...")
-
-
 def _json_list(value: str, name: str) -> Any:
     """Parse JSON in a cell; raises `BadRowError`."""
     try:
@@ -144,7 +147,7 @@ def _json_list(value: str, name: str) -> Any:
     except ValueError:
         hint = " with NaN, which is no JSON" if has_nan(value.encode()) else ""
         raise BadRowError(
-            f"field {name!r}: expected a JSON list, found {_short(value)}{hint}"
+            f"field {name!r}: expected a JSON list, found {short(value)!r}{hint}"
         ) from None
 
 
@@ -209,7 +212,7 @@ class ChoiceSchema:
         if form == "index":
             value: Any = type(given)(new + self.base)
         elif form == "label":
-            value = type(given)(labels[new])
+            value = _like(given, labels[new])
         elif form == "text":
             value = options[new]
         else:
@@ -305,7 +308,7 @@ class ChoiceSchema:
             return by_text, "text"
         raise BadRowError(
             f"field {self.answer!r}: expected a letter A to {LETTERS[len(options) - 1]} or the text"
-            f" of an option, found {_short(answer)}"
+            f" of an option, found {short(answer)!r}"
         )
 
 
@@ -432,9 +435,9 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     best = next(schema for schema in candidates if 2 * votes[schema] >= most)
     if votes[best]:
         return best.tuned(sample) if isinstance(best, ChoiceSchema) else best
-    names = list(dict.fromkeys(key for row in sample for key in row))[:20]
+    names = list(dict.fromkeys(key for row in sample for key in row))
     other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
-    found = printable(", ".join(names)) or "none"
+    found = printable(listed(names))
     if name is not None:
         wanted = " or ".join("+".join(s.fields) for s in candidates)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
