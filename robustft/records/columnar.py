@@ -226,7 +226,8 @@ def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
     """Open Parquet files of one schema as one input; raises `UserError`."""
     import pyarrow.parquet as pq
 
-    schema, compression, size = None, "snappy", 0
+    schema: Any = None
+    compression, size = "snappy", 0
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
