@@ -70,7 +70,7 @@ def rejected(result: tuple[int, str, str], folder: Path, *words: str, good: int 
     (reject,) = map(json.loads, (folder / "rejects.jsonl").read_text().splitlines())
     for word in words:
         assert word in reject["reason"]
-    assert "1 unreadable" in result[2]
+    assert "1 of them unreadable" in result[2]
 
 
 def test_missing_file(clean: Status) -> None:
@@ -267,7 +267,7 @@ def test_damaged_weights(
 def test_read_only_output(clean: Status, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = clean("d.jsonl", lines(GOOD), out=tmp_path / "file" / "out")
-    refused(result, "cannot write the output folder")
+    refused(result, "cannot be written")
 
 
 def test_control_characters_never_reach_the_terminal(clean: Status) -> None:
