@@ -129,6 +129,55 @@ def test_parquet_cell_that_is_no_text_is_one_reject(tmp_path: Path) -> None:
     assert items[1].line == 2
 
 
+@pytest.mark.parametrize("empty", [0, 2000])
+def test_parquet_of_one_long_text_many_times_is_held_in_small_parts(
+    tmp_path: Path, empty: int
+) -> None:
+    """On disk the text stands once, in a dictionary: kilobytes for a hundred megabytes."""
+    text, rows = "q" * (1 << 20), 128
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
+    for cells in (
+        {"question": [None] * empty + [text] * rows, "answer": ["a"] * (empty + rows)},
+        {"messages": [[]] * empty + [turns] * rows},
+    ):
+        before = pa.table(cells)
+        path = tmp_path / "d.parquet"
+        pq.write_table(before, path, compression="zstd", dictionary_pagesize_limit=8 << 20)
+        assert path.stat().st_size < 4096
+        source = open_records(str(path))
+        pool = pa.default_memory_pool()
+        held, peak, found = pool.bytes_allocated(), 0, 0
+        tracemalloc.start()
+        for item in source:
+            found += isinstance(item, Record) and item.question == text
+            peak = max(peak, pool.bytes_allocated() - held)
+        peak += tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found == rows
+        assert peak < 32 << 20
+
+
+def test_parquet_texts_of_every_type_are_measured(tmp_path: Path) -> None:
+    long = "x" * (1 << 20)
+    texts = pa.array([long, None, "y"] * 20)
+    nested = pa.array([["y", None, long], None, []] * 20, pa.list_(pa.string()))
+    columns = [
+        texts, texts.cast(pa.large_string()), texts.cast(pa.binary()), texts.cast(pa.string_view()),
+        texts.dictionary_encode(), nested, nested.cast(pa.large_list(pa.large_string())),
+        pa.array([["x", None], None, ["y", long]] * 20, pa.list_(pa.string(), 2)),
+        pa.array([{"n": 1, "s": long}, None, {"s": None}] * 20),
+        pa.array([[("k", long)]] * 60, pa.map_(pa.string(), pa.string())),
+        pa.ExtensionArray.from_storage(pa.opaque(pa.string(), "x", "y"), texts),
+    ]  # fmt: skip
+    for column in columns:
+        table = pa.table({"question": ["q"] * 60, "answer": ["a"] * 60, "a.b": column})
+        pq.write_table(table, tmp_path / "d.parquet")
+        reader = open_records(str(tmp_path / "d.parquet")).reader
+        sizes = [batch.num_rows for batch in reader.batches()]  # type: ignore[attr-defined]
+        assert sum(sizes) == 60
+        assert max(sizes) <= 4, column.type
+
+
 def test_parquet_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
     for count in (8_000, 32_000):

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -259,23 +260,66 @@ def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
 def _parquet_batches(files: tuple[Path, ...]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
+    # Buffered reads of one column page at a time: pre_buffer would load whole row groups.
+    open_file = partial(
+        pq.ParquetFile, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+    )
     for path in files:
-        # Buffered reads of one column page at a time: pre_buffer would load whole row groups.
-        with pq.ParquetFile(
-            path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
-        ) as file:
-            metadata = file.metadata
-            size = sum(metadata.row_group(n).total_byte_size for n in range(file.num_row_groups))
-            row = max(1, size // max(1, metadata.num_rows))
-            rows = min(BATCH_ROWS, max(1, BATCH_BYTES // row))
-            for group in range(file.num_row_groups):
-                left = metadata.row_group(group).num_rows
+        with open_file(path) as file, open_file(path, read_dictionary=_texts(file)) as undecoded:
+            for number in range(file.num_row_groups):
+                left = file.metadata.row_group(number).num_rows
+                rows = min(BATCH_ROWS, max(1, BATCH_BYTES // _row_bytes(undecoded, number)))
                 try:
-                    for batch in file.iter_batches(rows, row_groups=[group], use_threads=False):
+                    for batch in file.iter_batches(rows, row_groups=[number], use_threads=False):
                         left -= batch.num_rows
                         yield batch
                 except (OSError, ValueError) as error:  # Arrow's errors are one or the other
                     yield _Damage(left, _first_line(error))
+
+
+def _texts(file: Any) -> list[str]:
+    """The paths of the texts in a Parquet file, in lists and structs too."""
+    columns = (file.schema.column(number) for number in range(file.metadata.num_columns))
+    return [
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
+    ]
+
+
+def _row_bytes(file: Any, number: int) -> int:
+    """About the bytes of a row in a row group, decoded; `file` gives texts as dictionaries.
+
+    The group's own size tells too little: a text that many rows share stands in it once. So every
+    text counts as the longest of the dictionary, which the first rows show; where these are empty,
+    as the whole column.
+    """
+    group, texts = file.metadata.row_group(number), set(_texts(file))
+    rows = max(1, group.num_rows)
+    size: int = max(1, group.total_byte_size // rows)
+    for column in map(group.column, range(group.num_columns)):
+        if column.path_in_schema in texts and column.has_dictionary_page:
+            longest = _longest(file, number, column.path_in_schema)
+            size += (longest or column.total_uncompressed_size) * -(-column.num_values // rows)
+    return size
+
+
+def _longest(file: Any, number: int, path: str) -> int:
+    """Bytes of the longest text that the first rows of a row group, or their dictionary, hold."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        batches = file.iter_batches(BATCH_ROWS, [number], [path], use_threads=False)
+        array = next(batches).column(0)
+    except (OSError, ValueError, StopIteration):
+        return 0
+    while not isinstance(array, pa.DictionaryArray):
+        if isinstance(array, pa.ExtensionArray):
+            array = array.storage
+        else:
+            array = array.field(0) if isinstance(array, pa.StructArray) else array.values
+    return int(pc.max(pc.binary_length(array.dictionary)).as_py() or 0)
 
 
 def open_arrow(folder: Path, files: tuple[Path, ...]) -> ColumnReader:
