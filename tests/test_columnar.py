@@ -325,25 +325,3 @@ def test_folder_of_text_shards(tmp_path: Path) -> None:
         UserError, match=r"expected files of one kind, found \['\.csv', '\.jsonl'\]"
     ):
         open_records(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("kind", "answer", "fits"),
-    [
-        ("int64", "13", True), ("int64", "12.0", True), ("int64", "12.5", False),
-        ("int64", "1/3", False), ("int8", "300", False), ("float32", "0.1", True),
-        ("float32", "1e300", False), ("float64", "1e300", True), ("float64", "x", False),
-    ],
-)  # fmt: skip
-def test_what_an_answer_column_can_hold(tmp_path: Path, kind: str, answer: str, fits: bool) -> None:
-    table = pa.table({"question": ["?"], "answer": pa.array([12], getattr(pa, kind)())})
-    pq.write_table(table, tmp_path / "in.parquet")
-    source = open_records(str(tmp_path / "in.parquet"))
-    (record,) = source
-    with RecordWriter(tmp_path / "out.parquet", source) as writer:
-        assert (writer.misfit(record.row, answer) == "") is fits
-        if fits:
-            writer.write(record, answer)
-    if fits:
-        (held,) = pq.read_table(tmp_path / "out.parquet")["answer"].to_pylist()
-        assert held == pytest.approx(float(answer))

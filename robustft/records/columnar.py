@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -214,13 +213,11 @@ def _array_of(name: str, value: Any, kind: Any) -> Any:
     """An array of one value; raises UserError where a column of this type cannot hold it."""
     import pyarrow as pa
 
+    # Arrow would cut off what stands behind the point.
+    whole = not isinstance(value, float) or value.is_integer() or not pa.types.is_integer(kind)
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        cell = pa.array([value], type=kind)
-        held = cell[0].as_py()
-        # Arrow cuts off what stands behind the point, and makes infinity of what is too large.
-        rounded = isinstance(held, float) and math.isfinite(held)
-        if not isinstance(value, float) or held == value or rounded:
-            return cell
+        if whole:
+            return pa.array([value], type=kind)
     raise UserError(
         f"field {name!r}: the answer {value!r:.60} does not fit the column's type {kind}"
     )
