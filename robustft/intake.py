@@ -28,7 +28,6 @@ from robustft.records import Record, RecordSource, Reject
 from robustft.shards import Published, Shard, publishing
 from robustft.store import UNIT_ROWS
 
-_BLOCK_BYTES = 4 << 20  # read and written at once, beyond what one record needs
 _REASONS = 1000  # kinds of rejects told apart; the rest are counted together
 
 
@@ -66,10 +65,9 @@ def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:
             Progress("read", source.reader.size, unit="records", quiet=quiet)
         )
         written: list[bytes] = []
-        held = 0  # bytes in `written`
 
         def flush() -> None:
-            nonlocal end, held
+            nonlocal end
             if written:
                 places = np.cumsum([len(line) for line in written], dtype="<i8") + end
                 lines.write(b"".join(written))
@@ -77,15 +75,13 @@ def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:
                 end = int(places[-1])
                 progress.update(len(written))
                 written.clear()
-                held = 0
 
         for number, item in enumerate(source):
             if isinstance(item, Record):
                 fields = (item.id, item.question, item.options, item.answer, item.context)
                 written.append(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
                 records += 1
-                held += len(written[-1])
-                if len(written) == UNIT_ROWS or held >= _BLOCK_BYTES:
+                if len(written) == UNIT_ROWS:
                     flush()
             else:
                 refused.write(_reject_line(item))
@@ -142,22 +138,14 @@ class Intake:
         return self._between(position, position + 1)[0]
 
     def _between(self, start: int, stop: int) -> list[Record]:
-        """Records [start, stop), read a few megabytes at a time."""
-        ends, found = self._ends[start:stop], []
-        low = int(self._ends[start - 1]) if start else 0
-        done = 0
-        while done < len(ends):
-            block = max(int(np.searchsorted(ends, low + _BLOCK_BYTES, "right")), done + 1)
-            found += self._block(start + done, start + block)
-            done, low = block, int(ends[block - 1])
-        return found
-
-    def _block(self, start: int, stop: int) -> list[Record]:
         low = int(self._ends[start - 1]) if start else 0
         high = int(self._ends[stop - 1])
+        parts = []
+        while low < high and (part := os.pread(self._lines, high - low, low)):
+            parts.append(part)  # one read gives 2 GB at most
+            low += len(part)
         try:
-            lines = os.pread(self._lines, high - low, low)
-            found = orjson.loads(b"[%b]" % lines[:-1].replace(b"\n", b","))
+            found = orjson.loads(b"[%b]" % b"".join(parts)[:-1].replace(b"\n", b","))
             return [
                 Record(
                     position, 0, id_, question, None if options is None else tuple(options), answer,

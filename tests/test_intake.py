@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -78,34 +76,6 @@ def test_it_gives_what_iterating_gives(
         ]
         told = [json.loads(line) for line in intake.rejects_file.read_text().splitlines()]
         assert [one["reason"] for one in told] == [reject.reason for reject in rejects]
-
-
-def test_it_holds_a_block_of_bytes_not_of_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Units of large records are read and written block by block."""
-    path = lines(tmp_path / "in.jsonl", ROWS)
-    source, sizes = open_records(str(path)), []
-    pread = os.pread
-
-    def noted(handle: int, size: int, offset: int) -> bytes:
-        sizes.append(size)
-        return pread(handle, size, offset)
-
-    with take_in(source, tmp_path / "whole") as intake:
-        expected = intake.unit(0)
-        longest = int(np.diff(intake._ends, prepend=0).max())
-    monkeypatch.setattr("robustft.intake._BLOCK_BYTES", 3 * longest)
-    monkeypatch.setattr(os, "pread", noted)
-    with take_in(source, tmp_path / "blocks") as intake:
-        assert intake.unit(0) == expected
-        assert len(sizes) > 1
-        assert max(sizes) <= 3 * longest
-    monkeypatch.setattr("robustft.intake._BLOCK_BYTES", 1)  # less than any record
-    with take_in(source, tmp_path / "single") as intake:
-        assert intake.unit(0) == expected
-    for name in ("records.jsonl", "ends.i64"):
-        assert (tmp_path / "single" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_it_reads_once(tmp_path: Path) -> None:
