@@ -134,9 +134,6 @@ def write_outputs(
             lines = []
             for one, (line, row) in zip(judged, rows, strict=False):
                 settle(one, selection)
-                if one.action == "relabel" and (why := cleaned.misfit(row, one.answer)):
-                    one.action, one.cause = "drop", "new label does not fit its column"
-                    one.reason += f"; {why}"
                 if one.action != "drop":
                     cleaned.write_row(row, one.answer if one.action == "relabel" else None)
                 lines.append(verdict_line(one, line))

@@ -344,26 +344,6 @@ def test_every_format_and_schema(tmp_path: Path, make: Any, name: str) -> None:
     assert again.counts["input"] == result.counts["keep"] + result.counts["relabel"]
 
 
-@pytest.mark.parametrize(("said", "kept"), [("7", [7] * 20), ("12.5", []), ("1/3", [])])
-def test_a_label_that_its_column_cannot_hold_is_dropped_and_told(
-    tmp_path: Path, said: str, kept: list[int]
-) -> None:
-    source = tmp_path / "in.parquet"
-    questions = [f"how many {number}?" for number in range(20)]
-    pq.write_table(pa.table({"question": questions, "answer": [12] * 20}), source)
-    config = CleanConfig(
-        input=str(source), out=tmp_path / "out", detector="paper", without=frozenset({"checker"}),
-        beta=1.0,
-    )  # fmt: skip
-    engine = ScriptedEngine(reply=lambda prompt: said)
-    result = run_clean(config, engine=engine, embedder=LetterEmbedder())
-    assert pq.read_table(result.cleaned)["answer"].to_pylist() == kept
-    assert (result.counts["relabel"], result.counts["drop"]) == (len(kept), 20 - len(kept))
-    for verdict in read_jsonl(tmp_path / "out/verdicts.jsonl"):
-        assert (verdict["action"] == "relabel") is bool(kept)
-        assert ("does not fit the column's type int64" in verdict["reason"]) is not bool(kept)
-
-
 def test_interrupted_anywhere_the_result_is_the_same(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", choice_rows(60))
     run(source, tmp_path / "whole")

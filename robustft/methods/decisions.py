@@ -67,9 +67,6 @@ def write_decisions(
             records = [item for item in items if isinstance(item, Record)]
             for record, decision in zip(records, decide(records), strict=True):
                 action = _action(record, decision)
-                if action == "relabel" and decision.answer is not None:
-                    why = cleaned.misfit(record.row, decision.answer)
-                    action, decision = ("drop", Decision(None, why)) if why else (action, decision)
                 result.counts[action] += 1
                 result.unanswered += decision.failed
                 if decision.answer is not None:

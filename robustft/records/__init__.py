@@ -308,12 +308,6 @@ class RecordWriter:
         changes = {} if answer is None else self._source.layout.changes(row, answer)
         self._writer.write(row, changes)
 
-    def misfit(self, row: Mapping[str, Any], answer: str) -> str:
-        """Why a row cannot take this answer, as its columns hold another type; empty if it can."""
-        if self._writer is None:
-            raise ValueError("RecordWriter.misfit: the writer is not open; use it in a with block")
-        return self._writer.misfit(self._source.layout.changes(row, answer))
-
     def _close_writer(self, kind: object, error: object, trace: object) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:

@@ -6,7 +6,6 @@ arrays, so every type and the file's schema survive.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -147,15 +146,6 @@ class ColumnWriter:
             self._batch = row.batch
         self._rows.append((row.position, changes))
 
-    def misfit(self, changes: Mapping[str, Any]) -> str:
-        """Why the columns cannot hold these fields; empty where they can."""
-        try:
-            for name, value in changes.items():
-                _array_of(name, value, self._schema.field(name).type)
-        except UserError as error:
-            return str(error)
-        return ""
-
     def close(self) -> None:
         """Write the last row group and the footer."""
         try:
@@ -191,7 +181,14 @@ class ColumnWriter:
             for at, change in sorted(changes.items()):
                 if name not in change:
                     continue
-                parts += [column.slice(done, at - done), _array_of(name, change[name], column.type)]
+                try:
+                    cell = pa.array([change[name]], type=column.type)
+                except (ValueError, TypeError):
+                    raise UserError(
+                        f"field {name!r}: the answer {change[name]!r:.60} does not fit the"
+                        f" column's type {column.type}"
+                    ) from None
+                parts += [column.slice(done, at - done), cell]
                 done = at + 1
             parts.append(column.slice(done))
             piece = piece.set_column(index, piece.schema.field(index), pa.concat_arrays(parts))
@@ -207,20 +204,6 @@ class ColumnWriter:
             self._parquet.write_table(table.replace_schema_metadata(self._schema.metadata))
         self._group.clear()
         self._held = 0
-
-
-def _array_of(name: str, value: Any, kind: Any) -> Any:
-    """An array of one value; raises UserError where a column of this type cannot hold it."""
-    import pyarrow as pa
-
-    # Arrow would cut off what stands behind the point.
-    whole = not isinstance(value, float) or value.is_integer() or not pa.types.is_integer(kind)
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if whole:
-            return pa.array([value], type=kind)
-    raise UserError(
-        f"field {name!r}: the answer {value!r:.60} does not fit the column's type {kind}"
-    )
 
 
 def open_parquet(files: tuple[Path, ...]) -> ColumnReader:

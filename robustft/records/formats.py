@@ -85,9 +85,6 @@ class RowWriter(Protocol):
     def write(self, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         """Write `row` with the top-level fields of `changes` replaced; verbatim if empty."""
 
-    def misfit(self, changes: Mapping[str, Any]) -> str:
-        """Why `write` could not store these fields; empty where it can."""
-
     def close(self) -> None:
         """Write what the format still needs; the file itself is closed by its owner."""
 
@@ -295,15 +292,7 @@ def refuse_twins(where: Path | str, columns: Iterable[str]) -> None:
         raise UserError(f"{where}: the column {short(twin)!r} appears twice")
 
 
-class _TextWriter:
-    """What all text formats share: any field can be written."""
-
-    def misfit(self, changes: Mapping[str, Any]) -> str:
-        """See `RowWriter`."""
-        return ""
-
-
-class JsonWriter(_TextWriter):
+class JsonWriter:
     """Writes JSON objects, one a line or as an array; untouched rows go out byte for byte."""
 
     def __init__(self, file: Any, *, array: bool, close: bool) -> None:
@@ -337,7 +326,7 @@ def dump_json(value: Any, *, pretty: bool = False) -> bytes:
         return text.encode()
 
 
-class CsvWriter(_TextWriter):
+class CsvWriter:
     """Writes CSV records under the input's own header line and line ends."""
 
     def __init__(self, file: Any, fields: tuple[str, ...], header: bytes, *, close: bool) -> None:

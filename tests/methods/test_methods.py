@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from scripted import REASON, FlakyEngine, LetterEmbedder, ScriptedEngine
 
@@ -238,18 +236,6 @@ def test_a_baseline_killed_before_its_manifest_goes_on(
     assert (tmp_path / "out/cleaned.csv").exists()
     prepare(setting(path, tmp_path / "out"))
     assert json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["input"] == 9
-
-
-def test_a_baseline_drops_what_its_column_cannot_hold(tmp_path: Path) -> None:
-    table = pa.table({"question": ["How many?", "How much?"], "answer": [12, 3]})
-    pq.write_table(table, tmp_path / "in.parquet")
-    config = CleanConfig(input=str(tmp_path / "in.parquet"), out=tmp_path / "out")
-    prepare = METHODS["self-label"].prepare
-    assert prepare is not None
-    engine = ScriptedEngine(reply=lambda prompt: "2.5")
-    result = prepare(Setting(config, engine, LetterEmbedder()))
-    assert result.counts["drop"] == 2
-    assert "does not fit the column's type int64" in (tmp_path / "out/verdicts.jsonl").read_text()
 
 
 def test_a_baseline_for_other_trainers(tmp_path: Path) -> None:
