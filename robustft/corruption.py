@@ -102,7 +102,7 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
         for record in _records(source):
             given = record.answer
             if chosen[record.index]:
-                given = _wrong_answer(record, seed, donors)
+                given = _wrong_answer(record, source, seed, donors)
             writer.write(record, given)
             line = {
                 "id": record.id,
@@ -129,7 +129,7 @@ def _survey(
             continue
         ranks.append(_hash(seed, "rank", item.id))
         kind = answer_kind(item.answer, item.options)
-        fixed = kind == "choice" and not _wrong_options(item)
+        fixed = kind == "choice" and not _wrong_options(item, source)
         kinds.append(FIXED if fixed else KINDS.index(kind))
         if kind == "choice" or len(item.answer) > DONOR_CHARACTERS:
             continue
@@ -167,20 +167,23 @@ def _choose(
     return chosen
 
 
-def _wrong_options(record: Record) -> list[str]:
-    """Return the letters of the options whose text differs from the given one's."""
+def _wrong_options(record: Record, source: RecordSource) -> list[str]:
+    """Return the letters that can be written and whose text differs from the given one's."""
     options = [option.strip() for option in record.options or ()]
     right = options[ord(record.answer) - ord("A")]
-    return [chr(ord("A") + i) for i, option in enumerate(options) if option != right]
+    wrong = [chr(ord("A") + i) for i, option in enumerate(options) if option != right]
+    return [letter for letter in wrong if source.refusal(record.row, letter) is None]
 
 
-def _wrong_answer(record: Record, seed: int, donors: dict[Kind, list[_Donor]]) -> str:
+def _wrong_answer(
+    record: Record, source: RecordSource, seed: int, donors: dict[Kind, list[_Donor]]
+) -> str:
     """Return the record's wrong answer; it depends on seed and data, never on the rate."""
     draw = _hash(seed, "answer", record.id)
     if record.options is not None:
-        wrong = _wrong_options(record)
+        wrong = _wrong_options(record, source)
         return wrong[draw % len(wrong)]
-    kind = answer_kind(record.answer)
+    kind = answer_kind(record.answer)  # donors stood in the same column: any of them fits
     normal, found = normalise(record.answer, kind), donors[kind]
     start = draw % len(found)
     others = [d for d in found[start : start + 64] + found[:64] if d.normal != normal]

@@ -10,9 +10,10 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def write_outputs(
         for judged in _judged(config, parts, corpus, conclusion):
             lines = []
             for one, (line, row) in zip(judged, rows, strict=False):
-                settle(one, selection)
+                settle(one, selection, partial(source.refusal, row))
                 if one.action != "drop":
                     cleaned.write_row(row, one.answer if one.action == "relabel" else None)
                 lines.append(verdict_line(one, line))
@@ -240,11 +241,15 @@ class _Panels:
         )  # fmt: skip
 
 
-def settle(judged: Judged, selection: Selection) -> None:
-    """The final action on one record, with its cause."""
+def settle(judged: Judged, selection: Selection, refusal: Callable[[str], str | None]) -> None:
+    """The final action on one record, with its cause.
+
+    `refusal` says of a new answer why it cannot be written, None where it can. A record whose new
+    answer cannot is dropped; another is not selected in its place.
+    """
     at = judged.record.index
     judged.answer, judged.cause = judged.record.answer, "found clean"
-    label = judged.label
+    label, refused = judged.label, None
     if label is None and math.isnan(judged.detection.noise_score):
         judged.cause = "not judged"
     elif label is None and selection.doubtful[at]:
@@ -259,10 +264,12 @@ def settle(judged: Judged, selection: Selection) -> None:
             judged.cause = "new label too uncertain"
         elif agrees(judged.record, Opinion(label.answer)):
             judged.cause = "given answer confirmed"
+        elif refused := refusal(label.answer):
+            judged.action, judged.cause = "drop", "new answer does not fit the column"
         else:
             judged.action, judged.answer = "relabel", label.answer
             judged.cause = "new label"
-    parts = [judged.detection.reason, judged.cause]
+    parts = [judged.detection.reason, refused or judged.cause]
     if label is not None and label.answer is not None:
         parts.append(f"{label.reason}: {label.answer}{_confidence(judged, label, selection)}")
     elif label is not None:
@@ -275,8 +282,9 @@ def _confidence(judged: Judged, label: NewLabel, selection: Selection) -> str:
     if not math.isfinite(label.nll):
         return ""
     said = f"nll {label.nll:.3f}"
-    if judged.action == "drop":
-        own = int(selection.label[judged.record.index])
+    at = judged.record.index
+    if not selection.selected[at]:
+        own = int(selection.label[at])
         cut = selection.cuts.get(own, math.nan)
         among = f" of {LETTERS[own]}" if own >= 0 else ""
         said += f"; none{among} is kept" if math.isnan(cut) else f"; kept{among}: up to {cut:.3f}"

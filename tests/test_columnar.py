@@ -120,6 +120,39 @@ def test_parquet_number_column_takes_numbers_only(tmp_path: Path) -> None:
         rewrite(source, tmp_path / "o.parquet", {0: "many"}, set())
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "answer", "fits"),
+    [
+        (pa.int64(), 12, "13", True), (pa.int64(), 12, "13.0", True),
+        (pa.int64(), 12, "12.5", False), (pa.int64(), 12, "1/3", False),
+        (pa.int64(), 12, "1e30", False), (pa.int8(), 12, "300", False),
+        (pa.uint8(), 12, "-3", False), (pa.int64(), 12, "9" * 40, False), (pa.float64(), 0.5, "0.1", True),
+        (pa.float64(), 0.5, "1/3", False), (pa.float32(), 0.5, "0.1", True),
+        (pa.float32(), 0.5, "1e300", False), (pa.float16(), 0.5, "0.25", True),
+        (pa.string(), "12", "1/3", True), (pa.dictionary(pa.int8(), pa.string()), "a", "b", True),
+    ],
+)  # fmt: skip
+def test_parquet_tells_beforehand_what_a_column_holds(
+    tmp_path: Path, kind: pa.DataType, given: Any, answer: str, fits: bool
+) -> None:
+    schema = pa.schema({"question": pa.string(), "answer": kind})
+    cells = pa.array([given] * 2, kind.value_type if pa.types.is_dictionary(kind) else kind)
+    columns = [pa.array(["q", "r"]), cells.cast(kind)]
+    pq.write_table(pa.table(columns, schema=schema), tmp_path / "d.parquet")
+    source = open_records(str(tmp_path / "d.parquet"))
+    told = source.refusal(records(source)[0].row, answer)
+    assert (told is None) == fits
+    if fits:
+        after = rewrite(source, tmp_path / "o.parquet", {0: answer}, set())["answer"].to_pylist()
+        expected = answer if isinstance(given, str) else pytest.approx(float(answer))
+        assert after == [expected, given]
+    else:
+        assert told is not None
+        assert told.endswith(f"does not fit the column's type ({kind})")
+        with pytest.raises(UserError, match="does not fit the column's type"):
+            rewrite(source, tmp_path / "o.parquet", {0: answer}, set())
+
+
 def test_parquet_cell_that_is_no_text_is_one_reject(tmp_path: Path) -> None:
     bad = pa.array([b"fine", b"\xff\xfe", b"too"]).view(pa.string())
     pq.write_table(pa.table({"question": bad, "answer": ["a"] * 3}), tmp_path / "d.parquet")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -128,6 +130,15 @@ def test_number_columns_stay_numbers(tmp_path: Path) -> None:
     source = open_records(str(write(tmp_path / "d.jsonl", rows)))
     noisy = lines(corrupt(source, 1.0, 0, tmp_path / "n.jsonl").out)
     assert all(type(row["answer"]) is int for row in noisy)
+
+
+def test_options_that_the_answer_column_cannot_name_are_not_taken(tmp_path: Path) -> None:
+    options = [{"text": ["x", "y", "z"], "label": ["1", "2", "none"]}] * 20
+    columns = {"question": [f"q{n}" for n in range(20)], "choices": options, "answerKey": [1] * 20}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    source = open_records(str(tmp_path / "d.parquet"))
+    report = corrupt(source, 0.5, 0, tmp_path / "n.parquet")
+    assert Counter(pq.read_table(report.out)["answerKey"].to_pylist()) == {1: 10, 2: 10}
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), float("inf")])

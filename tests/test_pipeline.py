@@ -94,6 +94,42 @@ def test_every_input_line_is_accounted_for(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64()])
+def test_a_new_answer_that_the_column_does_not_hold_drops_its_record(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    replies = {"whole": "13", "half": "12.5", "third": "1/3"}
+    names = [name for name in replies for _ in range(4)]
+    table = {"question": [f"{name} {n}" for n, name in enumerate(names)], "answer": [7] * 12}
+    schema = pa.schema({"question": pa.string(), "answer": kind})
+    pq.write_table(pa.table(table, schema=schema), tmp_path / "in.parquet")
+
+    def reply(prompt: Prompt) -> str:
+        asked = prompt.messages[-1].content
+        return f"Answer: {max(replies.items(), key=lambda one: asked.rfind(one[0]))[1]}"
+
+    engine = ScriptedEngine(choose=all_doubt, reply=reply)
+    result = run(tmp_path / "in.parquet", tmp_path / "out", engine, beta=1.0)
+    verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")
+    fits = {"whole": True, "half": pa.types.is_floating(kind), "third": False}
+    for verdict, name in zip(verdicts, names, strict=True):
+        assert verdict["action"] == ("relabel" if fits[name] else "drop")
+        assert verdict["answer"] == (replies[name] if fits[name] else None)
+        told = f"the new answer {replies[name]!r} does not fit the column's type ({kind})"
+        assert (told in verdict["reason"]) != fits[name]
+    written = pq.read_table(tmp_path / "out/cleaned.parquet")
+    assert written.schema.field("answer").type == kind
+    expected = [float(replies[name]) for name in names if fits[name]]
+    assert written["answer"].to_pylist() == expected
+    counts = result.counts
+    assert (counts["relabel"], counts["drop"], counts["input"]) == (
+        len(expected),
+        12 - len(expected),
+        12,
+    )
+    assert result.reasons["drop: new answer does not fit the column"] == counts["drop"]
+
+
 def test_the_training_set_keeps_schema_order_and_unknown_fields(tmp_path: Path) -> None:
     rows = choice_rows(60)
     run(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out")

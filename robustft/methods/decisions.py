@@ -67,6 +67,10 @@ def write_decisions(
             records = [item for item in items if isinstance(item, Record)]
             for record, decision in zip(records, decide(records), strict=True):
                 action = _action(record, decision)
+                if action == "relabel" and decision.answer is not None:
+                    refused = source.refusal(record.row, decision.answer)
+                    if refused is not None:
+                        action, decision = "drop", Decision(None, f"{decision.reason}; {refused}")
                 result.counts[action] += 1
                 result.unanswered += decision.failed
                 if decision.answer is not None:

@@ -15,8 +15,9 @@ from typing import Any, Self
 from robustft.errors import UserError
 from robustft.files import replacing
 from robustft.progress import Progress
+from robustft.records.columnar import ColumnReader
 from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
-from robustft.records.framing import MAX_LINE_BYTES, Reject, reject
+from robustft.records.framing import MAX_LINE_BYTES, Reject, reject, short
 from robustft.records.schemas import Context, Schema, find_schema
 from robustft.records.sources import open_reader
 
@@ -124,6 +125,18 @@ class RecordSource:
             if index == self._limit:
                 break
         self.duplicate_ids = ids.duplicates
+
+    def refusal(self, row: Mapping[str, Any], answer: str) -> str | None:
+        """Why a new answer (letter or text) cannot be written in `row`, None where it can.
+
+        Text takes any answer; a column of numbers takes only numbers that its type holds.
+        """
+        if not isinstance(self.reader, ColumnReader):
+            return None
+        kind = self.reader.misfit(self.layout.changes(row, answer))
+        if kind is None:
+            return None
+        return f"the new answer {short(answer)!r} does not fit the column's type ({kind})"
 
     @property
     def content_hash(self) -> str:
@@ -297,7 +310,8 @@ class RecordWriter:
     def write(self, record: Record, answer: str) -> None:
         """Write one record with this answer (letter for multiple choice, else text).
 
-        Raises `ValueError` for a letter the record does not have.
+        Raises `ValueError` for a letter the record does not have, and `UserError` on closing for an
+        answer that the source refuses (`RecordSource.refusal`).
         """
         self.write_row(record.row, None if answer == record.answer else answer)
 

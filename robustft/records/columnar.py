@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -123,6 +124,27 @@ class ColumnReader:
         """Return the fingerprint of the data."""
         return self.identity()
 
+    def misfit(self, changes: Mapping[str, Any]) -> str | None:
+        """The type of the first column that does not take its new value in full, if any."""
+        for name, value in changes.items():
+            kind = self.schema.field(name).type
+            if _one(value, kind) is None:
+                return str(kind)
+        return None
+
+
+def _one(value: Any, kind: Any) -> Any:
+    """One value as an Arrow array of this type; None where it does not fit in full."""
+    import pyarrow as pa
+
+    try:
+        if not isinstance(value, float):
+            return pa.array([value], type=kind)
+        cell = pa.array([value]).cast(kind)  # pa.array(type=kind) would cut 12.5 down to 12
+        return cell if isfinite(cell[0].as_py()) else None
+    except (ValueError, TypeError, OverflowError, NotImplementedError):
+        return None
+
 
 class ColumnWriter:
     """Writes rows as Parquet, in row groups of at most 16 MiB or 16,384 rows."""
@@ -181,13 +203,12 @@ class ColumnWriter:
             for at, change in sorted(changes.items()):
                 if name not in change:
                     continue
-                try:
-                    cell = pa.array([change[name]], type=column.type)
-                except (ValueError, TypeError):
+                cell = _one(change[name], column.type)
+                if cell is None:
                     raise UserError(
                         f"field {name!r}: the answer {change[name]!r:.60} does not fit the"
                         f" column's type {column.type}"
-                    ) from None
+                    )
                 parts += [column.slice(done, at - done), cell]
                 done = at + 1
             parts.append(column.slice(done))

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scripted import REASON, FlakyEngine, LetterEmbedder, ScriptedEngine
 
@@ -134,6 +136,21 @@ def test_a_record_without_a_reply_stays_as_given(tmp_path: Path, name: str) -> N
         assert (tmp_path / "out" / output).read_bytes() == (
             tmp_path / "whole" / output
         ).read_bytes()
+
+
+def test_a_label_that_the_column_does_not_hold_drops_its_record(tmp_path: Path) -> None:
+    table = pa.table({"question": [f"q{n}" for n in range(6)], "answer": range(6)})
+    pq.write_table(table, tmp_path / "in.parquet")
+    engine = ScriptedEngine(reply=lambda prompt: "Answer: 12.5")
+    prepare = METHODS["self-label"].prepare
+    assert prepare is not None
+    config = CleanConfig(input=str(tmp_path / "in.parquet"), out=tmp_path / "out")
+    result = prepare(Setting(config, engine, LetterEmbedder()))
+    assert (result.counts["drop"], result.counts["input"]) == (6, 6)
+    verdict = json.loads((tmp_path / "out/verdicts.jsonl").read_text().splitlines()[0])
+    assert verdict["reason"] == (
+        "the model's own answer; the new answer '12.5' does not fit the column's type (int64)"
+    )
 
 
 @pytest.mark.parametrize("name", ["self-label", "noiseal"])
