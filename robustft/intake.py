@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from robustft.records import Record, RecordSource, Reject
 from robustft.shards import Published, Shard, publishing
 from robustft.store import UNIT_ROWS
 
+_BLOCK_BYTES = 1 << 20  # lines are written and read together up to this much
 _REASONS = 1000  # kinds of rejects told apart; the rest are counted together
 
 
@@ -65,23 +67,26 @@ def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:
             Progress("read", source.reader.size, unit="records", quiet=quiet)
         )
         written: list[bytes] = []
+        held = 0  # bytes in `written`
 
         def flush() -> None:
-            nonlocal end
+            nonlocal end, held
             if written:
                 places = np.cumsum([len(line) for line in written], dtype="<i8") + end
-                lines.write(b"".join(written))
+                lines.writelines(written)
                 ends.write(places.tobytes())
                 end = int(places[-1])
                 progress.update(len(written))
                 written.clear()
+                held = 0
 
         for number, item in enumerate(source):
             if isinstance(item, Record):
                 fields = (item.id, item.question, item.options, item.answer, item.context)
                 written.append(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
                 records += 1
-                if len(written) == UNIT_ROWS:
+                held += len(written[-1])
+                if len(written) == UNIT_ROWS or held >= _BLOCK_BYTES:
                     flush()
             else:
                 refused.write(_reject_line(item))
@@ -138,26 +143,41 @@ class Intake:
         return self._between(position, position + 1)[0]
 
     def _between(self, start: int, stop: int) -> list[Record]:
-        low = int(self._ends[start - 1]) if start else 0
-        high = int(self._ends[stop - 1])
-        parts = []
-        while low < high and (part := os.pread(self._lines, high - low, low)):
-            parts.append(part)  # one read gives 2 GB at most
-            low += len(part)
         try:
-            found = orjson.loads(b"[%b]" % b"".join(parts)[:-1].replace(b"\n", b","))
             return [
                 Record(
                     position, 0, id_, question, None if options is None else tuple(options), answer,
                     tuple(map(tuple, context)) if context else (), {},
                 )
                 for position, (id_, question, options, answer, context) in zip(
-                    range(start, stop), found, strict=True
+                    range(start, stop), map(orjson.loads, self._read(start, stop)), strict=True
                 )
             ]  # fmt: skip
         except (TypeError, ValueError) as error:
             where = self.folder / "records.jsonl"
             raise UserError(f"{where}, records {start} to {stop}: damaged ({error})") from error
+
+    def _read(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The lines of the records [start, stop), of which no more than a block is held."""
+        low = int(self._ends[start - 1]) if start else 0
+        ends = self._ends[start:stop].tolist()
+        done = 0
+        while done < len(ends):
+            fit = max(bisect_right(ends, low + _BLOCK_BYTES), done + 1)
+            block = memoryview(self._bytes(low, ends[fit - 1]))
+            begin = 0
+            for end in ends[done:fit]:
+                yield block[begin : end - low]
+                begin = end - low
+            done, low = fit, ends[fit - 1]
+
+    def _bytes(self, low: int, high: int) -> bytes:
+        """The bytes [low, high) of the lines, or as many as there are."""
+        parts = []
+        while low < high and (part := os.pread(self._lines, high - low, low)):
+            parts.append(part)  # one read gives 2 GB at most
+            low += len(part)
+        return b"".join(parts)
 
     def rows(self, source: RecordSource) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Line and row of every record, in input order; `source` must be what was taken in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def test_it_gives_what_iterating_gives(
         ]
         told = [json.loads(line) for line in intake.rejects_file.read_text().splitlines()]
         assert [one["reason"] for one in told] == [reject.reason for reject in rejects]
+
+
+def test_units_of_long_records_are_written_and_read_in_parts(tmp_path: Path) -> None:
+    """A unit holds 512 records: what stands beside them must not grow with their length."""
+    size, count = 1 << 20, 48
+    rows = ({"question": f"{n}" + "q" * size, "answer": "a"} for n in range(count))
+    with (tmp_path / "in.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    source = open_records(str(tmp_path / "in.jsonl"))
+    tracemalloc.start()
+    with take_in(source, tmp_path / "taken", quiet=True) as intake:
+        assert tracemalloc.get_traced_memory()[1] < 24 * size
+        tracemalloc.reset_peak()
+        unit = intake.unit(0)
+        assert tracemalloc.get_traced_memory()[1] < (count + 16) * size
+    tracemalloc.stop()
+    assert [len(record.question) for record in unit] == [size + len(f"{n}") for n in range(count)]
 
 
 def test_it_reads_once(tmp_path: Path) -> None:
