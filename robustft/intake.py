@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from robustft.errors import UserError
 from robustft.files import locked, remove_leftovers
 from robustft.progress import Progress
-from robustft.records import Record, RecordSource, Reject
+from robustft.records import Place, Record, RecordSource, Reject
 from robustft.shards import Published, Shard, publishing
 from robustft.store import UNIT_ROWS
 
@@ -100,7 +100,9 @@ def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:
 
 def _reject_line(reject: Reject) -> bytes:
     text = reject.data.decode("utf-8", "backslashreplace")
-    body = {"line": reject.line, "reason": reject.reason, "bytes": reject.size, "data": text}
+    body = {
+        **reject.place.told, "reason": reject.reason, "bytes": reject.size, "data": text,
+    }  # fmt: skip
     return orjson.dumps(body) + b"\n"
 
 
@@ -179,8 +181,8 @@ class Intake:
             low += len(part)
         return b"".join(parts)
 
-    def rows(self, source: RecordSource) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Line and row of every record, in input order; `source` must be what was taken in."""
+    def rows(self, source: RecordSource) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+        """Place and row of every record, in input order; `source` must be what was taken in."""
         refused = iter(self._mapped("rejected.i64", self.rejects))
         skipped = next(refused, -1)
         left = self.records

@@ -104,8 +104,8 @@ def score_file(
     """Score every record of a file; one JSON line each, in input order.
 
     Lines hold `id` and the fields of `robustft.engines.ResponseScore` (nats); an unreadable input
-    line becomes `{"line": …, "rejected": reason}`. The file appears when it is whole; killed before
-    that, the same call goes on where it was.
+    line becomes `{"line": …, "rejected": reason}`, with its `file` where there are several. The
+    file appears when it is whole; killed before that, the same call goes on where it was.
     """
     source = open_records(path, schema=schema, limit=limit, split=split)
     spare(out, path)
@@ -164,7 +164,7 @@ def _scored(
     read = iter(bodies)
     return [
         orjson.dumps(
-            next(read) if isinstance(item, Record) else {"line": item.line, "rejected": item.reason}
+            next(read) if isinstance(item, Record) else {**item.place.told, "rejected": item.reason}
         )
         + b"\n"
         for item in items

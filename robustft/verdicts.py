@@ -29,7 +29,7 @@ from robustft.files import atomic_file, replacing
 from robustft.pipeline import Selection, opinion_of
 from robustft.progress import Progress
 from robustft.prompts import LETTERS
-from robustft.records import Record, RecordSource, RecordWriter, output_name
+from robustft.records import Place, Record, RecordSource, RecordWriter, output_name
 from robustft.relabeling import NewLabel, relabel
 from robustft.shards import Published, Shard
 from robustft.store import Opinion, Store
@@ -133,11 +133,11 @@ def write_outputs(
         rows = corpus.intake.rows(source)
         for judged in _judged(config, parts, corpus, conclusion):
             lines = []
-            for one, (line, row) in zip(judged, rows, strict=False):
+            for one, (place, row) in zip(judged, rows, strict=False):
                 settle(one, selection, partial(source.refusal, row))
                 if one.action != "drop":
                     cleaned.write_row(row, one.answer if one.action == "relabel" else None)
-                lines.append(verdict_line(one, line))
+                lines.append(verdict_line(one, place))
                 entry = (one.detection.noise_score, -one.record.index, one)
                 if math.isnan(entry[0]):
                     continue
@@ -318,8 +318,12 @@ def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
     result.answers_after.update(one.answer for one in lettered if one.action != "drop")
 
 
-def verdict_line(judged: Judged, line: int) -> bytes:
-    """One line of verdicts.jsonl on the record that stands in `line` of the input."""
+def verdict_line(judged: Judged, place: Place) -> bytes:
+    """One line of verdicts.jsonl on the record that stands at `place` in the input.
+
+    `line` counts from 1 within its file; `file`, the file's name relative to the input's folder, is
+    told only where the input has several. The lines of rejects.jsonl tell both in the same way.
+    """
     record, score = judged.record, judged.detection.noise_score
     experts: dict[str, Any] = {}
     for name, opinion in judged.opinions.items():
@@ -330,7 +334,7 @@ def verdict_line(judged: Judged, line: int) -> bytes:
             experts[name]["probabilities"] = opinion.probabilities
     body = {
         "id": record.id,
-        "line": line,
+        **place.told,
         "verdict": "not judged" if math.isnan(score) else _VERDICTS[judged.detection.noisy],
         "noise_score": None if math.isnan(score) else round(score, 6),
         "action": judged.action,

@@ -206,7 +206,8 @@ def test_parquet_texts_of_every_type_are_measured(tmp_path: Path) -> None:
         table = pa.table({"question": ["q"] * 60, "answer": ["a"] * 60, "a.b": column})
         pq.write_table(table, tmp_path / "d.parquet")
         reader = open_records(str(tmp_path / "d.parquet")).reader
-        sizes = [batch.num_rows for batch in reader.batches()]  # type: ignore[attr-defined]
+        batches = reader.batches()  # type: ignore[attr-defined]
+        sizes = [item.num_rows for item in batches if isinstance(item, pa.RecordBatch)]
         assert sum(sizes) == 60
         assert max(sizes) <= 4, column.type
 
@@ -336,7 +337,10 @@ def test_folder_of_data_files(tmp_path: Path) -> None:
         for shard in range(2):
             name = folder / "data" / f"{split}-{shard:05}-of-00002.parquet"
             pq.write_table(table(count), name)
-    assert len(records(open_records(str(folder)))) == 6
+    found = records(open_records(str(folder)))
+    assert [(one.file, one.line) for one in found] == [
+        (f"data/train-{shard:05}-of-00002.parquet", line) for shard in (0, 1) for line in (1, 2, 3)
+    ]
     assert len(records(open_records(str(folder), split="test"))) == 2
     with pytest.raises(
         UserError, match=r"expected files of the split 'validation', found .* test, train"
@@ -349,7 +353,10 @@ def test_folder_of_text_shards(tmp_path: Path) -> None:
         (tmp_path / f"{name}.csv").write_text('question,answer\nq,a\nq,"broken\n')
     items = list(open_records(str(tmp_path)))
     assert [type(item) for item in items] == [Record, Reject, Record, Reject]
-    assert items[1].reason.startswith("a.csv: broken CSV")
+    assert [(item.file, item.line) for item in items] == [
+        ("a.csv", 2), ("a.csv", 3), ("b.csv", 2), ("b.csv", 3),
+    ]  # fmt: skip
+    assert items[1].reason.startswith("broken CSV")
     (tmp_path / "c.csv").write_text("question,reply\nq,a\n")
     with pytest.raises(UserError, match=r"c\.csv: expected the layout and columns of a\.csv"):
         open_records(str(tmp_path))

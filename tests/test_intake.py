@@ -72,7 +72,7 @@ def test_it_gives_what_iterating_gives(
         found = [record for _, chunk in intake.units(whole) for record in chunk]
         assert found == [replace(record, line=0, row={}) for record in expected]
         assert intake.record(len(found) - 1) == found[-1]
-        assert [(line, dict(row)) for line, row in intake.rows(source)] == [
+        assert [(place.line, dict(row)) for place, row in intake.rows(source)] == [
             (r.line, dict(r.row)) for r in expected
         ]
         told = [json.loads(line) for line in intake.rejects_file.read_text().splitlines()]

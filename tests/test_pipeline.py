@@ -94,6 +94,25 @@ def test_every_input_line_is_accounted_for(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
+def test_lines_of_several_files_name_theirs(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("sub/a.jsonl", "b\udcff.jsonl"):
+        write_jsonl(folder / name, [*choice_rows(2), "{broken"])
+    run(folder, tmp_path / "out")
+    files = ("b\\xff.jsonl", "sub/a.jsonl")
+    verdicts = read_jsonl(tmp_path / "out/verdicts.jsonl")
+    assert [(one["file"], one["line"]) for one in verdicts] == [
+        (name, line) for name in files for line in (1, 2)
+    ]
+    rejects = read_jsonl(tmp_path / "out/rejects.jsonl")
+    assert [(one["file"], one["line"]) for one in rejects] == [(name, 3) for name in files]
+    assert rejects[0]["reason"] == rejects[1]["reason"]
+    run(folder / "sub", tmp_path / "one")
+    for name in ("verdicts.jsonl", "rejects.jsonl"):
+        assert not any("file" in line for line in read_jsonl(tmp_path / "one" / name))
+
+
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64()])
 def test_a_new_answer_that_the_column_does_not_hold_drops_its_record(
     tmp_path: Path, kind: pa.DataType

@@ -86,7 +86,8 @@ def write_decisions(
             for item in items:
                 if isinstance(item, Reject):
                     result.counts["rejected"] += 1
-                    rejects.write(orjson.dumps({"line": item.line, "reason": item.reason}) + b"\n")
+                    told = {**item.place.told, "reason": item.reason}
+                    rejects.write(orjson.dumps(told) + b"\n")
         source.require_unchanged()
     result.counts["input"] = sum(result.counts.values())
     if result.unanswered:

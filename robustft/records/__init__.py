@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +17,12 @@ from robustft.files import replacing
 from robustft.progress import Progress
 from robustft.records.columnar import ColumnReader
 from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
-from robustft.records.framing import MAX_LINE_BYTES, Reject, reject, short
+from robustft.records.framing import MAX_LINE_BYTES, Place, Reject, reject, short
 from robustft.records.schemas import Context, Schema, find_schema
 from robustft.records.sources import open_reader
 
 __all__ = [
+    "Place",
     "Record",
     "RecordSource",
     "RecordWriter",
@@ -39,8 +40,8 @@ SAMPLE_ROWS = 64
 class Record:
     """One training example, whatever its schema.
 
-    `index` counts readable records from 0 in input order; `line` counts lines (JSONL, CSV) or
-    records (JSON array, Parquet) from 1. `id` is the input's own `id` or the index, unique within
+    `index` counts readable records from 0 in input order; `line` and `file` are those of its
+    `Place`. `id` is the input's own `id` or the index, unique within
     the run. `answer` is the given answer: a letter from "A" for multiple choice, else the text.
     `context` holds (role, text) of the chat turns before the question. `row` is the original row.
     """
@@ -53,6 +54,7 @@ class Record:
     answer: str
     context: Context
     row: Mapping[str, Any]
+    file: str = ""
 
     @property
     def key(self) -> bytes:
@@ -112,15 +114,15 @@ class RecordSource:
             if isinstance(item, Reject):
                 yield item
                 continue
-            line, row = item
+            (line, file), row = item
             try:
                 parsed = self.layout.parse(row)
                 own = row.get("id")
             except BadRowError as error:
                 raw = row.raw if isinstance(row, TextRow) else _as_bytes(row)
-                yield reject(line, str(error), raw)
+                yield replace(reject(line, str(error), raw), file=file)
                 continue
-            yield Record(index, line, ids.unique(own, index), *parsed, row)
+            yield Record(index, line, ids.unique(own, index), *parsed, row, file)
             index += 1
             if index == self._limit:
                 break
@@ -273,7 +275,7 @@ def open_records(
     if first is None:
         raise UserError(f"{path}: the file holds no records")
     counted = "the only record was" if rejected == 1 else f"all {rejected} records were"
-    raise UserError(f"{path}: {counted} rejected; line {first.line}: {first.reason}")
+    raise UserError(f"{path}: {counted} rejected; {first.place}: {first.reason}")
 
 
 def count_records(source: RecordSource) -> int:

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from robustft.errors import UserError
 from robustft.records.formats import BadRowError, RowWriter, hash_files, refuse_twins
-from robustft.records.framing import Reject
+from robustft.records.framing import Place, Reject
 
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
@@ -82,6 +82,12 @@ class _Damage(NamedTuple):
     reason: str
 
 
+class _Start(NamedTuple):
+    """Before the batches of a file: its name, as its places tell it."""
+
+    file: str
+
+
 @dataclass(frozen=True, slots=True)
 class ColumnReader:
     """Arrow record batches from anywhere, read as rows and written as Parquet.
@@ -91,7 +97,7 @@ class ColumnReader:
 
     format: str  # "parquet" or "hub"
     schema: Any  # pyarrow.Schema
-    batches: Callable[[], Iterator[Any]]  # pyarrow.RecordBatch or _Damage
+    batches: Callable[[], Iterator[Any]]  # pyarrow.RecordBatch, _Damage or _Start
     identity: Callable[[], str]
     compression: str = "snappy"
     suffix: str = ".parquet"
@@ -102,19 +108,22 @@ class ColumnReader:
         """The columns."""
         return tuple(self.schema.names)
 
-    def rows(self, *, parsed: bool = True) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        """Yield (record number, row); a damaged part is one reject."""
-        number = 0
+    def rows(self, *, parsed: bool = True) -> Iterator[tuple[Place, Mapping[str, Any]] | Reject]:
+        """Yield (place, row); a damaged part is one reject."""
+        number, file = 0, ""
         for item in self.batches():
+            if isinstance(item, _Start):
+                number, file = 0, item.file
+                continue
             if isinstance(item, _Damage):
                 reason = f"{item.records} records from here on are damaged: {item.reason}"
-                yield Reject(number + 1, reason, b"", 0)
+                yield Reject(number + 1, reason, b"", 0, file)
                 number += item.records
                 continue
             batch = _Batch(item, dict.fromkeys(item.schema.names))
             for position in range(item.num_rows):
                 number += 1
-                yield number, BatchRow(batch, position)
+                yield Place(number, file), BatchRow(batch, position)
 
     def writer(self, file: IO[bytes]) -> RowWriter:
         """Return a Parquet writer with the input's schema and compression."""
@@ -227,8 +236,11 @@ class ColumnWriter:
         self._held = 0
 
 
-def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
-    """Open Parquet files of one schema as one input; raises `UserError`."""
+def open_parquet(files: tuple[Path, ...], names: tuple[str, ...]) -> ColumnReader:
+    """Open Parquet files of one schema as one input; raises `UserError`.
+
+    `names` are those of the files in places: "" where there is but one.
+    """
     import pyarrow.parquet as pq
 
     schema: Any = None
@@ -251,21 +263,22 @@ def open_parquet(files: tuple[Path, ...]) -> ColumnReader:
     return ColumnReader(
         "parquet",
         schema,
-        lambda: _parquet_batches(files),
+        lambda: _parquet_batches(files, names),
         lambda: hash_files(files),
         compression,
         size=size,
     )
 
 
-def _parquet_batches(files: tuple[Path, ...]) -> Iterator[Any]:
+def _parquet_batches(files: tuple[Path, ...], names: tuple[str, ...]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     # Buffered reads of one column page at a time: pre_buffer would load whole row groups.
     open_file = partial(
         pq.ParquetFile, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
     )
-    for path in files:
+    for path, name in zip(files, names, strict=True):
+        yield _Start(name)
         with open_file(path) as file, open_file(path, read_dictionary=_texts(file)) as undecoded:
             for number in range(file.num_row_groups):
                 left = file.metadata.row_group(number).num_rows

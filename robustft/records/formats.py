@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -22,6 +22,7 @@ import orjson
 from robustft.errors import UserError
 from robustft.records.framing import (
     MAX_LINE_BYTES,
+    Place,
     Reject,
     listed,
     read_chunks,
@@ -108,8 +109,8 @@ class Reader(Protocol):
     def size(self) -> int | None:
         """About how many records there are to read, where that can be told beforehand."""
 
-    def rows(self, *, parsed: bool = True) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        """Yield (line, row) or a reject, in input order; every call starts afresh.
+    def rows(self, *, parsed: bool = True) -> Iterator[tuple[Place, Mapping[str, Any]] | Reject]:
+        """Yield (place, row) or a reject, in input order; every call starts afresh.
 
         Not `parsed`: for who knows which rows can be read; formats may leave that to first use.
         """
@@ -186,6 +187,7 @@ class TextReader:
     """JSONL, JSON-array or CSV files of one kind, read one after the other as one input."""
 
     files: tuple[Path, ...]
+    names: tuple[str, ...]  # of the files in their places: "" where there is but one
     format: str  # "jsonl", "json" or "csv"
     compression: str | None  # None, "gzip" or "zstd"
     suffix: str  # of the output's name: ".jsonl.gz"
@@ -202,13 +204,14 @@ class TextReader:
         lines = start.count(b"\n") or 1
         return sum(path.stat().st_size for path in self.files) * lines // max(len(start), 1)
 
-    def rows(self, *, parsed: bool = True) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        """Yield (line, row) or a reject, in input order; rows of JSON not `parsed` if so wished."""
-        for path in self.files:
+    def rows(self, *, parsed: bool = True) -> Iterator[tuple[Place, Mapping[str, Any]] | Reject]:
+        """Yield (place, row) or a reject, in input order; JSON not `parsed` if so wished."""
+        for path, name in zip(self.files, self.names, strict=True):
             for item in self._file_rows(path, parsed=parsed):
-                if isinstance(item, Reject) and len(self.files) > 1:
-                    item = Reject(item.line, f"{path.name}: {item.reason}", item.data, item.size)
-                yield item
+                if isinstance(item, Reject):
+                    yield replace(item, file=name)
+                else:
+                    yield Place(item[0], name), item[1]
 
     def _file_rows(
         self, path: Path, *, parsed: bool

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from robustft.errors import UserError
 
@@ -27,18 +27,42 @@ RETRY_LEAST = 8
 BOM = b"\xef\xbb\xbf"
 
 
+class Place(NamedTuple):
+    """Where a record stands: `line` counts from 1, lines for JSONL and CSV, else records.
+
+    `file` is its file's name, relative to the input's folder; "" where the input is one file.
+    """
+
+    line: int
+    file: str = ""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The same as output lines tell it: `file` only where there are several."""
+        return {"file": self.file, "line": self.line} if self.file else {"line": self.line}
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}" if self.file else f"line {self.line}"
+
+
 @dataclass(frozen=True, slots=True)
 class Reject:
     """An input record that could not be read: where, why, and its first 64 KiB as they stood.
 
-    `line` counts from 1 (lines for JSONL and CSV, records otherwise); `size` is the length of the
-    whole record in bytes (what of it was read, where a compressed file breaks off).
+    `line` and `file` are those of its `Place`; `size` is the length of the whole record in bytes
+    (what of it was read, where a compressed file breaks off).
     """
 
     line: int
     reason: str
     data: bytes
     size: int
+    file: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where it stands in the input."""
+        return Place(self.line, self.file)
 
 
 class DamagedError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from dataclasses import replace
@@ -108,7 +109,10 @@ def open_folder(folder: Path, split: str, limit: int) -> Reader:
             f"{folder}: expected files of the split {split!r}, found those of {splits}: "
             "name one with --split"
         )
-    return open_files(tuple(files), limit)
+    named = (os.fsencode(path.relative_to(folder)) for path in files)
+    return open_files(
+        tuple(files), limit, tuple(name.decode(errors="backslashreplace") for name in named)
+    )
 
 
 def _split_of(path: Path) -> str:
@@ -126,20 +130,25 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_files(files: tuple[Path, ...], limit: int) -> Reader:
-    """Open files of one kind as one input, once extension and first bytes agree."""
+def open_files(files: tuple[Path, ...], limit: int, names: tuple[str, ...] = ()) -> Reader:
+    """Open files of one kind as one input, once extension and first bytes agree.
+
+    `names` tell several files apart.
+    """
+    if len(files) == 1:
+        names = ("",)
     kinds = {"".join(split_suffix(path)) for path in files}
     if len(kinds) > 1:
         raise UserError(f"{files[0].parent}: expected files of one kind, found {sorted(kinds)}")
     for path in files:
         _check_magic(path)
     if split_suffix(files[0])[0] == ".parquet":
-        return open_parquet(files)
+        return open_parquet(files, names)
     readers = [_open_text(path, limit) for path in files]
     for path, reader in zip(files, readers, strict=True):
         if (reader.format, reader.fields) != (readers[0].format, readers[0].fields):
             raise UserError(f"{path}: expected the layout and columns of {files[0].name}")
-    return replace(readers[0], files=files)
+    return replace(readers[0], files=files, names=names)
 
 
 def _check_magic(path: Path) -> None:
@@ -176,7 +185,7 @@ def _open_text(path: Path, limit: int) -> TextReader:
     start = start.removeprefix(BOM).lstrip()
     if not start:
         raise UserError(f"{path}: the file is empty")
-    reader = TextReader((path,), FORMATS[suffix], compression, suffix + compressed, limit)
+    reader = TextReader((path,), ("",), FORMATS[suffix], compression, suffix + compressed, limit)
     if suffix == ".csv":
         lines = split_lines(without_bom(read_chunks(path, compression)), limit)
         fields, header = csv_header(path, next(split_csv(lines, limit), None))

@@ -138,6 +138,18 @@ def test_a_record_without_a_reply_stays_as_given(tmp_path: Path, name: str) -> N
         ).read_bytes()
 
 
+def test_rejects_of_several_files_name_theirs(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        path = tmp_path / f"in/{name}.jsonl"
+        path.write_text('{"question": "q", "answer": "a"}\n{broken\n')
+    prepare = METHODS["self-label"].prepare
+    assert prepare is not None
+    prepare(setting(str(tmp_path / "in"), tmp_path / "out"))
+    rejects = [json.loads(x) for x in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert [(one["file"], one["line"]) for one in rejects] == [("a.jsonl", 2), ("b.jsonl", 2)]
+
+
 def test_a_label_that_the_column_does_not_hold_drops_its_record(tmp_path: Path) -> None:
     table = pa.table({"question": [f"q{n}" for n in range(6)], "answer": range(6)})
     pq.write_table(table, tmp_path / "in.parquet")
