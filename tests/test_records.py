@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustft.errors import UserError
-from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records, output_name
+from robustft.records import (
+    Record,
+    RecordSource,
+    RecordWriter,
+    Reject,
+    _UniqueIds,
+    open_records,
+    output_name,
+)
 from robustft.records.formats import BadRowError
 
 CHOICE = [
@@ -318,7 +327,6 @@ def test_duplicate_ids_get_a_number(tmp_path: Path) -> None:
     found = [record.id for record in records(source)]
     expected = ["0", "a", "a#2", "a#2#2", "a#3", "7", "7#2", "0#2", "8", "9", "8#2"]
     assert found == expected
-    assert source.duplicate_ids == 6
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -334,8 +342,31 @@ def test_many_ids_stay_unique(tmp_path: Path) -> None:
     source = open_records(save(tmp_path / "d.jsonl", jsonl(rows)))
     found = records(source)
     assert len({record.id for record in found}) == 4000
-    assert source.duplicate_ids == 1000
     assert [r.id for r in found[:3000]] == [row["id"] for row in rows[:3000]]
+
+
+def test_ids_that_stand_twice_or_always_take_no_more_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count, looks = 50_000, 0
+    for name in (lambda n: f"a rather long name {n // 2}", lambda n: "one name"):
+        ids = _UniqueIds()
+        tracemalloc.start()
+        for number in range(count):
+            ids.unique(name(number), number)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held < 33 * count
+    look = _UniqueIds._slot
+
+    def counted(self: _UniqueIds, value: int) -> int:
+        nonlocal looks
+        looks += 1
+        return look(self, value)
+
+    monkeypatch.setattr(_UniqueIds, "_slot", counted)
+    ids.unique("one name", count)
+    assert looks < 50
 
 
 def test_limit_counts_readable_records(tmp_path: Path) -> None:
@@ -441,8 +472,6 @@ def test_any_csv_row_survives(tmp_path: Path, cells: list[tuple[str, str, str]])
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    import tracemalloc
-
     row = orjson.dumps({"question": "q" * 500, "answer": "a"})
     peaks = []
     for count in (1000, 20_000):

@@ -90,7 +90,7 @@ class RecordSource:
     `path` is the path or dataset id as given; `format` is "jsonl", "json", "csv", "parquet" or
     "hub"; `schema` names the schema in use; `fields` are the columns, or the fields of the first
     rows where rows may differ; `suffix` ends the name of an output of the same format, such as
-    ".jsonl.gz"; `duplicate_ids` counts the ids that got a number, None before an iteration ends.
+    ".jsonl.gz".
     """
 
     def __init__(
@@ -101,7 +101,6 @@ class RecordSource:
         self.schema = schema.name
         self.fields = fields
         self.suffix = reader.suffix
-        self.duplicate_ids: int | None = None
         self.reader = reader
         self.layout = schema
         self._limit = limit
@@ -126,7 +125,6 @@ class RecordSource:
             index += 1
             if index == self._limit:
                 break
-        self.duplicate_ids = ids.duplicates
 
     def refusal(self, row: Mapping[str, Any], answer: str) -> str | None:
         """Why a new answer (letter or text) cannot be written in `row`, None where it can.
@@ -185,11 +183,9 @@ class _UniqueIds:
     """
 
     def __init__(self) -> None:
-        self.duplicates = 0
         self._bare = -1  # index of the first record with an id of its own
         self._table = array("Q", bytes(8 << 10))
         self._used = 0
-        self._next: dict[str, int] = {}  # duplicated id -> the next number to try
 
     def unique(self, own: Any, index: int) -> str:
         """Return the id of record `index`: its own id as text, or its index, made unique."""
@@ -201,12 +197,19 @@ class _UniqueIds:
         wanted = str(own) if named else str(index)
         if self._take(wanted):
             return wanted
-        self.duplicates += 1
-        number = self._next.get(wanted, 2)
-        while not self._take(f"{wanted}#{number}"):
-            number += 1
-        self._next[wanted] = number + 1
-        return f"{wanted}#{number}"
+        # The numbers taken follow one another, but for ids that have one of their own; so doubling
+        # and halving finds a free one soon, and none need be remembered.
+        taken, free = 1, 2
+        while self._has(f"{wanted}#{free}"):
+            taken, free = free, 2 * free
+        while free - taken > 1:
+            middle = (taken + free) // 2
+            if self._has(f"{wanted}#{middle}"):
+                taken = middle
+            else:
+                free = middle
+        self._insert(f"{wanted}#{free}")
+        return f"{wanted}#{free}"
 
     def _take(self, name: str) -> bool:
         """Claim a name; False if it is taken, by an earlier bare index too."""
@@ -214,10 +217,11 @@ class _UniqueIds:
             return name != str(int(name)) and self._insert(name)
         return self._insert(name)
 
+    def _has(self, name: str) -> bool:
+        return self._table[self._slot(_hash(name))] != 0
+
     def _insert(self, name: str) -> bool:
-        value = (
-            hash(name) & (1 << 64) - 1 or 1
-        )  # salted anew by every process: none can be aimed at
+        value = _hash(name)
         if self._used * 2 >= len(self._table):
             old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
             for entry in old:
@@ -238,13 +242,17 @@ class _UniqueIds:
         return slot
 
 
+def _hash(name: str) -> int:
+    """64 bits, never 0, salted anew by every process: no name can be made to collide."""
+    return hash(name) & (1 << 64) - 1 or 1
+
+
 def open_records(
     path: str,
     *,
     schema: str | None = None,
     limit: int | None = None,
     split: str = "train",
-    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> RecordSource:
     """Open an input file, a folder of data files, a saved dataset or a Hugging Face dataset id.
 
@@ -255,7 +263,7 @@ def open_records(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected a number of records from 1, found {limit}")
-    reader = open_reader(path, split, max_line_bytes)
+    reader = open_reader(path, split, MAX_LINE_BYTES)
     rows = (item[1] for item in reader.rows() if not isinstance(item, Reject))
     sample = list(islice(rows, SAMPLE_ROWS))
     if not sample and reader.fields:
