@@ -126,9 +126,10 @@ def test_parquet_number_column_takes_numbers_only(tmp_path: Path) -> None:
         (pa.int64(), 12, "13", True), (pa.int64(), 12, "13.0", True),
         (pa.int64(), 12, "12.5", False), (pa.int64(), 12, "1/3", False),
         (pa.int64(), 12, "1e30", False), (pa.int8(), 12, "300", False),
-        (pa.uint8(), 12, "-3", False), (pa.int64(), 12, "9" * 40, False), (pa.float64(), 0.5, "0.1", True),
-        (pa.float64(), 0.5, "1/3", False), (pa.float32(), 0.5, "0.1", True),
-        (pa.float32(), 0.5, "1e300", False), (pa.float16(), 0.5, "0.25", True),
+        (pa.uint8(), 12, "-3", False), (pa.int64(), 12, "9" * 40, False),
+        (pa.float64(), 0.5, "0.1", True), (pa.float64(), 0.5, "1/3", False),
+        (pa.float32(), 0.5, "0.1", True), (pa.float32(), 0.5, "1e300", False),
+        (pa.float16(), 0.5, "0.25", True),
         (pa.string(), "12", "1/3", True), (pa.dictionary(pa.int8(), pa.string()), "a", "b", True),
     ],
 )  # fmt: skip
