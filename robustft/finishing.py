@@ -123,7 +123,7 @@ def finish(
     manifest = _manifest(config, result, models, totals, source.content_hash)
     write_manifest(config.out, manifest)
     if config.dataset_info:  # only now: the manifest is what tells that these files are ours
-        exchange(source, result.cleaned, left=result.counts["keep"] + result.counts["relabel"])
+        exchange(source, result.cleaned, left=result.left)
     write_run_report(config, result, manifest)
     return result
 

@@ -39,7 +39,7 @@ def intake_folder(out: Path, identity: Mapping[str, Any]) -> Path:
     return out / "phases" / f"input-{hashlib.blake2b(how, digest_size=8).hexdigest()}"
 
 
-def take_in(source: RecordSource, folder: Path, *, quiet: bool = False) -> Intake:
+def take_in(source: RecordSource, folder: Path) -> Intake:
     """Read the input unless that has been done; processes that share `folder` take turns.
 
     Raises UserError where the input cannot be read or changes, or the folder cannot be written.
@@ -49,12 +49,12 @@ def take_in(source: RecordSource, folder: Path, *, quiet: bool = False) -> Intak
             remove_leftovers(folder.parent, folder.name)
         if not folder.is_dir():
             with publishing(folder) as (temporary, facts):
-                facts.update(_read(source, temporary, quiet=quiet))
+                facts.update(_read(source, temporary))
                 source.require_unchanged()  # what `folder` is named by
     return Intake(folder)
 
 
-def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:
+def _read(source: RecordSource, folder: Path) -> dict[str, Any]:
     """Write the files of an intake; returns its counts."""
     reasons: Counter[str] = Counter()
     records = rejects = end = 0
@@ -63,9 +63,7 @@ def _read(source: RecordSource, folder: Path, *, quiet: bool) -> dict[str, Any]:
             stack.enter_context((folder / name).open("wb"))
             for name in ("records.jsonl", "ends.i64", "rejects.jsonl", "rejected.i64")
         )
-        progress = stack.enter_context(
-            Progress("read", source.reader.size, unit="records", quiet=quiet)
-        )
+        progress = stack.enter_context(Progress("read", source.reader.size, unit="records"))
         written: list[bytes] = []
         held = 0  # bytes in `written`
 

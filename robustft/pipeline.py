@@ -362,6 +362,7 @@ def _publish_split(
     more: Evidence | None,
     seconds: Mapping[str, float] | None,
 ) -> None:
+    """Compute the split and publish it; see `conclude`. Only for who holds it (`_deciding`)."""
     again = [shard.number for shard in shards if not shard.phase("detected").is_dir()]
     if again:
         raise UnfinishedError(

@@ -90,6 +90,11 @@ class CleanResult:
     next_steps: tuple[str, ...] = ()  # commands worth running now
 
     @property
+    def left(self) -> int:
+        """How many records the training set holds."""
+        return self.counts["keep"] + self.counts["relabel"]
+
+    @property
     def estimate(self) -> str:
         """The noise rate and the worth of the verdicts in words; empty where unknown."""
         if self.noise_rate is None:

@@ -87,7 +87,7 @@ def test_units_of_long_records_are_written_and_read_in_parts(tmp_path: Path) -> 
         file.writelines(json.dumps(row) + "\n" for row in rows)
     source = open_records(str(tmp_path / "in.jsonl"))
     tracemalloc.start()
-    with take_in(source, tmp_path / "taken", quiet=True) as intake:
+    with take_in(source, tmp_path / "taken") as intake:
         assert tracemalloc.get_traced_memory()[1] < 24 * size
         tracemalloc.reset_peak()
         unit = intake.unit(0)

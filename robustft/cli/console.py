@@ -79,7 +79,6 @@ def _earlier(seconds: float) -> str:
 def print_baseline_summary(result: CleanResult, method: str) -> None:
     """What a baseline did, where the files are and what to run next."""
     counts = result.counts
-    kept = counts["keep"] + counts["relabel"]
     done = ", ".join(
         f"{counts[name]:,} {word}"
         for name, word in (
@@ -93,7 +92,7 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
     print(f"training set  {result.cleaned}")
     print(f"verdicts      {result.out / 'verdicts.jsonl'}")
     print(f"took          {result.seconds['total']:.0f} s")
-    if kept:
+    if result.left:
         train = ["robustft", "train", str(result.cleaned), "--out", str(result.out / "adapter")]
         print(f"next:\n  {shlex.join(train)}")
     else:

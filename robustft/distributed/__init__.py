@@ -155,12 +155,6 @@ def run_shard(
     filled = [one for one in shards if one.rows]
     if shard.rows:
         _say(f"shard {shard.name}: records {shard.start} to {shard.stop} of {plan.records}")
-    else:
-        _say(
-            f"shard {shard.name}: nothing to do; shards are whole units of {UNIT_ROWS} records, "
-            f"and there are {plan.records}"
-        )
-    if shard.rows:
         target = conclusion_folder(config.out)
         with ExitStack() as stack:
             store = stack.enter_context(opened(shard, plan))
@@ -172,6 +166,11 @@ def run_shard(
             wait_for(filled, "detected", shard.name, wait)
             corpus = Corpus(intake, filled, config.threads, config.retriever)
             run.relabel(conclude(config, filled, target, corpus), corpus)
+    else:
+        _say(
+            f"shard {shard.name}: nothing to do; shards are whole units of {UNIT_ROWS} records, "
+            f"and there are {plan.records}"
+        )
     return [one.number for one in filled if not one.phase("relabeled").is_dir()]
 
 

@@ -103,7 +103,7 @@ def write_decisions(
     }  # fmt: skip
     write_manifest(out, manifest)
     if config.dataset_info:
-        exchange(source, result.cleaned, left=result.counts["keep"] + result.counts["relabel"])
+        exchange(source, result.cleaned, left=result.left)
     return result
 
 

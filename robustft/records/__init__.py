@@ -177,10 +177,7 @@ def _as_bytes(row: Mapping[str, Any]) -> bytes:
 
 
 class _UniqueIds:
-    """Makes ids unique with "#2", "#3", …: an open-addressing set of hashes, 8 bytes a slot.
-
-    Only ids that occur more than once are held as text.
-    """
+    """Makes ids unique with "#2", "#3", … in 8 bytes a slot: an open-addressing set of hashes."""
 
     def __init__(self) -> None:
         self._bare = -1  # index of the first record with an id of its own

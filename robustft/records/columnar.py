@@ -6,6 +6,7 @@ arrays, so every type and the file's schema survive.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -279,10 +280,13 @@ def _parquet_batches(files: tuple[Path, ...], names: tuple[str, ...]) -> Iterato
     )
     for path, name in zip(files, names, strict=True):
         yield _Start(name)
-        with open_file(path) as file, open_file(path, read_dictionary=_texts(file)) as undecoded:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open_file(path))
+            texts = _texts(file)
+            undecoded = stack.enter_context(open_file(path, read_dictionary=sorted(texts)))
             for number in range(file.num_row_groups):
                 left = file.metadata.row_group(number).num_rows
-                rows = min(BATCH_ROWS, max(1, BATCH_BYTES // _row_bytes(undecoded, number)))
+                rows = min(BATCH_ROWS, max(1, BATCH_BYTES // _row_bytes(undecoded, number, texts)))
                 try:
                     for batch in file.iter_batches(rows, row_groups=[number], use_threads=False):
                         left -= batch.num_rows
@@ -291,24 +295,24 @@ def _parquet_batches(files: tuple[Path, ...], names: tuple[str, ...]) -> Iterato
                     yield _Damage(left, _first_line(error))
 
 
-def _texts(file: Any) -> list[str]:
+def _texts(file: Any) -> set[str]:
     """The paths of the texts in a Parquet file, in lists and structs too."""
     columns = (file.schema.column(number) for number in range(file.metadata.num_columns))
-    return [
+    return {
         column.path
         for column in columns
         if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
-    ]
+    }
 
 
-def _row_bytes(file: Any, number: int) -> int:
-    """About the bytes of a row in a row group, decoded; `file` gives texts as dictionaries.
+def _row_bytes(file: Any, number: int, texts: set[str]) -> int:
+    """About the bytes of a row in a row group, decoded; `file` gives `texts` as dictionaries.
 
     The group's own size tells too little: a text that many rows share stands in it once. So every
     text counts as the longest of the dictionary, which the first rows show; where these are empty,
     as the whole column.
     """
-    group, texts = file.metadata.row_group(number), set(_texts(file))
+    group = file.metadata.row_group(number)
     rows = max(1, group.num_rows)
     size: int = max(1, group.total_byte_size // rows)
     for column in map(group.column, range(group.num_columns)):

@@ -24,7 +24,7 @@ from robustft.records.framing import (
     MAX_LINE_BYTES,
     Place,
     Reject,
-    listed,
+    field_names,
     read_chunks,
     reject,
     short,
@@ -235,7 +235,8 @@ class TextReader:
         names = csv_header(path, header)[0]
         if names != self.fields:
             raise UserError(
-                f"{path}: expected the columns {listed(self.fields)}, found {listed(names)}"
+                f"{path}: expected the columns {field_names(self.fields)}, "
+                f"found {field_names(names)}"
             )
         for item in records:
             if isinstance(item, Reject):

@@ -80,7 +80,7 @@ def short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def listed(names: Iterable[str]) -> str:
+def field_names(names: Iterable[str]) -> str:
     """The first 20 names of an input's fields, each made short, for a message."""
     return ", ".join(map(short, islice(names, 20))) or "none"
 

@@ -21,7 +21,7 @@ import orjson
 
 from robustft.errors import UserError
 from robustft.records.formats import BadRowError, has_nan, type_name
-from robustft.records.framing import MAX_LINE_BYTES, listed, short
+from robustft.records.framing import MAX_LINE_BYTES, field_names, short
 from robustft.terminal import printable
 
 _log = logging.getLogger("robustft")
@@ -59,7 +59,7 @@ class Schema(Protocol):
 def field(row: Mapping[str, Any], name: str) -> Any:
     """Return a field that must be there."""
     if name not in row:
-        raise BadRowError(f"missing field {name!r}; fields found: {listed(row)}")
+        raise BadRowError(f"missing field {name!r}; fields found: {field_names(row)}")
     return row[name]
 
 
@@ -437,7 +437,7 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
         return best.tuned(sample) if isinstance(best, ChoiceSchema) else best
     names = list(dict.fromkeys(key for row in sample for key in row))
     other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
-    found = printable(listed(names))
+    found = printable(field_names(names))
     if name is not None:
         wanted = " or ".join("+".join(s.fields) for s in candidates)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")

@@ -86,7 +86,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
 
 def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
     """Commands worth running after `clean`; none where nothing was cleaned, or nothing is left."""
-    if result.powerless or result.counts["keep"] + result.counts["relabel"] == 0:
+    if result.powerless or not result.left:
         return ()
     adapter = str(result.out / "adapter")
     model = ["--model", config.engine.model] if config.engine.model else []
