@@ -197,6 +197,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def by_option(settings: Mapping[str, Any]) -> dict[str, str]:
+    """A fingerprint as a person reads it: values as text, by the names of the command line."""
+    return {_option(name): _value(value) for name, value in settings.items() if name != "input"}
+
+
 def _option(name: str) -> str:
     outer, _, inner = name.rpartition(".")
     option = ("fold-" if outer == "tuned" and inner != "folds" else "") + inner.replace("_", "-")
@@ -208,7 +213,9 @@ def _option(name: str) -> str:
 def _value(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "not given"
-    return "not given" if value is None else str(value)
+    if value is None or isinstance(value, bool):
+        return "given" if value else "not given"
+    return str(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ def printable(text: str) -> str:
     )
 
 
-def listed(numbers: Sequence[int]) -> str:
+def listed(names: Sequence[object]) -> str:
     """`3, 4, 7`; of more than twenty the first ones."""
-    return ", ".join(map(str, numbers[:20])) + (" …" if len(numbers) > 20 else "")
+    return ", ".join(map(str, names[:20])) + (" …" if len(names) > 20 else "")
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:

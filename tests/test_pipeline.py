@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -652,4 +653,8 @@ def test_free_text_is_judged_by_agreement(tmp_path: Path) -> None:
     assert 0.5 < result.expected_precision <= 1
     manifest = json.loads((tmp_path / "out/manifest.json").read_bytes())
     assert manifest["noise_rate"]["value"] == pytest.approx(result.noise_rate.value)
-    assert "by estimate" in (tmp_path / "out/report.html").read_text()
+    report = (tmp_path / "out/report.html").read_text()
+    assert "by estimate" in report
+    shown = re.sub("(<[^>]*>)+", " ", report)
+    for option, value in (("--reasoning-tokens", 64), ("--without", "not given")):
+        assert f"{option} {value} " in shown

@@ -12,11 +12,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import robustft
 from robustft.errors import UnfinishedError, UserError
 from robustft.terminal import printable
+
+if TYPE_CHECKING:
+    from robustft.config import EngineConfig
 
 _DONE, _OTHER, _USER, _POWERLESS, _UNFINISHED, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 _TERMINATED = 143  # as a shell tells SIGTERM
@@ -25,12 +28,21 @@ _RESUMABLE = {"clean", "demo", "eval", "reproduce", "score", "train"}  # with --
 # --- commands ------------------------------------------------------------------------------
 
 
-def _engine_config(options: argparse.Namespace) -> Any:
+def _engine_config(options: argparse.Namespace) -> EngineConfig:
     from robustft.config import EngineConfig
 
     given = vars(options)
     names = {field.name for field in dataclasses.fields(EngineConfig)}
     return EngineConfig(**{name: given[name] for name in names & given.keys()})
+
+
+def _tell_small_model(engine: EngineConfig) -> None:
+    """Beside a result: what it is worth, where the default model made it."""
+    from robustft.cli.console import print_small_model
+    from robustft.models import DEFAULT_MODEL
+
+    if engine.engine != "openai" and engine.model in (None, DEFAULT_MODEL):
+        print_small_model()
 
 
 def _run_clean(options: argparse.Namespace) -> int:
@@ -66,6 +78,7 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
         refuse_folds(config, f"--method {options.method}")
         result = clean_by(options.method, config)
         print_baseline_summary(result, options.method)
+        _tell_small_model(config.engine)
         _print_truth(result, options)
         return _DONE
     if options.estimate:
@@ -198,6 +211,7 @@ def _run_score(options: argparse.Namespace) -> int:
         schema=options.schema, limit=options.limit, split=options.split,
     )  # fmt: skip
     print(summary)
+    _tell_small_model(config)
     return _DONE
 
 
@@ -235,6 +249,7 @@ def _run_train(options: argparse.Namespace) -> int:
         report_to=tuple(options.report_to),
     )
     print(train(config))
+    _tell_small_model(config.engine)
     return _DONE
 
 
@@ -252,6 +267,7 @@ def _run_eval(options: argparse.Namespace) -> int:
         engine=_engine_config(options),
     )
     print(evaluate(config))
+    _tell_small_model(config.engine)
     return _DONE
 
 

@@ -25,13 +25,18 @@ def print_announcement(known: Announcement) -> None:
     if found := known.models.abilities.found:
         print(printable(f"robustft: server: {'; '.join(found)}"), file=sys.stderr)
     if known.models.small_embedded_model:
-        print(
-            f"robustft: {DEFAULT_MODEL} is a small model: fine to see how everything works, too "
-            "weak for verdicts you would train on. Name a stronger one with --model.",
-            file=sys.stderr,
-        )
+        print_small_model()
     if known.resumed:
         print("robustft: resuming; what was asked before is not asked again", file=sys.stderr)
+
+
+def print_small_model() -> None:
+    """What the default model is good for."""
+    print(
+        f"robustft: {DEFAULT_MODEL} is a small model: fine to see how everything works, too weak "
+        "for real work. Name a stronger one with --model.",
+        file=sys.stderr,
+    )
 
 
 def print_clean_summary(result: CleanResult) -> None:

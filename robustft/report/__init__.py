@@ -23,7 +23,7 @@ from robustft.report.data import (
 )
 from robustft.report.figures import Bar, Series
 from robustft.report.suspects import suspects_section
-from robustft.terminal import counted
+from robustft.terminal import counted, listed
 
 __all__ = [
     "Counts",
@@ -254,7 +254,7 @@ def _experts(summary: ReportData) -> str:
             "that calls it right.</p></figcaption>"
             + figures.bars(agreement, "Agreement with the given answer.", full=1.0)
             + "</figure>"
-            + _votes(summary.weights, summary.estimate)
+            + _votes(summary)
             + "<div class='card scroll'><h3>Work</h3><table><thead><tr><th>Expert</th>"
             "<th class='num'>asked</th><th class='num'>unread</th><th class='num'>tokens in</th>"
             f"<th class='num'>tokens out</th></tr></thead><tbody>{rows}</tbody></table></div></div>"
@@ -262,14 +262,17 @@ def _experts(summary: ReportData) -> str:
     return f"<section><h2>Experts</h2>{body}</section>"
 
 
-def _votes(weights: Mapping[str, float], estimate: str) -> str:
+def _votes(summary: ReportData) -> str:
     """Whom the verdicts rest on."""
+    weights, estimate = summary.weights, summary.estimate
     if not weights:
         return ""
     shares = [Bar(name, w, markup.percent(w, 1.0), "keep") for name, w in weights.items()]
+    learners = [expert.name for expert in summary.experts if expert.learner]
     return _card(
         "Share of the vote",
         "How far the corpus itself shows that each expert can be trusted; 0 is muted."
+        + (f" No model, but learnt from this corpus: {listed(learners)}." if learners else "")
         + (f" {markup.plain(estimate)}." if estimate else ""),
         figures.bars(shares, "Share of the vote.", full=1.0),
         "",

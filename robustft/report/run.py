@@ -8,7 +8,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
-from robustft.config import CleanConfig
+from robustft.config import CleanConfig, by_option
 from robustft.report import write_report
 from robustft.report.data import (
     Counts,
@@ -72,7 +72,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
             ModelRow("embeddings", models["embedder"]),
         ),
         peak_memory_bytes=manifest["peak_memory_bytes"],
-        settings={name: str(value) for name, value in manifest["config"].items()},
+        settings=by_option(manifest["config"]),
         files=files,
         next_steps=result.next_steps,
         warnings=tuple(result.warnings),

@@ -106,7 +106,9 @@ def _opinions(opinions: Sequence[Opinion]) -> str:
     return (
         "<div class='scroll'><table><thead><tr><th>Expert</th><th>Answer</th>"
         "<th class='num'>nll</th><th class='num'>entropy</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
+        f"<tbody>{rows}</tbody></table><p><small>nll: how improbable its answer was to "
+        "the expert itself; entropy: how undecided it was. Nats a token; lower is surer."
+        "</small></p></div>"
     )
 
 

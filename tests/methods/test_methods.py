@@ -122,6 +122,7 @@ def test_a_record_without_a_reply_stays_as_given(tmp_path: Path, name: str) -> N
     config = CleanConfig(input=path, out=tmp_path / "out")
     result = prepare(Setting(config, flaky, LetterEmbedder()))
     lines = [json.loads(line) for line in (tmp_path / "out/verdicts.jsonl").open()]
+    assert [line["line"] for line in lines] == list(range(2, len(lines) + 2))  # below the header
     failed = [line for line in lines if REASON in line["reason"]]
     assert len(failed) == result.unanswered > 0
     for line in failed:
