@@ -77,6 +77,20 @@ def test_no_command_at_all_shows_the_overview(run: CommandLine) -> None:
     assert done.err == run("--help").out
 
 
+@pytest.mark.parametrize("command", ["clean", "train", "eval", "score", "corrupt"])
+def test_a_missing_input_is_told_before_anything_heavy_is_imported(command: str) -> None:
+    arguments = [command, "nothing.jsonl", "--out", "o", *["--rate=0.3"] * (command == "corrupt")]
+    program = (
+        f"import sys\nfrom robustft.cli import main\nstatus = main({arguments})\n"
+        "print(status, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "robustft: nothing.jsonl: No such file or directory\n"
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, time; t = time.process_time()\n"
@@ -118,7 +132,15 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         (("bench", "frob"), "WHAT: invalid choice: 'frob'"),
     ],
 )
-def test_wrong_arguments(run: CommandLine, arguments: tuple[str, ...], complaint: str) -> None:
+def test_wrong_arguments(
+    run: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").touch()
     assert complaint in run.refused(*arguments)
 
 

@@ -362,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("input", "out"):  # a shell variable that is not set, most likely
             if getattr(options, name, None) == "":
                 raise UserError(f"{'--' * (name == 'out')}{name}: expected a path, found nothing")
+        _refuse_missing(getattr(options, "input", None))
         said = _Stdout(sys.stdout)
         with _logging(verbose), _ended_by_sigterm(), contextlib.redirect_stdout(said):
             status = _COMMANDS[command](options)
@@ -382,6 +383,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(_OTHER, _unexpected(error, resumable=resumable))
     return status
+
+
+def _refuse_missing(path: str | None) -> None:
+    """Raise UserError for an input that is not there, before the seconds that importing takes."""
+    from robustft.records.sources import find
+    from robustft.remote import is_remote
+
+    if path is not None and not is_remote(path):
+        find(Path(path), path)
 
 
 @contextlib.contextmanager

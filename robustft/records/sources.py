@@ -29,6 +29,7 @@ FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
 KNOWN = ".jsonl .ndjson .json .csv (also with .gz or .zst) and .parquet"
+_HUB_SCHEME = "hf://datasets/"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
 # How file and folder names of datasets mark their splits, as the hub reads them.
 SPLITS = {
@@ -49,20 +50,11 @@ def split_suffix(path: Path) -> tuple[str, str]:
 
 def open_reader(path: str, split: str, limit: int) -> Reader:
     """Return the reader of a file (remote ones too), folder or dataset id; raises `UserError`."""
-    hub = path.removeprefix("hf://datasets/")
+    hub = path.removeprefix(_HUB_SCHEME)
     file = fetched(path) if is_remote(path) and not HUB_ID.fullmatch(hub) else Path(path)
-    try:
-        mode = file.stat().st_mode
-    except FileNotFoundError as error:
-        suffix = split_suffix(file)[0]
-        local = suffix in FORMATS or suffix == ".parquet" or file.parent.is_dir()
-        if HUB_ID.fullmatch(hub) and (hub != path or not local):
-            return open_hub(hub, split)
-        raise system_error(file, error) from None
-    except OSError as error:
-        raise system_error(file, error) from None
-    except ValueError:  # a NUL in the name
-        raise UserError(f"{path!r}: not a file name") from None
+    mode = find(file, path)
+    if mode is None:
+        return open_hub(hub, split)
     if stat.S_ISDIR(mode):
         return open_folder(file, split, limit)
     if not stat.S_ISREG(mode):
@@ -70,6 +62,26 @@ def open_reader(path: str, split: str, limit: int) -> Reader:
     if split not in ("train", "test"):  # the defaults
         raise UserError(f"{path}: is one file, which has no split {split!r}: leave --split out")
     return open_files((file,), limit)
+
+
+def find(file: Path, path: str) -> int | None:
+    """The mode of the `file` that the user named by `path`; None: no file, but a dataset's id.
+
+    Raises `UserError` where it is neither.
+    """
+    try:
+        return file.stat().st_mode
+    except FileNotFoundError as error:
+        hub = path.removeprefix(_HUB_SCHEME)
+        suffix = split_suffix(file)[0]
+        local = suffix in FORMATS or suffix == ".parquet" or file.parent.is_dir()
+        if HUB_ID.fullmatch(hub) and (hub != path or not local):
+            return None
+        raise system_error(file, error) from None
+    except OSError as error:
+        raise system_error(file, error) from None
+    except ValueError:  # a NUL in the name
+        raise UserError(f"{path!r}: not a file name") from None
 
 
 def open_folder(folder: Path, split: str, limit: int) -> Reader:
