@@ -1,7 +1,6 @@
-"""Split the corpus into clean and noisy (eq. 3).
+"""From the opinions on every record to the split of the corpus.
 
-A detector turns the opinions on each record into evidence, then concludes on all of it.
-`PaperDetector` is the paper's rule; `CrowdDetector` learns how far each expert can be trusted.
+A detector turns opinions into evidence unit by unit, then concludes on all of it.
 """
 
 from __future__ import annotations
@@ -9,18 +8,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustft import answers, crowd
 from robustft.crowd import Estimate, Judgement
+from robustft.detection.conclusion import PANEL, Conclusion
+from robustft.detection.rule import Asked, paper_rule, unjudged
 from robustft.experts import record_kind
 from robustft.prompts import LETTERS
-from robustft.records import Record
 from robustft.store import Opinion
 
 NO_BETTER_THAN_CHANCE = (
@@ -29,144 +28,12 @@ NO_BETTER_THAN_CHANCE = (
     "--detector paper goes by the model's word regardless"
 )
 
-
-class Asked(NamedTuple):
-    """A record and the opinions that detection rests on."""
-
-    record: Record
-    base: Opinion
-    reasoned: Opinion | None
-    checker: Opinion | None
-
-
-class Detection(NamedTuple):
-    """The verdict on one given answer."""
-
-    noisy: bool
-    noise_score: float  # in [0, 1], higher is noisier; NaN: not judged
-    reason: str
-
-
-_PANEL = ("base", "reasoned")  # experts that do not see the given answer
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
 _MOST_SETS = 32  # the largest so many
 _LETTER = 0.9  # the probability an expert is taken to give the letter it names without one
 _WIDE = 0.3  # a noise rate whose interval is wider says little
 TUNED = "tuned"  # the model fine-tuned out of fold: [n, options] probabilities, where it was asked
 Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
-
-
-@dataclass(frozen=True)
-class Conclusion:
-    """The split of a whole corpus, by position in the input (arrays may be mapped files)."""
-
-    noisy: NDArray[np.bool_]  # [N]
-    unjudged: NDArray[np.bool_]  # [N] an expert could not be reached
-    pooled: NDArray[np.float64]  # [N, options] the crowd's probabilities; no column: no crowd
-    wrong: NDArray[np.float64]  # [N] that the given answer is wrong; NaN where no crowd could tell
-    jury: NDArray[np.int8]  # [N] which of `votes` counts for the record; -1: no crowd
-    votes: Sequence[Mapping[str, float]] = ()  # of each jury: expert -> share of the vote
-    powerless: bool = False  # no expert was better than chance, on any record
-    noise_rate: Estimate | None = None  # share of wrong answers
-    expected_precision: float = math.nan  # share of the noisy verdicts that are right
-    # learner that votes -> [N, options] its probabilities; zeros where it was not asked
-    learned: Mapping[str, NDArray[np.float16]] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # what the split took
-
-    @functools.cached_property
-    def silent(self) -> NDArray[np.bool_]:
-        """[N] records without a verdict."""
-        return self.unjudged | ((self.jury >= 0) & np.isnan(self.wrong))
-
-    @functools.cached_property
-    def clean(self) -> NDArray[np.bool_]:
-        """[N] whom retrieval may show."""
-        return ~(self.noisy | self.silent)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Expert -> share of the vote, over all records that a crowd judged."""
-        counts = np.bincount(self.jury[self.jury >= 0], minlength=len(self.votes))
-        found: dict[str, float] = {}
-        for votes, count in zip(self.votes, counts.tolist(), strict=True):
-            for name, share in votes.items():
-                found[name] = found.get(name, 0.0) + share * count / max(int(counts.sum()), 1)
-        return found
-
-    def learners_said(self, start: int, count: int) -> Iterator[tuple[int, str, Opinion]]:
-        """Row, learner and opinion of `count` records that follow one another from `start`."""
-        for name, values in self.learned.items():
-            block = values[start : start + count].astype(np.float64)
-            best, logs = block.argmax(1), np.log(np.maximum(block, 1e-12))
-            entropy = -(block * logs).sum(1)
-            rounded = block.round(4).tolist()
-            for row in np.flatnonzero(block.any(1)).tolist():
-                option = int(best[row])
-                nll = -float(logs[row, option])
-                yield (
-                    row, name,
-                    Opinion(LETTERS[option], "", nll, float(entropy[row]), tuple(rounded[row])),
-                )  # fmt: skip
-
-    def detections(self, asked: Sequence[Asked]) -> list[Detection]:
-        """The verdict on each of some records that follow one another in the input."""
-        if not asked:
-            return []
-        first = asked[0].record.index
-        return [
-            unjudged(one) or self._by_crowd(one, first + row) or self._by_paper(one, first + row)
-            for row, one in enumerate(asked)
-        ]
-
-    def _by_crowd(self, asked: Asked, position: int) -> Detection | None:
-        """The crowd's verdict; None where there is no crowd."""
-        jury = int(self.jury[position])
-        if jury < 0:
-            return None
-        voters = ", ".join(f"{name} {w:.2f}" for name, w in self.votes[jury].items() if w)
-        if not voters:
-            return Detection(False, math.nan, "no expert is better than chance on these records")
-        wrong = float(self.wrong[position])
-        if math.isnan(wrong):
-            return Detection(False, math.nan, "not judged: the model gave no answer")
-        said = f"given answer wrong with {wrong:.2f}"
-        if asked.record.options is not None and self.pooled.shape[1]:
-            row = self.pooled[position]
-            best = int(row.argmax())
-            said = f"{LETTERS[best]} ({row[best]:.2f}), {said}"
-        return Detection(bool(self.noisy[position]), wrong, f"crowd: {said}; votes {voters}")
-
-    def _by_paper(self, asked: Asked, position: int) -> Detection:
-        """The paper's verdict; the split is the one that relabeling went by."""
-        return paper_rule(asked)._replace(noisy=bool(self.noisy[position]))
-
-    def own_label(self, record: Record) -> tuple[str, float] | None:
-        """The crowd's label and its negative log-probability where it outranks the panel's.
-
-        Where learners on the corpus hold most of the vote, the panel's model knows less about
-        these labels than the corpus itself does, and so would its context-enhanced answer and its
-        review.
-        """
-        if record.options is None or not self._outranks_the_panel[self.jury[record.index]]:
-            return None
-        row = self.pooled[record.index]
-        best = int(row.argmax())
-        return LETTERS[best], -math.log(max(float(row[best]), 1e-12))
-
-    def own_labels(self) -> NDArray[np.int64]:
-        """[N] option of every `own_label`; -1 where there is none."""
-        if not self._outranks_the_panel.any():
-            return np.full(len(self.pooled), -1)
-        own = self._outranks_the_panel[self.jury] & self.pooled.any(1)
-        return np.where(own, self.pooled.argmax(1), -1)
-
-    @functools.cached_property
-    def _outranks_the_panel(self) -> NDArray[np.bool_]:
-        """[juries + 1] whether learners hold most of the vote; the last, of no jury: no."""
-        shares = [sum(w for n, w in votes.items() if n not in _PANEL) for votes in self.votes]
-        learnt = self.pooled.shape[1] > 0
-        return np.array([*(learnt and share > 0.5 for share in shares), False])
 
 
 class Detector(Protocol):
@@ -205,8 +72,9 @@ class PaperDetector:
 
     def evidence(self, asked: Sequence[Asked]) -> Evidence:
         """noisy, unjudged: [n] bool."""
-        noisy, skipped = _by_paper(asked, np.ones(len(asked), np.bool_))
-        return {"noisy": noisy, "unjudged": skipped}
+        skipped = np.array([unjudged(one) is not None for one in asked], np.bool_)
+        noisy = np.array([paper_rule(one).noisy for one in asked], np.bool_)
+        return {"noisy": noisy & ~skipped, "unjudged": skipped}
 
     def conclude(
         self, evidence: Evidence, corpus: crowd.Corpus, progress: crowd.Progress | None = None
@@ -245,7 +113,7 @@ class CrowdDetector:
         answered = np.ones(len(asked), np.bool_)
         panel = {
             name: np.zeros((len(asked), width), np.float32)
-            for name in _PANEL
+            for name in PANEL
             if asked and getattr(asked[0], name) is not None
         }
         for position, one in enumerate(asked):
@@ -345,7 +213,7 @@ def _judge_choices(
     classes = int(widths.max())
     panel, tuned = (
         {n: evidence[n][chosen, :classes].astype(np.float64) for n in names if n in evidence}
-        for names in (_PANEL, (TUNED,))
+        for names in (PANEL, (TUNED,))
     )
     learners = None
     if alike and len(chosen) > 1:
@@ -384,17 +252,6 @@ def _whole_rate(found: Sequence[Judgement], sizes: Sequence[int]) -> Estimate | 
     return Estimate(*np.average(parts, axis=0, weights=weights).tolist())
 
 
-def _by_paper(
-    asked: Sequence[Asked], where: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Noisy by `paper_rule` (only looked at where `where`), and unjudged."""
-    skipped = np.array([unjudged(one) is not None for one in asked], np.bool_)
-    noisy = np.zeros(len(asked), np.bool_)
-    for position in np.flatnonzero(where & ~skipped).tolist():
-        noisy[position] = paper_rule(asked[position]).noisy
-    return noisy, skipped
-
-
 @functools.lru_cache(maxsize=4096)
 def _kind_of(options: tuple[str, ...]) -> int:
     """A number for a set of options; sets that differ in spelling alone share it."""
@@ -424,67 +281,3 @@ def _as_one(
         values[given] += values[same].sum()
         values[same] = 0.0
     return values
-
-
-def paper_rule(asked: Asked) -> Detection:
-    """The paper's rule.
-
-    With a checker, its word decides: noisy where it answers no (eq. 3). Without one, the given
-    answer is clean where every prediction agrees with it. Without the reasoning expert only the
-    base prediction is compared. The noise score is the mean, over the experts asked, of the
-    probability each gives to the answer being wrong.
-    """
-    record, checker = asked.record, asked.checker
-    doubts, sides = [], []
-    unanimous = True
-    for name, prediction in (("base", asked.base), ("reasoned", asked.reasoned)):
-        if prediction is not None:
-            agreeing = agrees(record, prediction)
-            unanimous = unanimous and agreeing
-            doubts.append(doubt(record, prediction))
-            sides.append(f"{name} {'agrees' if agreeing else 'disagrees'}")
-    if checker is not None and checker.answer is not None:
-        probabilities = checker.probabilities or (0.5, 0.5)
-        doubts.append(probabilities[1])
-        noisy = checker.answer == "no"
-        said = f"checker: {'no' if noisy else 'yes'} (p(no) {probabilities[1]:.2f})"
-    else:
-        noisy = not unanimous
-        said = "no checker: all predictions must agree"
-    return Detection(noisy, sum(doubts) / len(doubts), "; ".join([said, *sides]))
-
-
-def unjudged(asked: Asked) -> Detection | None:
-    """The verdict where an expert could not be reached: kept as given, with the reason."""
-    for name in ("base", "reasoned", "checker"):
-        said: Opinion | None = getattr(asked, name)
-        if said is not None and said.failure:
-            return Detection(False, math.nan, f"not judged: {name}: {said.failure}")
-    return None
-
-
-def agrees(record: Record, opinion: Opinion) -> bool:
-    """Whether an expert's answer is the given one."""
-    if opinion.answer is None:
-        return False
-    options = record.options
-    if options is not None and opinion.answer in LETTERS[: len(options)]:
-        said, given = (LETTERS.index(letter) for letter in (opinion.answer, record.answer))
-        return options[said] == options[given]
-    kind = record_kind(record)
-    return answers.matches(record.answer, opinion.answer, kind=kind, options=record.options)
-
-
-def doubt(record: Record, opinion: Opinion) -> float:
-    """The probability an expert gives to the given answer being wrong, in [0, 1].
-
-    From the option probabilities where there are any; else one minus the agreement of the texts;
-    0.5 where the expert gave no answer.
-    """
-    if opinion.answer is None:
-        return 0.5
-    if record.options is not None and opinion.probabilities is not None:
-        return 1.0 - opinion.probabilities[LETTERS.index(record.answer)]
-    kind = record_kind(record)
-    agreement = answers.agreement(record.answer, opinion.answer, kind=kind, options=record.options)
-    return min(max(1.0 - agreement, 0.0), 1.0)
