@@ -54,7 +54,9 @@ class FrozenTrunk:
             trunk = cls(model, depth, model_identity(model))
             training = model.training
             model.eval()
-            ids = np.arange(2, 10, dtype=np.int32) % int(trunk._base.config.vocab_size)
+            ids = np.arange(2, 10, dtype=np.int32) % int(
+                trunk._base.config.get_text_config().vocab_size
+            )
             last = torch.arange(4, len(ids), device=trunk.device)
             with torch.no_grad():
                 batch = torch.from_numpy(ids).long()[None].to(trunk.device)

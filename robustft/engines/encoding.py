@@ -7,6 +7,7 @@ then the eight or so ordinary tokens that spell it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,16 @@ from robustft.errors import UserError
 # Private-use characters: no template looks for them, and they stand alone in the rendering.
 _PLACEHOLDER = "\ue0f0{}\ue0f1"
 _SPLIT = re.compile("\ue0f0([0-9]+)\ue0f1")
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
+    longest = sorted(filter(None, spellings), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+
+def _spaced(found: re.Match[str]) -> str:
+    """A control token's spelling, broken by a space."""
+    return f"{found[0][:1]} {found[0][1:]}"
 
 
 class PromptEncoder:
@@ -38,7 +49,6 @@ class PromptEncoder:
         self.ends = frozenset(int(end) for end in own if end is not None)
         self.truncated = 0  # prompts cut to the window so far
         self._templates: dict[tuple[str, ...], list[list[int] | int]] = {}
-        self._control: re.Pattern[str] | None = None  # spellings of control tokens
         self._endings: dict[tuple[str, str], list[int]] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -58,7 +68,7 @@ class PromptEncoder:
     def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
         """Token ids of every prompt, its middle cut out where `room` more would not fit."""
         encoded = self.encode(prompts)
-        self._cut(encoded, room)
+        self._cut(encoded, [room] * len(encoded))
         return encoded
 
     def fit_with(
@@ -76,16 +86,17 @@ class PromptEncoder:
         cut = [len(ids) > most for ids in endings]
         endings = [ids[:most] for ids in endings]
         encoded = self.encode(prompts)
-        shorter = self._cut(encoded, max((len(ids) + room for ids in endings), default=0))
+        shorter = self._cut(encoded, [len(ids) + room for ids in endings])
         return encoded, endings, [a or b for a, b in zip(cut, shorter, strict=True)]
 
-    def _cut(self, encoded: list[list[int]], room: int) -> list[bool]:
-        """Cut the middle out of those where `room` more would not fit; which they were."""
-        keep = max(self.window - room, 2)
-        cut = [len(ids) > keep for ids in encoded]
-        for index in itertools.compress(range(len(encoded)), cut):
-            ids = encoded[index]
-            encoded[index] = ids[: keep - keep // 2] + ids[len(ids) - keep // 2 :]
+    def _cut(self, encoded: list[list[int]], rooms: Sequence[int]) -> list[bool]:
+        """Cut the middle out of those where their `rooms` more would not fit; which they were."""
+        cut = []
+        for index, (ids, room) in enumerate(zip(encoded, rooms, strict=True)):
+            keep = max(self.window - room, 2)
+            cut.append(len(ids) > keep)
+            if cut[-1]:
+                encoded[index] = ids[: keep - keep // 2] + ids[len(ids) - keep // 2 :]
         self.truncated += sum(cut)
         return cut
 
@@ -118,14 +129,13 @@ class PromptEncoder:
         return text + self._harmless(prompt.prefix)
 
     def _harmless(self, text: str) -> str:
-        if self._control is None:
-            added = self._tokenizer.added_tokens_decoder.values()
-            spelt = {str(token.content) for token in added} | set(
-                self._tokenizer.all_special_tokens
-            )
-            longest = sorted(filter(None, spelt), key=len, reverse=True)
-            self._control = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
-        return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+        return self._control.sub(_spaced, text)
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        """The spellings of all control tokens."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return _any_of({str(one.content) for one in added} | {*self._tokenizer.all_special_tokens})
 
     def _adds_bos(self) -> bool:
         bos = self._tokenizer.bos_token_id
@@ -143,13 +153,31 @@ class PromptEncoder:
         return found
 
     def _data(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of plain text: special tokens are spelled out, none is added."""
+        """Token ids of plain text: control tokens are spelled out, none is added."""
         if not texts:
             return []
+        if self._markers is not None:
+            texts = [self._markers.sub(_spaced, text) for text in texts]
         ids = self._tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
         )["input_ids"]
         return [list(row) for row in ids]
+
+    @functools.cached_property
+    def _markers(self) -> re.Pattern[str] | None:
+        """What the template marks turns with that the tokenizer does not list as special.
+
+        Some models' do not, and what is not listed it does not spell out. Other added tokens
+        ("<think>") are ordinary parts of a text.
+        """
+        added = self._tokenizer.added_tokens_decoder.values()
+        plain = {str(token.content) for token in added if not token.special}
+        if not plain or not getattr(self._tokenizer, "chat_template", None):
+            return None
+        # Without what invites the next reply, which may open a thought.
+        turns = _SPLIT.split(self._render(("user", "assistant", "user")))[:-1]
+        found = {token for token in plain if token in "".join(turns[::2])}
+        return _any_of(found) if found else None
 
     def _template(self, roles: tuple[str, ...]) -> list[list[int] | int]:
         """The template's own token ids, with message numbers where contents go."""
@@ -167,22 +195,34 @@ class PromptEncoder:
         return found
 
     def _render(self, roles: tuple[str, ...]) -> str:
+        """The conversation with a placeholder for each message.
+
+        A template that takes user and assistant in turn alone gets neighbours of one role as one
+        message, and what the system says at the head of the user's.
+        """
         slots = [_PLACEHOLDER.format(index) for index in range(len(roles))]
         if not getattr(self._tokenizer, "chat_template", None):
             return "\n\n".join(slots) + "\n"
-        messages = [
-            {"role": role, "content": slot} for role, slot in zip(roles, slots, strict=True)
-        ]
-        try:
-            rendered = str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
+        asked = next((n for n, role in enumerate(roles) if role == "user"), 0)
+        plain = ["user" if n < asked or role == "system" else role for n, role in enumerate(roles)]
+        refusal = ""
+        for named in (roles, plain):
+            messages: list[dict[str, str]] = []
+            for role, slot in zip(named, slots, strict=True):
+                if named is plain and messages and messages[-1]["role"] == role:
+                    messages[-1]["content"] += f"\n\n{slot}"
+                else:
+                    messages.append({"role": role, "content": slot})
+            try:
+                rendered = str(
+                    self._tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True
+                    )
                 )
-            )
-        except Exception as error:  # a template may raise anything (jinja2 errors, mostly)
-            raise UserError(
-                f"the model's chat template refuses the roles {', '.join(roles)}: {error}"
-            ) from error
-        if any(rendered.count(slot) != 1 for slot in slots):
-            raise UserError("the model's chat template drops or repeats a message; use another")
-        return rendered
+            except Exception as error:  # a template may raise anything (jinja2 errors, mostly)
+                refusal = refusal or f"refuses the roles {', '.join(roles)}: {error}"
+                continue
+            if all(rendered.count(slot) == 1 for slot in slots):
+                return rendered
+            refusal = refusal or "drops or repeats a message; use another"
+        raise UserError(f"the model's chat template {refusal}")

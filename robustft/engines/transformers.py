@@ -24,10 +24,12 @@ from robustft.engines.cache import as_prefix, growing_cache
 from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
 from robustft.models import (
+    content_digest,
     find_model,
     has_plain_cache,
     load_causal_lm,
     load_tokenizer,
+    model_window,
     shared_start,
 )
 from robustft_kernels import linear_token_stats, token_stats
@@ -78,10 +80,14 @@ class _GumbelSampler:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         vocabulary = scores.shape[-1]
-        uniform = torch.stack([torch.rand(vocabulary, generator=g) for g in self._generators])
+        # In float32 one draw in 2^24 is exactly 0, and a vocabulary that large is drawn every
+        # hundred tokens: the noise would then choose a token whatever its score.
+        uniform = torch.stack(
+            [torch.rand(vocabulary, generator=g, dtype=torch.float64) for g in self._generators]
+        )
         exponential = -torch.log1p(-uniform)  # of a uniform draw in [0, 1)
         gumbel = -torch.log(exponential.clamp_min(1e-20))
-        return scores / self._temperature + gumbel.to(scores.device)
+        return scores / self._temperature + gumbel.float().to(scores.device)
 
 
 class TransformersEngine:
@@ -104,6 +110,7 @@ class TransformersEngine:
             source = find_model(config.model)
             self.model_id = source.name
             self.embedded = source.embedded
+            self.revision = content_digest(source)
             loaded = load_tokenizer(source)
             dtype = pick_dtype(config.dtype, self.device)
             model = load_causal_lm(source, dtype=dtype, attention=config.attention)
@@ -111,14 +118,15 @@ class TransformersEngine:
             loaded = tokenizer
             self.model_id = str(config.model or getattr(model.config, "_name_or_path", "model"))
             self.embedded = False
-        self.revision = str(getattr(model.config, "_commit_hash", None) or "local")
+            self.revision = "local"
+        self.revision = str(getattr(model.config, "_commit_hash", None) or self.revision)
         self.model: Any = model.to(self.device).eval()
         self.tokenizer: Any = loaded
         self.trunk: FrozenTrunk | None = None  # layers that another adapter's engine shares
         self.temperature = config.temperature
-        window = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
         ends = getattr(self.model.generation_config, "eos_token_id", None)
-        self.encoder = PromptEncoder(loaded, window, ends if isinstance(ends, list) else [ends])
+        ends = ends if isinstance(ends, list) else [ends]
+        self.encoder = PromptEncoder(loaded, model_window(model.config), ends)
         default = _CPU_BATCH_TOKENS if self.device.type == "cpu" else _CUDA_BATCH_TOKENS
         self._batch_tokens = config.batch_tokens or default
         self._max_rows = _MAX_ROWS.get(self.device.type, 64)
@@ -138,11 +146,13 @@ class TransformersEngine:
 
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """Group similar lengths into batches of at most `batch_tokens` padded tokens."""
-        lengths = [len(ids) for ids in self.encoder.encode(prompts)]
-        order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
+        return self._batches([len(ids) + max_new_tokens for ids in self.encoder.encode(prompts)])
+
+    def _batches(self, widths: Sequence[int]) -> list[list[int]]:
+        """Rows of these tokens in batches that are within the budget, similar ones together."""
         batches: list[list[int]] = []
-        for index in order:
-            width = lengths[index] + max_new_tokens  # ascending, so the newest row is the widest
+        for index in sorted(range(len(widths)), key=lambda i: (widths[i], i)):
+            width = widths[index]  # ascending, so the newest row is the widest
             current = batches[-1] if batches else None
             if (
                 current is None
@@ -216,8 +226,10 @@ class TransformersEngine:
             start = inputs["input_ids"][:1, :shared]
             self.model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(encoded))
-        # A config of our own: a model folder's generation_config must not change the method.
         make: Any = transformers.GenerationConfig
+        # A model folder's own must not change the method: `generate` takes from it (a repetition
+        # penalty, say) whatever the one that it is given leaves open.
+        self.model.generation_config = make()
         settings = make(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -320,7 +332,12 @@ class TransformersEngine:
             found = self._nll([encoded[row] for row in rows], [endings[row] for row in rows])
             return [ResponseScore.of(one, cut[row]) for row, one in zip(rows, found, strict=True)]
 
-        return self._with_back_off(range(len(prompts)), ask) if prompts else []
+        # The batch was planned by its prompts; responses may be far longer.
+        widths = [len(head) + len(tail) for head, tail in zip(encoded, endings, strict=True)]
+        scores: dict[int, ResponseScore] = {}
+        for rows in self._batches(widths):
+            scores.update(zip(rows, self._with_back_off(rows, ask), strict=True))
+        return [scores[row] for row in range(len(prompts))]
 
     def _nll(self, encoded: Sequence[list[int]], endings: Sequence[list[int]]) -> list[TokenValues]:
         """Per-token statistics of `endings` after `encoded`, both lists of token ids."""
@@ -393,7 +410,8 @@ class TransformersEngine:
         list of their names.
         """
         if self._head_is_linear is None:
-            ids = torch.tensor([[self._pad, 5 % self.model.config.vocab_size]], device=self.device)
+            vocabulary = self.model.config.get_text_config().vocab_size
+            ids = torch.tensor([[self._pad, 5 % vocabulary]], device=self.device)
             try:
                 state = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
                 head = self.model.get_output_embeddings()

@@ -14,7 +14,7 @@ from robustft.engines import Abilities, Prompt, TokenValues
 from robustft.engines.encoding import PromptEncoder
 from robustft.engines.tokens import Continuation, Likeliest, TokenEngine
 from robustft.errors import UserError
-from robustft.models import find_model, load_tokenizer
+from robustft.models import content_digest, find_model, load_tokenizer
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 _NAN = float("nan")
@@ -47,7 +47,7 @@ class VllmEngine(TokenEngine):
 
         self.model_id = source.name
         self.embedded = source.embedded
-        self.revision = "local" if source.local else "hub"
+        self.revision = content_digest(source)
         tokenizer = load_tokenizer(source)
         try:
             self._llm: Any = vllm.LLM(

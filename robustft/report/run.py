@@ -41,7 +41,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
     counts = result.counts
     small = _SMALL if manifest["models"]["small_embedded_model"] else ""
     models = manifest["models"]
-    revision = "" if models["revision"] == "local" else models["revision"]
+    revision = "" if models["revision"] == "local" else models["revision"]  # the embedded one
     top = max(
         (float(values.max()) for values in (result.kept_nll, result.dropped_nll) if len(values)),
         default=1.0,
