@@ -20,7 +20,7 @@ from robustft.engines.factory import load_engine
 from robustft.files import spare
 from robustft.metrics import Tally, macro_f1
 from robustft.progress import Progress
-from robustft.prompts import LETTERS, answer_prompt, letters
+from robustft.prompts import LETTERS, answer_prompt, letters, opening
 from robustft.records import Record, RecordSource, Reject, count_records, open_records
 from robustft.records.formats import hash_files
 from robustft.resumable import ResumableLines, spare_other_lines
@@ -109,7 +109,7 @@ def ask_plainly(records: Sequence[Record]) -> list[Prompt]:
 def judge(record: Record, reply: str) -> tuple[str | None, bool, float]:
     """The answer in a generated reply, whether it is an accepted one, and its score."""
     kind = answer_kind(record.answer, record.options)
-    answer = parse(reply, kind=kind, options=record.options).answer
+    answer = parse(reply, kind=kind, options=record.options, begun=opening(kind)).answer
     right = matches(answer, accepted_answers(record), kind=kind, options=record.options)
     return answer, right, float(right)
 

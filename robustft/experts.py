@@ -392,16 +392,16 @@ def _read_text(question: _Question, reply: Generation | Failure) -> Opinion:
         return _read_word(question, reply, silent)
     if question.kind is None:
         return silent
-    text = question.prompt.prefix + reply.text
-    shift = len(question.prompt.prefix)
-    parsed = answers.parse(text, kind=question.kind, options=question.options)
+    parsed = answers.parse(
+        reply.text, kind=question.kind, options=question.options, begun=question.prompt.prefix,
+        finished=reply.finished,
+    )  # fmt: skip
     if parsed.answer is None:
         return silent
-    start, stop = max(parsed.start - shift, 0), max(parsed.stop - shift, 0)
     return silent._replace(
         answer=parsed.answer,
-        nll=reply.span_mean(reply.nll, start, stop),
-        entropy=reply.span_mean(reply.entropy, start, stop),
+        nll=reply.span_mean(reply.nll, parsed.start, parsed.stop),
+        entropy=reply.span_mean(reply.entropy, parsed.start, parsed.stop),
     )
 
 

@@ -106,6 +106,11 @@ def finish(
             "the engine gives no probabilities of given words: lettered answers, checker and "
             "reviewer were read from generated text"
         )
+    if result.cut_off:
+        result.warn(
+            f"{counted(result.cut_off, 'reply', 'replies')} did not end within --answer-tokens "
+            f"{config.experts.answer_tokens} and count as no answer; raise it"
+        )
     if truncated:
         result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
     if result.unanswered:

@@ -50,14 +50,22 @@ def shown(answer: str | None, options: Sequence[str] | None) -> str:
     return answer
 
 
-def _prompt(record: Record, *turns: str, prefix: str = "") -> Prompt:
-    """Earlier chat turns of the record, then `turns`, user and assistant in alternation."""
+def _prompt(record: Record, *turns: str, prefix: str = "", examples: Sequence[str] = ()) -> Prompt:
+    """Earlier chat turns of the record, then `turns`, user and assistant in alternation.
+
+    `examples`, in alternation too, stand before the conversation, below what the system says.
+    """
     messages = [Message(role, content) for role, content in record.context]
     if messages and messages[-1].role == "user":
         messages.append(Message("assistant", ""))
+    head = next((n for n, one in enumerate(messages) if one.role != "system"), len(messages))
+    messages[head:head] = _alternating(examples)
+    return Prompt((*messages, *_alternating(turns)), prefix)
+
+
+def _alternating(turns: Sequence[str]) -> list[Message]:
     roles = ("user", "assistant")
-    messages += [Message(roles[index % 2], turn) for index, turn in enumerate(turns)]
-    return Prompt(tuple(messages), prefix)
+    return [Message(roles[index % 2], turn) for index, turn in enumerate(turns)]
 
 
 def _ask(record: Record, kind: Kind, how: str | None = None) -> str:
@@ -65,13 +73,14 @@ def _ask(record: Record, kind: Kind, how: str | None = None) -> str:
     return "\n\n".join(filter(None, (question_text(record.question, record.options), how)))
 
 
-def _prefix(kind: Kind) -> str:
+def opening(kind: Kind) -> str:
+    """What a reply of that kind is begun with; nothing for a text."""
     return "" if kind == "text" else _ANSWER
 
 
 def answer_prompt(record: Record, kind: Kind, how: str | None = None) -> Prompt:
     """The base expert: the question as it is (eq. 1); `how` words the instruction otherwise."""
-    return _prompt(record, _ask(record, kind, how), prefix=_prefix(kind))
+    return _prompt(record, _ask(record, kind, how), prefix=opening(kind))
 
 
 def neutral_prompt(record: Record) -> Prompt:
@@ -102,7 +111,7 @@ def conclusion_prompt(record: Record, transcript: Sequence[str], kind: Kind) -> 
     """The reasoning expert's answer after its last round."""
     turns = _discussion(record, transcript)
     turns[-1] = " ".join(filter(None, ("Now give the final answer.", _HOW[kind])))
-    return _prompt(record, *turns, prefix=_prefix(kind))
+    return _prompt(record, *turns, prefix=opening(kind))
 
 
 def _discussion(record: Record, transcript: Sequence[str]) -> list[str]:
@@ -167,13 +176,13 @@ def context_prompt(
     """The question after its nearest clean neighbours and their answers (eq. 4, 5).
 
     `neighbours`: (question, options, answer), nearest first; the nearest is placed last, beside
-    the question.
+    the question, or the conversation that it ends.
     """
     turns: list[str] = []
     for question, options, answer in reversed(neighbours):
         asked = "\n\n".join(filter(None, (question_text(question, options), _HOW[kind])))
-        turns += [asked, f"{_prefix(kind)} {answer}".strip()]
-    return _prompt(record, *turns, _ask(record, kind), prefix=_prefix(kind))
+        turns += [asked, f"{opening(kind)} {answer}".strip()]
+    return _prompt(record, _ask(record, kind), prefix=opening(kind), examples=turns)
 
 
 def review_prompt(record: Record, kind: Kind, context: str | None, reasoned: str | None) -> Prompt:

@@ -22,7 +22,7 @@ def relabel(
 
     The reviewer's answer where there is a reviewer (eq. 6), else the context-enhanced one (eq. 5),
     else the reasoned one, else the base model's. Confidence is the response entropy of the
-    context-enhanced answer (eq. 7), or of the answer that stands in for it in an ablation.
+    context-enhanced answer (eq. 7), or of the one that stands in for it where there is none.
     """
     ranked = [
         (name, said)
@@ -41,5 +41,6 @@ def relabel(
     source, chosen = next((one for one in ranked if one[1].answer), (None, None))
     if chosen is None:
         return NewLabel(None, float("nan"), "no expert gave an answer")
-    measured = context or reasoned or base
+    answered = (one for one in (context, reasoned, base) if one is not None and one.answer)
+    measured = next(answered, chosen)
     return NewLabel(chosen.answer, measured.nll, f"label from {source}")

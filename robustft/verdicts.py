@@ -25,6 +25,7 @@ from robustft.config import CleanConfig
 from robustft.corpus import Corpus
 from robustft.crowd import Estimate
 from robustft.detection import Asked, Conclusion, Detection, agrees
+from robustft.experts import record_kind
 from robustft.files import atomic_file, replacing
 from robustft.pipeline import Selection, opinion_of
 from robustft.progress import Progress
@@ -85,6 +86,7 @@ class CleanResult:
     weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
     noise_rate: Estimate | None = None  # share of wrong given answers, where it can be told
     expected_precision: float = float("nan")  # share of the noisy verdicts that are right
+    cut_off: int = 0  # replies in text that did not end within --answer-tokens: no answers
     unanswered: int = 0  # records for which the engine failed; asked again on resume
     powerless: bool = False  # no expert was better than chance: nothing was changed
     next_steps: tuple[str, ...] = ()  # commands worth running now
@@ -150,7 +152,7 @@ def write_outputs(
                     heapq.heappush(suspicious, entry)
                 elif entry > suspicious[0]:
                     heapq.heapreplace(suspicious, entry)
-            _count(result, judged)
+            _count(result, judged, config.experts.answer_tokens)
             verdicts.write(b"".join(lines))
             progress.update(len(judged))
         source.require_unchanged()  # or rows of now would stand under verdicts of then
@@ -296,7 +298,7 @@ def _confidence(judged: Judged, label: NewLabel, selection: Selection) -> str:
     return f" ({said})"
 
 
-def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
+def _count(result: CleanResult, judged: Sequence[Judged], answer_tokens: int) -> None:
     """Add the records of a unit up."""
     result.counts.update(one.action for one in judged)
     result.reasons.update(f"{one.action}: {one.cause}" for one in judged)
@@ -311,7 +313,10 @@ def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
     for one in judged:
         for name, said in one.opinions.items():
             asked[name] += 1
-            if said.answer is not None:
+            if said.answer is None:
+                writes = name not in ("checker", "review") and record_kind(one.record) == "text"
+                result.cut_off += writes and said.new_tokens >= answer_tokens
+            else:
                 answered[name] += 1
                 yes = said.answer == "yes" if name == "checker" else agrees(one.record, said)
                 agreed[name] += yes

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustft.answers import (
+    Kind,
     agreement,
     answer_kind,
     matches,
@@ -243,6 +244,48 @@ def test_text_found(reply: str, answer: str) -> None:
 def test_refusals_and_empty_replies_are_no_answer(reply: str) -> None:
     for kind in ("text", "span"):
         assert parse(reply, kind=kind).answer is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "answer"),
+    [
+        (" 18. She sold 3 a day.", "number", "18"),
+        (" **18** dollars, as 9 * 2 = 18 and 5 were given away", "number", "18"),
+        (" 9 * 2 = 18. That leaves 4.", "number", "18"),
+        (" 9 + 2 makes 11", "number", "11"),
+        (" There are 12 apples and 5 more, so 17.", "number", "17"),
+        (" 3 for each; the answer is 12", "number", "12"),
+        ("<think>\nOkay, 12 apples times 3", "number", None),
+        ("<think>\nOkay, 12 times 3</think>36", "number", "36"),
+        (" Paris\nIt lies on the Seine.", "span", "Paris"),
+        ("<think>\nIt could be Paris", "span", None),
+        (" B", "choice", "B"),
+        ("<think>\nB looks right", "choice", None),
+    ],
+)
+def test_a_reply_that_was_begun(reply: str, kind: Kind, answer: str | None) -> None:
+    options = SENTIMENT if kind == "choice" else None
+    parsed = parse(reply, kind=kind, options=options, begun="Answer:")
+    assert parsed.answer == answer
+    if answer is not None:
+        assert reply[parsed.start : parsed.stop] == answer
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "answer"),
+    [
+        ("The process begins when the egg and then the", "text", None),
+        (" 18", "number", None),  # of 180?
+        (" 18 dollars, as", "number", "18"),
+        ("Let us see: 12 apples and 3", "number", None),
+        ("Let us see: #### 12 and", "number", "12"),
+        (" Paris\nIt lies", "span", "Paris"),
+        (" The city on the", "span", None),
+    ],
+)
+def test_a_reply_that_was_cut_off(reply: str, kind: Kind, answer: str | None) -> None:
+    begun = "" if kind == "text" else "Answer:"
+    assert parse(reply, kind=kind, begun=begun, finished=False).answer == answer
 
 
 def test_span_takes_what_follows_the_marker() -> None:

@@ -25,9 +25,12 @@ from scripted import LetterEmbedder, ScriptedEngine
 
 from robustft.cleaning import clean, run_clean
 from robustft.config import ABLATIONS, CleanConfig, ExpertConfig
-from robustft.engines import Prompt
+from robustft.engines import Generation, Prompt
 from robustft.errors import UserError
-from robustft.store import unpack
+from robustft.prompts import context_prompt
+from robustft.records import Record
+from robustft.relabeling import relabel
+from robustft.store import Opinion, unpack
 
 HERE = Path(__file__).parent
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "jade")
@@ -658,3 +661,49 @@ def test_free_text_is_judged_by_agreement(tmp_path: Path) -> None:
     shown = re.sub("(<[^>]*>)+", " ", report)
     for option, value in (("--reasoning-tokens", 64), ("--without", "not given")):
         assert f"{option} {value} " in shown
+
+
+def test_a_text_that_was_cut_off_is_no_answer(tmp_path: Path) -> None:
+    class Rambling(ScriptedEngine):
+        def _generation(self, text: str) -> Generation:
+            return replace(super()._generation(text), finished="Q3" not in text)
+
+    long = "The process begins when the egg is laid and then the"
+    rows = [{"question": f"Q{i}?", "answer": f"{long} end of {i}."} for i in range(9)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+
+    def said(prompt: Prompt) -> str:
+        asked = next(m.content for m in reversed(prompt.messages) if m.content[0] == "Q")
+        return f"{long}, {asked[:2]}" + "." * 99
+
+    engine = Rambling(reply=said)
+    result = run(source, tmp_path / "out", engine, detector="paper", without=frozenset({"checker"}))
+    cut = read_jsonl(tmp_path / "out/verdicts.jsonl")[3]
+    assert {one["answer"] for one in cut["experts"].values()} == {None}
+    assert (cut["action"], cut["answer"]) == ("drop", None)
+    assert result.cut_off == 3  # base, reasoned and context
+    assert "3 replies did not end within --answer-tokens 128" in "".join(result.warnings)
+
+
+@pytest.mark.parametrize("silent", ["context", "reasoned"])
+def test_confidence_is_that_of_an_expert_who_answered(silent: str) -> None:
+    said = {name: Opinion("Paris", nll=0.2) for name in ("reasoned", "context")}
+    said[silent] = Opinion(None)
+    label = relabel(said["reasoned"], Opinion("Rome", nll=0.9), said["context"], Opinion("Paris"))
+    assert (label.answer, label.nll) == ("Paris", 0.2)
+
+
+def test_neighbours_stand_before_the_conversation() -> None:
+    context = (("system", "Be brief."), ("user", "How warm is it?"), ("assistant", "68 F"))
+    record = Record(0, 1, "0", "And in Celsius?", None, "20", context, {})
+    asked = context_prompt(record, "number", [("2 + 2?", None, "4"), ("1 + 1?", None, "2")])
+    roles = [message.role for message in asked.messages]
+    assert roles == ["system", *["user", "assistant"] * 3, "user"]
+    said = [message.content for message in asked.messages]
+    assert said[5:7] == ["How warm is it?", "68 F"]
+    assert [one.split("\n")[0] for one in said[1:5]] == [
+        "1 + 1?",
+        "Answer: 2",
+        "2 + 2?",
+        "Answer: 4",
+    ]

@@ -17,7 +17,9 @@ from typing import Literal
 from robustft.answers.choices import parse_choice
 from robustft.answers.numerals import canonical, find_numbers, whole_number
 from robustft.answers.replies import (
+    NOTHING,
     Parsed,
+    body_start,
     is_refusal,
     parse_final_number,
     parse_number,
@@ -68,19 +70,37 @@ def answer_kind(answer: str, options: Sequence[str] | None = None) -> Kind:
     return "span" if len(answer.split()) <= SPAN_WORDS and "\n" not in answer.strip() else "text"
 
 
-def parse(reply: str, *, kind: Kind, options: Sequence[str] | None = None) -> Parsed:
+def parse(
+    reply: str,
+    *,
+    kind: Kind,
+    options: Sequence[str] | None = None,
+    begun: str = "",
+    finished: bool = True,
+) -> Parsed:
     """Read the answer in a reply as `kind`; `options` are required for a choice.
+
+    `begun` is what the reply continues ("Answer:"), where it does. Of one that was cut off (not
+    `finished`) a text is no answer, nor is a number or span that goes on to its end.
 
     Raises ValueError when `kind` is unknown or a choice comes without options.
     """
+    if body_start(reply):  # it thinks first, whatever it was begun with
+        begun = ""
     if kind == "choice":
         if not options:
             raise ValueError("options must hold at least one text for kind='choice', got none")
-        return parse_choice(reply, options)
-    readers = {"number": parse_number, "span": parse_span, "text": parse_text}
-    if kind not in readers:
+        return parse_choice(begun + reply, options).moved(-len(begun))
+    if kind == "number":
+        found = parse_number(reply, begun, finished=finished)
+    elif kind == "span":
+        found = parse_span(begun + reply).moved(-len(begun))
+    elif kind == "text":
+        found = parse_text(reply) if finished else NOTHING
+    else:
         raise ValueError(f"kind must be choice, number, span or text, got {kind!r}")
-    return readers[kind](reply)
+    cut_short = not finished and found.stop >= len(reply.rstrip())
+    return NOTHING if cut_short else found
 
 
 def normalise(text: str, kind: Kind) -> str:

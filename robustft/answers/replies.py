@@ -25,6 +25,12 @@ class Parsed:
     start: int
     stop: int
 
+    def moved(self, by: int) -> Parsed:
+        """The same with its span so many characters further on."""
+        if self.answer is None:
+            return NOTHING
+        return Parsed(self.answer, max(self.start + by, 0), max(self.stop + by, 0))
+
 
 NOTHING = Parsed(None, 0, 0)
 QUOTES = "\"'`“”‘’"
@@ -56,6 +62,7 @@ _TEXT_MARKER = re.compile(
 )
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
+_CALCULATES = re.compile(r"\s*[-−+*/×÷^x]\s*[$€£¥(]?\d")
 _EQUALS = re.compile(r"=\s*(?=[-−$€£¥.\d])")
 
 
@@ -72,17 +79,33 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.match(text) is not None
 
 
-def parse_number(reply: str) -> Parsed:
+def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parsed:
     r"""The number a reply ends on, spelt canonically ("$1,234.50" -> "1234.5").
 
-    A marked number ("#### 18", "A: 18", "the answer is 18", "\boxed{18}") wins; otherwise the
-    last number of the reply. Of "9 * 2 = 18" after a marker the right-hand side counts.
+    A marked number ("#### 18", "A: 18", "the answer is 18", "\boxed{18}") wins, then one that the
+    reply opens with where it continues `begun`, "Answer:"; otherwise the last number of the reply,
+    unless that was cut off. Of "9 * 2 = 18" after a marker the right-hand side counts.
     """
     marked = parse_final_number(reply)
     if marked.answer is not None or is_refusal(reply):
         return marked
+    opening = _opening_number(reply, begun) if begun else NOTHING
+    if opening.answer is not None or not finished:
+        return opening
     last = next(iter(deque(find_numbers(reply, body_start(reply)), maxlen=1)), None)
     return Parsed(canonical(last), last.start(), last.end()) if last else NOTHING
+
+
+def _opening_number(reply: str, begun: str) -> Parsed:
+    """The number that stands at the head of a reply, or what the calculation there comes to."""
+    first = next(find_numbers(reply), None)
+    if first and _CALCULATES.match(reply, first.end()):
+        found = parse_final_number(begun + reply).moved(-len(begun))
+        if _CALCULATES.match(reply, found.stop):  # it comes to nothing
+            return NOTHING
+    else:
+        found = Parsed(canonical(first), first.start(), first.end()) if first else NOTHING
+    return NOTHING if any(map(str.isalpha, reply[: found.start])) else found
 
 
 def parse_final_number(reply: str) -> Parsed:

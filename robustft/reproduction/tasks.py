@@ -22,6 +22,7 @@ from robustft.corruption import corrupt
 from robustft.errors import UserError
 from robustft.evaluation import Judge, judge
 from robustft.files import atomic_file
+from robustft.prompts import opening
 from robustft.records import Record, open_records
 from robustft.records.framing import MAX_LINE_BYTES, Reject
 from robustft.records.sources import open_reader
@@ -192,9 +193,10 @@ def judge_drop(record: Record, reply: str) -> tuple[str | None, bool, float]:
     if isinstance(golds, str):
         golds = orjson.loads(golds)
     golds = [[record.answer]] if not golds else [g if isinstance(g, list) else [g] for g in golds]
-    number = answer_kind(record.answer) == "number"
-    span = parse(reply, kind="span").answer
-    answer = parse(reply, kind="number").answer if number else span
+    kind = answer_kind(record.answer)
+    begun = opening(kind)
+    span = parse(reply, kind="span", begun=begun).answer
+    answer = parse(reply, kind="number", begun=begun).answer if kind == "number" else span
     readings = [[text] for text in (answer, span) if text is not None]
     if span is not None and max(len(gold) for gold in golds) > 1:
         readings.append(_listed(span))
