@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 
 from robustft.answers import answer_kind, matches
 from robustft.errors import UserError
-from robustft.records import Record, open_records
+from robustft.records import Record, Reject, open_records
+from robustft.records.framing import short
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +54,29 @@ def check(truth: str) -> None:
     next(_known(truth), None)
 
 
-def compare(out: Path, truth: str) -> Comparison:
+def compare(out: Path, truth: str, source: Iterable[Record | Reject] = ()) -> Comparison:
     """Compare `out`/verdicts.jsonl with the truth.
 
     `truth`: what `corrupt` writes beside its copy, one JSON line a record with `id` and `truth`; or
     the records with right answers, in any schema that `clean` reads. Both are in the input's order;
-    the truth may go on where a run had a --limit. Raises UserError where it cannot be read or
-    belongs to another input.
+    the truth may go on where a run had a --limit. `source` is the input that was judged: where its
+    records have no ids of their own, the questions tell whether the truth is theirs. Raises
+    UserError where the truth cannot be read or belongs to another input.
     """
     scores, errors = array("d"), array("b")
     noisy = hits = kept = corrected = 0
+    records = (item for item in source if isinstance(item, Record))
     for number, (verdict, known) in enumerate(
         zip_longest(_lines(out / "verdicts.jsonl"), _known(truth)), 1
     ):
         if verdict is None:
             break
-        if known is None or known[0] != verdict["id"]:
-            found = "nothing" if known is None else repr(known[0])
-            raise UserError(
-                f"{truth}, record {number}: expected the id {verdict['id']!r}, found {found}: the "
-                "truth of another input?"
-            )
-        right = known[1]
+        record = next(records, None)
+        other = _difference(verdict, known, record)
+        if other is not None:
+            raise UserError(f"{truth}, record {number}: {other}: the truth of another input?")
+        assert known is not None
+        right = known.answer
         wrong = not _same(right, verdict["given"])
         flagged = verdict.get("verdict") == "noisy"  # baselines give no verdict and no score
         noisy += flagged
@@ -90,6 +92,25 @@ def compare(out: Path, truth: str) -> Comparison:
     return Comparison(len(scores), int(is_wrong.sum()), noisy, hits, ranked, kept, corrected)
 
 
+def _difference(
+    verdict: Mapping[str, Any], known: _Known | None, record: Record | None
+) -> str | None:
+    """Why a line of the truth is not that of the record with the verdict; None where it is."""
+    if known is None:
+        return f"expected the id {verdict['id']!r}, found nothing"
+    if known.id != verdict["id"]:
+        return f"expected the id {verdict['id']!r}, found {known.id!r}"
+    if known.given is not None and not _same(known.given, verdict["given"]):
+        what, expected, found = "given answer", verdict["given"], known.given
+    elif record is None or record.id != str(record.index) or known.question is None:
+        return None
+    elif known.question != record.question:
+        what, expected, found = "question", record.question, known.question
+    else:
+        return None
+    return f"expected the {what} {short(expected)!r}, found {short(found)!r}"
+
+
 def _same(truth: str, answer: str) -> bool:
     return truth == answer or matches(truth, answer, kind=answer_kind(truth, None), options=None)
 
@@ -102,17 +123,27 @@ def _auroc(scores: np.ndarray[Any, Any], wrong: np.ndarray[Any, Any]) -> float |
     return float(roc_auc_score(wrong, scores)) if len(np.unique(wrong)) == 2 else None
 
 
-def _known(path: str) -> Iterator[tuple[str, str]]:
-    """Id and right answer of every record."""
+class _Known(NamedTuple):
+    """What a truth says of one record."""
+
+    id: str
+    answer: str  # the right one
+    given: str | None = None
+    question: str | None = None
+
+
+def _known(path: str) -> Iterator[_Known]:
     if not _written_by_corrupt(path):
-        records = open_records(path)
-        yield from ((one.id, one.answer) for one in records if isinstance(one, Record))
+        for one in open_records(path):
+            if isinstance(one, Record):
+                yield _Known(one.id, one.answer, question=one.question)
         return
     for number, line in enumerate(_lines(Path(path)), 1):
         if not (isinstance(line.get("id"), str) and isinstance(line.get("truth"), str)):
             found = orjson.dumps(line).decode()
             raise UserError(f"{path}, line {number}: expected id and truth, found {found:.80}")
-        yield line["id"], line["truth"]
+        given = line.get("given")
+        yield _Known(line["id"], line["truth"], given if isinstance(given, str) else None)
 
 
 def _written_by_corrupt(path: str) -> bool:

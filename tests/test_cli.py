@@ -25,6 +25,7 @@ from commandline import CommandLine, call, quiz, read, write
 
 from robustft.cleaning import Announcement
 from robustft.cli.console import print_announcement
+from robustft.cli.settings import parse
 from robustft.engines import Abilities
 from robustft.engines.factory import load_engine
 from robustft.finishing import Models
@@ -643,3 +644,47 @@ def test_a_servers_words_cannot_drive_the_terminal(capsys: pytest.CaptureFixture
     assert "\x1b" not in said
     assert "\x07" not in said
     assert "evil\\x1b]0;pwned" in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--estimate", "--shard 0/4", "--processes 2", "--gpus 8", "--ray", "--beta 0.2",
+     "--without cer", "--detector paper"],
+)  # fmt: skip
+def test_a_baseline_refuses_what_it_would_ignore(
+    run: CommandLine, tmp_path: Path, given: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(3))
+    arguments = ("clean", source, "--method", "self-label", "--out", tmp_path / "out")
+    said = run.refused(*arguments, *given.split())
+    assert f"{given.split()[0]} belongs to --method robustft, not to self-label" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "score", "corrupt"])
+def test_only_clean_writes_to_remote_storage(
+    run: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "in.jsonl", quiz(3))
+    rate = ["--rate", "0.5"] * (command == "corrupt")
+    said = run.refused(command, source, "--out", "s3://bucket/o.jsonl", *rate)
+    assert "--out s3://bucket/o.jsonl: only clean writes to such addresses" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_stdout_that_cannot_spell_a_path(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(9))
+    done = subprocess.run(
+        [sys.executable, "-m", "robustft", "corrupt", str(source), "--rate", "0.5", "--out",
+         str(tmp_path / "né.jsonl")],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "n\\xe9.jsonl" in done.stdout
+
+
+def test_lists_in_a_config_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('tasks = ["fpb", "arc"]\nnoise = [30, 50]\nseeds = 3\n')
+    options = parse(["reproduce", "table1", "--config", str(config)])
+    assert (options.tasks, options.noise, options.seeds) == (("fpb", "arc"), (30, 50), (3,))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from robustft.errors import UserError
+from robustft.records import open_records
 from robustft.truth import check, compare
 
 VERDICTS = [  # id, verdict, score, given, answer
@@ -58,6 +59,26 @@ def test_the_truth_may_be_the_records_with_right_answers(tmp_path: Path) -> None
     check(str(truth))
     found = compare(tmp_path, str(truth))
     assert (found.records, found.wrong, found.noisy, found.hits, found.right) == (2, 1, 1, 1, 2)
+
+
+def test_records_without_ids_are_told_by_their_questions(tmp_path: Path) -> None:
+    write(tmp_path, [("0", "noisy", 0.9, "x", "y"), ("1", "clean", 0.1, "y", "y")], {})
+    paths = []
+    for name, questions in (("in", "PQ"), ("labeled", "PQ"), ("other", "PR")):
+        rows = [{"question": f"{one}?", "answer": "y"} for one in questions]
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_records(str(paths[0]))
+    assert compare(tmp_path, str(paths[1]), source).right == 2
+    with pytest.raises(UserError, match=r"record 2: expected the question 'Q\?', found 'R\?'"):
+        compare(tmp_path, str(paths[2]), source)
+
+
+def test_what_was_corrupted_otherwise_is_another_input(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, VERDICTS[:1], TRUTH))
+    path.write_text(json.dumps({"id": "a", "truth": "B", "given": "C"}) + "\n")
+    with pytest.raises(UserError, match="record 1: expected the given answer 'A', found 'C'"):
+        compare(tmp_path, str(path))
 
 
 def test_a_truth_of_another_input_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import logging
 import os
 import signal
@@ -76,6 +77,7 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
         from robustft.methods import clean_by
 
         refuse_folds(config, f"--method {options.method}")
+        _refuse_options_of_robustft(options)
         result = clean_by(options.method, config)
         print_baseline_summary(result, options.method)
         _tell_small_model(config.engine)
@@ -97,6 +99,25 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
     return _conclude(run_clean(config, announce=print_announcement), options)
 
 
+# What means something to --method robustft alone.
+_ITS_OWN = (
+    "detector", "beta", "without", "retriever", "rounds", "samples", "reasoning_tokens", "estimate",
+    "shard", "processes", "gpus", "ray",
+)  # fmt: skip
+
+
+def _refuse_options_of_robustft(options: argparse.Namespace) -> None:
+    from robustft.cli.options import build_parser
+
+    defaults = build_parser().commands["clean"]
+    for name in _ITS_OWN:
+        if getattr(options, name) not in (defaults.get_default(name), []):
+            raise UserError(
+                f"--{name.replace('_', '-')} belongs to --method robustft, not to "
+                f"{options.method}: leave it out"
+            )
+
+
 def _conclude(result: Any, options: argparse.Namespace) -> int:
     """Print what was done; the exit status."""
     from robustft.cli.console import print_clean_summary
@@ -107,10 +128,14 @@ def _conclude(result: Any, options: argparse.Namespace) -> int:
 
 
 def _print_truth(result: Any, options: argparse.Namespace) -> None:
+    from robustft.records import open_records
     from robustft.truth import compare
 
     if getattr(options, "truth", None):  # `merge` has no such option
-        print(compare(result.out, options.truth))
+        source = open_records(
+            options.input, schema=options.schema, limit=options.limit, split=options.split
+        )
+        print(compare(result.out, options.truth, source))
 
 
 def _run_shards(options: argparse.Namespace, config: Any) -> int:
@@ -353,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_parser().print_help(sys.stderr)
         return _USER
     command, verbose, resumable = "", False, False
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what its encoding does not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = parse(arguments)
         options.arguments = arguments
@@ -362,6 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("input", "out"):  # a shell variable that is not set, most likely
             if getattr(options, name, None) == "":
                 raise UserError(f"{'--' * (name == 'out')}{name}: expected a path, found nothing")
+        if command not in ("clean", "demo"):
+            _refuse_remote(getattr(options, "out", None))
         _refuse_missing(getattr(options, "input", None))
         said = _Stdout(sys.stdout)
         with _logging(verbose), _ended_by_sigterm(), contextlib.redirect_stdout(said):
@@ -383,6 +412,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(_OTHER, _unexpected(error, resumable=resumable))
     return status
+
+
+def _refuse_remote(out: str | None) -> None:
+    from robustft.remote import is_remote
+
+    if out is not None and is_remote(out):
+        raise UserError(f"--out {out}: only clean writes to such addresses; name a local path")
 
 
 def _refuse_missing(path: str | None) -> None:

@@ -89,6 +89,8 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{where}: expected true or false, found {value!r:.60}")
         return value
+    if isinstance(value, list) and "," in str(action.metavar):
+        value = ",".join(map(str, value))
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: expected a string or a number, found {value!r:.60}")
     if action.choices is not None and value not in action.choices:
