@@ -25,6 +25,17 @@ def test_recorder_matches_teacher_forcing() -> None:
         assert torch.equal(entropy, expected.entropy)
 
 
+def test_a_later_processor_may_write_into_the_scores() -> None:
+    torch.manual_seed(0)
+    steps, ids = torch.randn(3, 2, 50), torch.zeros(2, 3, dtype=torch.long)
+    recorder = TokenStatsLogitsProcessor()
+    for scores in steps.clone():
+        recorder(ids, scores)[:, 1:] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+    nll, _ = recorder.finish(ids)
+    assert torch.equal(nll, -token_stats(steps.transpose(0, 1), ids[:, 3:]).logprob)
+
+
 @pytest.mark.parametrize("prompt", [3, 5, 9])
 def test_an_interrupted_generation_is_forgotten(prompt: int) -> None:
     recorder = TokenStatsLogitsProcessor()

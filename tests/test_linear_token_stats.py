@@ -83,6 +83,24 @@ def test_without_16_bit_instructions_sums_stay_in_float32(
     assert not violations(found, exact, absolute=1e-5, relative=1e-5)
 
 
+def test_the_gradient_of_16_bit_operands_fits_float32_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As on a GPU, and on a CPU without 16-bit products: what the forward pass normalised by is
+    # not the maximum of logits that are rounded to 16 bits.
+    module = sys.modules["robustft_kernels.linear_token_stats"]
+    monkeypatch.setattr(module, "product_dtype", lambda _: torch.float32)
+    hidden, weight, _, target = problem(torch.bfloat16, n=40, vocab=300)
+    inputs = [(8 * hidden).requires_grad_(), weight.clone().requires_grad_()]
+    stats = linear_token_stats(inputs[0], inputs[1], target)
+    found = torch.autograd.grad(stats.logsumexp.sum(), inputs)
+    wide = [one.detach().double().requires_grad_() for one in inputs]
+    exact = torch.autograd.grad((wide[0] @ wide[1].T).logsumexp(-1).sum(), wide)
+    for one, two in zip(found, exact, strict=True):
+        error = (one.double() - two).norm() / two.norm()
+        assert error < 4e-3  # of storing it in bfloat16
+
+
 def test_vocab_size_and_sequences() -> None:
     hidden, weight, _, target = problem(torch.float32, n=20, vocab=100)
     target %= 60

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import _thread
+import json
+import math
 import multiprocessing
+import struct
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -353,6 +357,35 @@ def test_damaged_files_are_refused(
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"index\.knn: "):
         CosineKNN.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dim", 3.0), ("dim", True), ("dim", "3"), ("dim", math.inf), ("dim", 1 << 60),
+        ("count", -1), ("count", 1e30), ("offset", -4096), ("offset", 0), ("offset", 1 << 62),
+        ("bytes", -1), ("dtype", ["float32"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_header_that_lies_is_refused(
+    tmp_path: Path, field: str, value: object, verify: bool
+) -> None:
+    path = tmp_path / "index.knn"
+    CosineKNN(gaussian(9, 3), ids=np.arange(9)).save(path)
+    content = path.read_bytes()
+    prefix = struct.Struct("<8sIII")
+    magic, version, length, _ = prefix.unpack(content[: prefix.size])
+    header = json.loads(content[prefix.size : prefix.size + length])
+    (header if field in header else header["sections"]["ids"])[field] = value
+    told = json.dumps(header).encode()
+    path.write_bytes(
+        prefix.pack(magic, version, len(told), zlib.crc32(told))
+        + told
+        + content[prefix.size + len(told) :]
+    )
+    with pytest.raises(UserError, match=r"index\.knn: "):
+        CosineKNN.load(path, verify=verify)
 
 
 def two_rows() -> CosineKNN:

@@ -31,7 +31,7 @@ class TokenStatsLogitsProcessor:
             self._record(input_ids, *self._step)
         else:
             self._nll, self._entropy = [], []
-        self._step = input_ids, scores
+        self._step = input_ids, scores.clone()  # those after this one may write into it
         return scores
 
     def finish(self, sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,17 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
 
+def _logits_dtype(x: Tensor) -> torch.dtype:
+    """What logits of operands like x are held in: a GPU's sums of 16-bit products are float32."""
+    return _wide(x) if x.device.type == "cuda" else x.dtype
+
+
 def _product(h: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
+    if out.dtype != h.dtype:  # float32 from 16-bit operands, on CUDA alone
+        torch.mm(h, w.t(), out_dtype=out.dtype, out=out)
+        if bias is not None:
+            out += bias
+    elif bias is None:
         torch.mm(h, w.t(), out=out)
     else:
         torch.addmm(bias.to(out.dtype), h, w.t(), out=out)
@@ -178,20 +187,14 @@ def _chunked(
 ) -> Seven:
     """Whole rows of logits, as many at a time as the workspace holds, then the logits kernel."""
     n, vocab = hidden.shape[0], weight.shape[0]
-    exact = hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16)
-    dtype = torch.float32 if exact else hidden.dtype
+    dtype = _logits_dtype(hidden)
     step = rows_per_chunk(n, vocab, dtype)
     workspace = torch.empty((step, vocab), dtype=dtype, device=hidden.device)
     out = empty_columns(hidden, torch.Size([n]))
     for start in range(0, n, step):
         rows = slice(start, start + step)
         x = workspace[: hidden[rows].shape[0]]
-        if exact:  # the tensor cores' float32 sums, not rounded back to 16 bits
-            torch.mm(hidden[rows], weight.t(), out_dtype=torch.float32, out=x)
-            if bias is not None:
-                x += bias
-        else:
-            _product(hidden[rows], weight, bias, x)
+        _product(hidden[rows], weight, bias, x)
         ids = None if target_ids is None else target_ids[rows]
         found = forward(x, ids, temperature, softcap, ignore_index)
         for column, value in zip(out, found, strict=True):
@@ -308,21 +311,27 @@ def linear_token_stats_backward_op(
     weight_grad = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else None
     bias_grad = weight.new_zeros(vocab, dtype=_wide(weight)) if needs_bias else None
     with torch.autocast(hidden.device.type, enabled=False):
-        step = rows_per_chunk(n, vocab, hidden.dtype)
+        # Logits as the forward pass had them, or what it normalised by would not fit.
+        if hidden.device.type == "cpu":
+            hidden = hidden.to(product_dtype(hidden.dtype))
+        w = weight.to(hidden.dtype)
+        dtype = _logits_dtype(hidden)
+        step = rows_per_chunk(n, vocab, dtype)
         for start in range(0, n, step):
             rows = slice(start, start + step)
             h = hidden[rows]
-            x = h.new_empty((h.shape[0], vocab))
-            _product(h, weight, bias, x)
+            x = h.new_empty((h.shape[0], vocab), dtype=dtype)
+            _product(h, w, bias, x)
             part: Grads = tuple(None if g is None else g[rows] for g in grads)  # type: ignore[assignment]
             ids = None if target_ids is None else target_ids[rows]
             saved = (ids, entropy[rows], max_logprob[rows], argmax[rows])
             backward(part, x, *saved, temperature, softcap, ignore_index, x)
-            hidden_grad[rows] = x @ weight
-            if weight_grad is not None:
-                weight_grad += x.t() @ h
             if bias_grad is not None:
                 bias_grad += x.sum(0, dtype=bias_grad.dtype)
+            x = x.to(h.dtype)
+            hidden_grad[rows] = x @ w
+            if weight_grad is not None:
+                weight_grad += x.t() @ h
     nothing = hidden.new_empty(0)
     return (
         hidden_grad,

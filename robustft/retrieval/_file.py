@@ -111,7 +111,8 @@ def read(path: Path, *, verify: bool) -> Content:
         raise UserError(f"{path}: expected a header with its checksum, found a damaged one")
     try:
         header = json.loads(raw)
-        dim, count, dtype = int(header["dim"]), int(header["count"]), str(header["dtype"])
+        dim, count = _whole(header["dim"], 1 << 20), _whole(header["count"], 1 << 40)
+        dtype = header["dtype"]
         storage = np.dtype(_STORAGE[dtype])
         shapes = {
             "rows": (storage, (count, dim)),
@@ -119,15 +120,23 @@ def read(path: Path, *, verify: bool) -> Content:
             "ids": (np.dtype("<i8"), (count,)),
         }
         sections = {
-            name: (int(place["offset"]), int(place["bytes"]), int(place["crc32"]))
+            name: (
+                _whole(place["offset"], 1 << 60),
+                _whole(place["bytes"], 1 << 60),
+                _whole(place["crc32"], (1 << 32) - 1),
+            )
             for name, place in header["sections"].items()
         }
-        if dim < 1 or count < 0 or not {"rows", "blocks"} <= set(sections) <= set(shapes):
+        if dim < 1 or not {"rows", "blocks"} <= set(sections) <= set(shapes):
             raise ValueError("impossible header")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: expected a valid header, found {error}") from None
+    free = _PREFIX.size + len(raw)  # where the next section may begin
     arrays: dict[str, NDArray[Any]] = {}
-    for name, (offset, length, checksum) in sections.items():
+    for name, (offset, length, checksum) in sorted(sections.items(), key=lambda one: one[1]):
+        if offset < free:
+            raise UserError(f"{path}: section '{name}' lies on what stands before it")
+        free = offset + length
         dtype_, shape = shapes[name]
         if offset % _PAGE or length != dtype_.itemsize * int(np.prod(shape, dtype=object)):
             raise UserError(f"{path}: section '{name}' does not have the size its header implies")
@@ -143,6 +152,12 @@ def read(path: Path, *, verify: bool) -> Content:
     ids = arrays.get("ids")
     names = None if ids is None else np.array(ids, np.int64)
     return Content(dim, dtype, arrays["rows"], arrays["blocks"], names)
+
+
+def _whole(value: object, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"expected a whole number up to {most}, got {value!r:.40}")
+    return value
 
 
 def _checksum(path: Path, offset: int, length: int) -> int:
