@@ -269,6 +269,63 @@ def test_other_architectures(
     assert loop._step([0, 1, 2]) == pytest.approx(expected.item() / tokens, rel=1e-4)
 
 
+def build_composite(tiny_model: Path, folder: Path) -> Path:
+    """Write a random Gemma 3 that also sees, with the tokenizer of `tiny_model`."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=WINDOW | {"vocab_size": len(tokenizer), "head_dim": 8},
+        vision_config=vision | {"num_hidden_layers": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=0, boi_token_index=0, eoi_token_index=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("top", [None, 1])
+def test_of_a_model_that_also_sees_the_text_decoder_alone_is_adapted(
+    corpus: Path, tiny_model: Path, tmp_path: Path, top: int | None
+) -> None:
+    folder = build_composite(tiny_model, tmp_path / "gemma3")
+    config = config_for(corpus, folder, tmp_path / "adapter", epochs=1, top_layers=top)
+    model = load_causal_lm(find_model(str(folder)), dtype=torch.float32)
+    assert any("vision_tower" in name and "q_proj" in name for name, _ in model.named_modules())
+    train(config)
+    weights = load_file(config.out / WEIGHTS)
+    assert {name.split(".layers.")[1][0] for name in weights} == set("01" if top is None else "1")
+    assert all(".language_model." in name for name in weights)
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+    ids = torch.arange(3, 20)[None]
+    before = model(input_ids=ids).logits
+    assert (load_adapter(model, config.out)(input_ids=ids).logits - before).abs().max() > 0
+
+
+def test_what_no_gradient_reached_yet_is_saved_as_that(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = config_for(corpus, tiny_model, tmp_path, checkpoint_seconds=0.0)
+
+    def made(steps: int) -> TrainingLoop:
+        loop = loop_for(replace(config, steps=steps), tmp_path / "c")
+        unused = torch.nn.Parameter(torch.ones(3))  # an expert that no token is sent to
+        loop._trained["unused"] = unused
+        loop._optimizer.add_param_group({"params": [unused]})
+        return loop
+
+    made(2).run()
+    again = made(3)
+    again.resume()
+    assert again.history.step == 2
+    states = [again._optimizer.state.get(parameter) for parameter in again._trained.values()]
+    assert states.pop() is None
+    assert all(state["step"] == 2 for state in states)
+    again.run()
+
+
 def test_micro_batches_do_not_change_the_step(
     corpus: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -7,9 +7,11 @@ understood.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ _IRRELEVANT = (
 
 
 def attach_adapter(model: Any, config: TrainConfig, model_name: str) -> Any:
-    """`model` with a fresh LoRA adapter on all its linear layers, or those of the top ones.
+    """`model` with a fresh LoRA adapter on its text decoder's linear layers, or the top ones'.
 
     Adapter weights are float32 whatever the model's dtype; first weights follow `config.seed`.
 
@@ -55,6 +57,7 @@ def attach_adapter(model: Any, config: TrainConfig, model_name: str) -> Any:
         lora_alpha=config.scale,
         lora_dropout=config.dropout,
         target_modules=linear_names(model),
+        exclude_modules=_beside_decoder(model),
         layers_to_transform=None if top is None else list(range(layers - top, layers)),
     )
     torch.manual_seed(config.seed)
@@ -74,20 +77,34 @@ def _attached(model: Any, settings: Any) -> Any:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Last name parts (q_proj, up_proj …) of all linear layers but the output embedding.
+    """Last name parts (q_proj, up_proj …) of the text decoder's linear layers, without the head.
 
     What peft calls "all-linear", as a list, because only a list can be limited to some layers.
     """
+    return sorted({name.rpartition(".")[2] for name in _linears(model, model.get_decoder())})
+
+
+def _beside_decoder(model: Any) -> str | None:
+    """A pattern of all modules outside the text decoder; None where no name is met there, too.
+
+    Text sends no gradient through a vision tower, whose layers may be named as the decoder's are.
+    """
+    decoder = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    names = set(linear_names(model))
+    outside = (name for name in _linears(model, model) if not name.startswith(f"{inside}."))
+    met = inside and any(name.rpartition(".")[2] in names for name in outside)
+    return rf"(?!{re.escape(inside)}\.).*" if met else None
+
+
+def _linears(model: Any, part: Any) -> Iterator[str]:
+    """Names of all linear layers in a part of the model but its output embedding."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-        }
-    )
+    for name, module in part.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            yield name
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

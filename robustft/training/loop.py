@@ -43,7 +43,7 @@ from robustft_kernels import token_stats
 _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 16384
 _MAX_GRADIENT_NORM = 1.0
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 @dataclass(slots=True)
@@ -241,8 +241,9 @@ class TrainingLoop:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._trained.items():
             tensors[f"weight/{name}"] = parameter.detach()
-            for moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = self._optimizer.state[parameter][moment]
+            # Empty where no gradient came so far, as in an expert that no token was sent to.
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value
         with replacing(self._checkpoint) as path:
             save_file(tensors, path, metadata={"history": json.dumps(asdict(self.history))})
 
@@ -257,8 +258,8 @@ class TrainingLoop:
             for index, (name, parameter) in enumerate(self._trained.items()):
                 with torch.no_grad():
                     parameter.copy_(found[f"weight/{name}"])
-                state[index] = {moment: found[f"{moment}/{name}"] for moment in _MOMENTS}
-                state[index]["step"] = torch.tensor(float(history.step))
+                if f"exp_avg/{name}" in found:
+                    state[index] = {key: found[f"{key}/{name}"] for key in _STATE}
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self._checkpoint}: not a checkpoint of this run ({error}); delete it to restart"
