@@ -236,7 +236,7 @@ class TrainConfig:
     alpha: int | None = None  # None: twice the rank
     dropout: float = 0.0
     batch_size: int = 8  # records a step
-    cutoff: int = 2048  # longest record, tokens
+    cutoff: int = 2048  # longest record, tokens; at most the model's window
     top_layers: int | None = None  # adapt only the last N layers; None: all
     checkpoint_seconds: float = 60.0  # what a killed run loses at most
     report_to: tuple[str, ...] = ()  # trackers that get the numbers of every step

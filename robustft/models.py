@@ -203,6 +203,12 @@ def load_causal_lm(source: ModelSource, *, dtype: Any, attention: str | None = N
     return model.eval()
 
 
+def context_window(model: Any) -> int:
+    """How many tokens a sequence may have; 2**30 where the model sets no limit."""
+    text = model.config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+
+
 def has_plain_cache(model: Any) -> bool:
     """Whether a prefix can be computed once: every layer keeps all keys and values, no more."""
     import torch

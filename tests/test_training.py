@@ -424,6 +424,23 @@ def test_training_learns_and_the_adapter_is_standard_peft(
     assert (close - theirs).abs().mean() < 0.1 * theirs.abs().mean()
 
 
+def test_records_are_cut_to_the_models_window(
+    corpus: Path, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    size = {"vocab_size": len(tokenizer), "n_layer": 1, "n_head": 2, "n_embd": 16}
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(**size, n_positions=64)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = train(config_for(corpus, folder, tmp_path / "adapter", epochs=1))
+    assert result.shortened == 40
+    assert result.history.tokens == 40 * 64
+    assert "40 records are longer than 64 tokens and are cut" in caplog.text
+    assert "| cutoff | 64 tokens (40 records were cut) |" in (result.out / "README.md").read_text()
+
+
 def test_a_finished_run_is_not_repeated(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
     config = config_for(corpus, tiny_model, tmp_path / "adapter", epochs=1)
     first = train(config)

@@ -446,8 +446,9 @@ def _add_train(commands: Any) -> None:
         "--batch-size", type=_positive, default=8, metavar="N", help="records a step"
     )
     group.add_argument(
-        "--cutoff", type=_positive, default=2048, metavar="N", help="longest record, tokens"
-    )
+        "--cutoff", type=_positive, default=2048, metavar="N",
+        help="longest record, tokens; at most the model's window",
+    )  # fmt: skip
     group.add_argument(
         "--top-layers", type=_positive, metavar="N",
         help="adapt only the last N layers, which is faster (default: all)",

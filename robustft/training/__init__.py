@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from robustft.config import TrainConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.errors import UserError
 from robustft.files import spare_others, write_atomically
-from robustft.models import DEFAULT_MODEL, find_model, load_causal_lm, load_tokenizer
+from robustft.models import (
+    DEFAULT_MODEL,
+    context_window,
+    find_model,
+    load_causal_lm,
+    load_tokenizer,
+)
 from robustft.records import Record, RecordSource, Reject, open_records
 from robustft.store import folder_lock, refuse_changes
 from robustft.terminal import counted
@@ -94,9 +100,10 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
         if finished is not None:
             return finished
         tokenizer = load_tokenizer(model_source)
-        data, rejected = _read(source, tokenizer, config.cutoff)
         dtype = pick_dtype(config.engine.dtype, device, training=True)
         model = load_causal_lm(model_source, dtype=dtype, attention=config.engine.attention)
+        config = replace(config, cutoff=min(config.cutoff, context_window(model)))
+        data, rejected = _read(source, tokenizer, config.cutoff)
         adapted = attach_adapter(model, config, model_source.name).to(device)
         loop = TrainingLoop(adapted, data, config, config.out / _CHECKPOINT)
         loop.resume()
