@@ -535,6 +535,60 @@ def test_another_configuration_is_refused_with_the_difference(
         train(config)
 
 
+def test_a_run_that_saved_nothing_leaves_its_folder_free(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(corpus, tiny_model, tmp_path / "adapter", epochs=1, top_layers=3)
+    with pytest.raises(UserError, match=r"top_layers must be in \[1, 2\]"):
+        train(config)
+
+    def full(self: TrainingLoop, examples: list[Example]) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no")
+
+    config = replace(config, top_layers=2)
+    with monkeypatch.context() as scarce:
+        scarce.setattr(TrainingLoop, "response_loss", full)
+        with pytest.raises(UserError, match="lower --cutoff, or adapt fewer layers with") as caught:
+            train(config)
+    assert "--out" not in str(caught.value)
+    assert train(replace(config, cutoff=128, top_layers=1)).resumed == 0
+
+
+@pytest.mark.parametrize("failure", ["nan", "memory"])
+def test_the_advice_after_a_step_that_failed_can_be_followed(
+    corpus: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: str,
+) -> None:
+    config = config_for(corpus, tiny_model, tmp_path / "a", epochs=1, checkpoint_seconds=0.0)
+    real = TrainingLoop.response_loss
+
+    def failing(self: TrainingLoop, examples: list[Example]) -> torch.Tensor:
+        if self.history.step < 2:
+            return real(self, examples)
+        if failure == "nan":
+            return real(self, examples) * float("nan")
+        raise torch.OutOfMemoryError("no")
+
+    says = {
+        "nan": "the loss became nan at step 3; lower --learning-rate",
+        "memory": "lower --cutoff, .* with another --out: this one holds the steps done so far",
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingLoop, "response_loss", failing)
+        with pytest.raises(UserError, match=says[failure]):
+            train(config)
+    if failure == "nan":
+        assert train(replace(config, learning_rate=1e-3)).resumed == 0
+    else:
+        with pytest.raises(UserError, match="--cutoff was 2048, now 128; choose another --out"):
+            train(replace(config, cutoff=128))
+        assert train(replace(config, cutoff=128, out=tmp_path / "b")).resumed == 0
+        assert train(config).resumed == 2  # where there is more memory
+
+
 def test_a_foreign_adapter_is_not_overwritten(
     corpus: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

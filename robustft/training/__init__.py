@@ -96,7 +96,7 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
         "device": device.type,
     }
     with folder_lock(config.out):
-        finished = _claim(config.out, identity)
+        finished = _finished(config.out, identity)
         if finished is not None:
             return finished
         tokenizer = load_tokenizer(model_source)
@@ -108,6 +108,7 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
         loop = TrainingLoop(adapted, data, config, config.out / _CHECKPOINT)
         loop.resume()
         resumed = loop.history.step
+        _write_state(config.out, identity)  # no earlier, so that a mistake leaves the folder free
         with trackers.opened(config.report_to, config.out, identity, resumed=resumed > 0) as report:
             history = loop.run(report, title)
         result = TrainResult(
@@ -130,29 +131,35 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
 # --- the folder --------------------------------------------------------------------------------
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> TrainResult | None:
-    """Make `out` this run's folder; the result, if it is finished already."""
+def _finished(out: Path, identity: dict[str, Any]) -> TrainResult | None:
+    """The result of this run, if it is finished; UserError where `out` is another's.
+
+    A run that has saved no step does not hold its folder.
+    """
     path = out / _STATE
     if not path.exists():
         if (out / WEIGHTS).exists():
             raise UserError(f"{out}: holds an adapter that robustft did not train; choose another")
         spare_others([out / "README.md"])
-        write_atomically(path, _json({"identity": identity}))
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         before, result = state["identity"], state.get("result")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the state of a training run ({error})") from error
+    if result is None and not (out / _CHECKPOINT).exists():
+        return None
     refuse_changes(out, before, identity)
     if result is None or not (out / WEIGHTS).exists():
         return None
     return TrainResult(**result | {"out": out, "history": History(**result["history"])})
 
 
-def _write_state(out: Path, identity: dict[str, Any], result: TrainResult) -> None:
-    written = asdict(result) | {"out": str(out)}
-    write_atomically(out / _STATE, _json({"identity": identity, "result": written}))
+def _write_state(out: Path, identity: dict[str, Any], result: TrainResult | None = None) -> None:
+    state: dict[str, Any] = {"identity": identity}
+    if result is not None:
+        state["result"] = asdict(result) | {"out": str(out)}
+    write_atomically(out / _STATE, _json(state))
 
 
 def _json(value: object) -> str:

@@ -152,13 +152,18 @@ class TrainingLoop:
             except torch.OutOfMemoryError as error:
                 widest = int(self._lengths[list(batch)].max())
                 if self._budget < widest:
+                    # A larger device can go on with what is saved.
+                    elsewhere = ", with another --out: this one holds the steps done so far"
                     raise UserError(
                         f"a record of {widest} tokens does not fit the device's memory; "
                         "lower --cutoff, or adapt fewer layers with --top-layers"
+                        f"{elsewhere if self._checkpoint.exists() else ''}"
                     ) from error
                 self._budget = min(self._budget, widest * len(batch)) // 2
             torch.cuda.empty_cache()
         if not math.isfinite(loss):
+            # Resumed, it would come to the same; without it the folder is free for another rate.
+            self._checkpoint.unlink(missing_ok=True)
             raise UserError(
                 f"the loss became {loss} at step {step + 1}; lower --learning-rate "
                 f"(now {self.config.learning_rate:g})"
