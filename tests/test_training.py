@@ -110,6 +110,20 @@ def test_end_of_turn_follows_the_template(tiny_model: Path) -> None:
     assert end_of_turn(tokenizer) == ends[1:]
 
 
+def test_end_of_turn_may_be_a_control_token_without_a_name(tiny_model: Path) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True), AddedToken("<end>", special=False)])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end not in tokenizer.all_special_ids
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<|im_end|>", "<|end|>")
+    assert end_of_turn(tokenizer) == [end]
+    tokenizer.chat_template = template.replace("<|im_end|>", "<end>")  # text, as any other
+    assert end_of_turn(tokenizer) == [tokenizer.eos_token_id]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(16, 64))
 def test_fit_keeps_both_ends(prompt: int, response: int, cutoff: int) -> None:

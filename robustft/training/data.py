@@ -86,7 +86,10 @@ def end_of_turn(tokenizer: Any) -> list[int]:
         rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
         after = rendered.rpartition(_PLACEHOLDER)[2]
         ids = tokenizer.encode(after, add_special_tokens=False) if after else []
-        if ids and ids[0] in tokenizer.all_special_ids:
+        # Many templates end a turn in a control token that is none of the tokenizer's named ones.
+        added = tokenizer.added_tokens_decoder.items()
+        control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        if ids and ids[0] in control:
             return [int(ids[0])]
     end = tokenizer.eos_token_id
     return [] if end is None else [int(end)]
