@@ -60,19 +60,13 @@ class _NoiseAL:
         questions = [record.question for record in records]
         self._embeddings = setting.embedder.encode(questions)
         layouts = {tuple(normalise(a, "span") for a in answers) for answers in self._answers}
-        shared = len(layouts) == 1
-        texts, strong = questions, self._embeddings
-        if not shared:
-            texts = [
-                f"{record.question}\n{answers[i] if i < len(answers) else ''}"
-                for record, answers in zip(records, self._answers, strict=True)
-                for i in range(self._width)
-            ]
-            strong = setting.embedder.encode(texts)
+        self._shared = len(layouts) == 1
+        self._texts = questions if self._shared else self._pairs()  # what the features are of
+        strong = self._embeddings if self._shared else setting.embedder.encode(self._texts)
         seed = setting.config.seed
         self._scorers = (
-            Scorer(strong, self._width, shared, seed),
-            Scorer(ngram_features(texts), self._width, shared, seed + 1),
+            Scorer(strong, self._width, self._shared, seed),
+            Scorer(ngram_features(self._texts), self._width, self._shared, seed + 1),
         )
         self._threshold = 1.0 / self._width
         self._failures: dict[int, str] = {}  # row -> why the LLM gave no reply, asked last
@@ -87,6 +81,7 @@ class _NoiseAL:
         for _ in range(_ROUNDS):
             split = self._split()
             labels = self._purify(split)
+            self._follow()
             known = np.flatnonzero(split.purified & (labels >= 0))
             reliable, hard = np.flatnonzero(split.reliable), np.flatnonzero(split.hard)
             soft = sharpened(self._mean()[hard])
@@ -95,6 +90,27 @@ class _NoiseAL:
         split = self._split()
         labels = self._purify(split)
         return [self._decision(row, split, int(labels[row])) for row in range(total)]
+
+    def _pairs(self) -> list[str]:
+        """Each question with each of its candidates, `width` a record."""
+        return [
+            f"{record.question}\n{answers[i] if i < len(answers) else ''}"
+            for record, answers in zip(self._records, self._answers, strict=True)
+            for i in range(self._width)
+        ]
+
+    def _follow(self) -> None:
+        """Give the scorers the features of new candidates, which the LLM has named."""
+        if self._shared:  # nobody's candidates change
+            return
+        before, self._texts = self._texts, self._pairs()
+        pairs = zip(before, self._texts, strict=True)
+        new = [place for place, (was, text) in enumerate(pairs) if text != was]
+        if new:
+            strong, weak = self._scorers
+            fresh = self._setting.embedder.encode([self._texts[place] for place in new])
+            strong.features[new] = fresh
+            weak.features = ngram_features(self._texts)
 
     def _epoch(self, reliable: tuple[Rows, Rows], purified: tuple[Rows, Rows],
                hard: tuple[Rows, NDArray[np.float64]]) -> None:  # fmt: skip
@@ -143,7 +159,7 @@ class _NoiseAL:
         return labels
 
     def _learn(self, row: int, answer: str | None) -> int:
-        """The candidate an answer is; a new one takes the place of the last wrong one."""
+        """The candidate an answer is; a new one takes the place of the last but the given one."""
         if answer is None:
             return -1
         record, candidates = self._records[row], self._answers[row]
@@ -152,7 +168,7 @@ class _NoiseAL:
         kind = record_kind(record)
         normal = [normalise(one, kind) for one in candidates]
         if normalise(answer, kind) not in normal:
-            candidates[-1] = answer
+            candidates[max(len(candidates) - 1, 1) :] = [answer]
             return len(candidates) - 1
         return normal.index(normalise(answer, kind))
 

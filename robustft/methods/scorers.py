@@ -22,7 +22,7 @@ _WIDTH = 1 << 12  # hashed n-gram features
 
 
 class Scorer:
-    """A linear head over fixed features, trained on reliable, purified and hard examples.
+    """A linear head over `features`, trained on reliable, purified and hard examples.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Scorer:
     """
 
     def __init__(self, features: Any, candidates: int, shared: bool, seed: int) -> None:
-        self._features = features
+        self.features = features
         self._candidates = candidates
         self._shared = shared
         torch.manual_seed(seed)
@@ -44,7 +44,7 @@ class Scorer:
         wanted = index
         if not self._shared:
             wanted = (index[:, None] * self._candidates + np.arange(self._candidates)).ravel()
-        part = self._features[wanted]
+        part = self.features[wanted]
         dense = np.asarray(part.todense() if hasattr(part, "todense") else part, np.float32)
         found = torch.from_numpy(dense)
         return found if self._shared else found.view(len(index), self._candidates, -1)

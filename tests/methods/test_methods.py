@@ -20,7 +20,8 @@ from robustft.config import CleanConfig
 from robustft.engines import Failure, Prompt
 from robustft.errors import UserError
 from robustft.methods import METHODS, Setting, clean_by, find_method
-from robustft.methods.scorers import Scorer, sharpened
+from robustft.methods.noiseal import _NoiseAL
+from robustft.methods.scorers import Scorer, ngram_features, sharpened
 from robustft.records import Record, open_records
 
 COLOURS = ("apple", "banana", "cherry")
@@ -196,6 +197,43 @@ def test_noiseal_on_open_answers(tmp_path: Path) -> None:
     result = prepare(Setting(config, engine, LetterEmbedder()))
     assert sum(result.counts[name] for name in ("keep", "relabel", "drop")) == 60
     assert result.counts["keep"] > 20
+
+
+def test_noiseal_learns_what_the_model_says_not_what_it_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("ant", "bee", "cow", "dog", "elk")
+    rows = [{"question": f"{words[n % 5]} {words[n % 5]}?", "answer": words[n // 7 % 5]}
+            for n in range(60)]  # fmt: skip
+    rows.append({"question": "how many?", "answer": "7"})  # no other candidate is of its kind
+    path = tmp_path / "open.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [item for item in open_records(str(path)) if isinstance(item, Record)]
+    engine = ScriptedEngine(reply=lambda prompt: " a zebra")
+    method = _NoiseAL(
+        Setting(CleanConfig(input=str(path), out=tmp_path / "out"), engine, LetterEmbedder()),
+        records,
+    )
+    epoch, seen = Scorer.epoch, 0
+
+    def checked(scorer: Scorer, *lessons: Any) -> None:
+        nonlocal seen
+        texts = [
+            f"{record.question}\n{candidate}"
+            for record, answers in zip(records, method._answers, strict=True)
+            for candidate in [*answers, *[""] * (method._width - len(answers))]
+        ]
+        strong, weak = method._scorers
+        np.testing.assert_array_equal(strong.features, LetterEmbedder().encode(texts))
+        assert (weak.features != ngram_features(texts)).nnz == 0
+        seen += sum("zebra" in text for text in texts)
+        epoch(scorer, *lessons)
+
+    monkeypatch.setattr(Scorer, "epoch", checked)
+    method.run()
+    assert seen
+    assert (method._learn(60, "12"), method._answers[60]) == (1, ["7", "12"])
+    assert [answers[0] for answers in method._answers] == [row["answer"] for row in rows]
 
 
 def test_an_empty_reliable_set_still_ends(tmp_path: Path) -> None:
