@@ -4,8 +4,9 @@
         --out bench/results/end_to_end.csv
 
 The folder holds `labeled.csv`, `noisy50.csv` (same rows) and `test.csv`. Every arm trains for the
-same number of steps. A killed run goes on where it stopped; several
-processes may share the work (`--arms`, `--seeds`), the table holds whatever is finished.
+same number of steps. A killed run goes on where it stopped; several processes may share the work
+(`--arms`, `--seeds`), the table holds whatever is finished. What was measured on other files or
+with other settings is refused: a table holds one of each.
 
     recovered = (cleaned - noisy) / (clean - noisy)
 """
@@ -14,24 +15,71 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from robustft.benchmarks.measure import commit, device_name, versions
 from robustft.config import EngineConfig, EvalConfig, TrainConfig
+from robustft.devices import pick_device
+from robustft.errors import UserError
 from robustft.evaluation import evaluate
+from robustft.records.formats import hash_files
 from robustft.training import train
 
 ARMS = ("clean", "noisy", "cleaned")
-FIELDS = ("arm", "seed", "records", "steps", "accuracy", "low", "high", "macro_f1", "seconds")
+FIELDS = (
+    "arm", "seed", "records", "steps", "accuracy", "low", "high", "macro_f1", "seconds",
+    "device", "versions", "commit", "date",
+)  # fmt: skip
+SETTINGS = ("limit", "steps", "batch_size", "learning_rate", "top_layers", "dtype")
+PACKAGES = ("robustft", "torch", "transformers", "peft")
 
 
-def run(arm: str, data: Path, test: Path, seed: int, options: argparse.Namespace) -> None:
+def inputs(arm: str, options: argparse.Namespace) -> tuple[Path, Path]:
+    """What an arm trains on, and the test file."""
+    files = {
+        "clean": options.folder / "labeled.csv",
+        "noisy": options.folder / "noisy50.csv",
+        "cleaned": options.cleaned,
+    }
+    return files[arm], options.test or options.folder / "test.csv"
+
+
+def settings(arm: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All that an arm's accuracy depends on beside its seed; of the files their hashes."""
+    data, test = inputs(arm, options)
+    chosen = {name: getattr(options, name) for name in SETTINGS}
+    return chosen | {"training file": hash_files([data]), "test file": hash_files([test])}
+
+
+def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row in the work folder. Raises UserError where one has other settings than these."""
+    rows = []
+    for path in options.work.glob("*/accuracy.json"):
+        row = json.loads(path.read_bytes())
+        before, now = row.pop("settings", {}), settings(row["arm"], options)
+        changed = [name for name in now if name not in before or before[name] != now[name]]
+        if changed:
+            raise UserError(
+                f"{path}: was not measured with the same {', '.join(changed)}; repeat the old "
+                "settings or choose another --work"
+            )
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["seed"], ARMS.index(row["arm"])))
+
+
+def run(arm: str, seed: int, options: argparse.Namespace) -> None:
     """Train and evaluate one arm with one seed, unless that is done already."""
     folder = options.work / f"{arm}-{seed}"
     found = folder / "accuracy.json"
     if found.exists():
         return
+    used = settings(arm, options)
+    data, test = inputs(arm, options)
     engine = EngineConfig(dtype=options.dtype)
     trained = train(
         TrainConfig(
@@ -45,12 +93,14 @@ def run(arm: str, data: Path, test: Path, seed: int, options: argparse.Namespace
     values = (
         arm, seed, trained.records, trained.history.step, round(score.overall.accuracy, 4),
         round(low, 4), round(high, 4), round(score.macro_f1 or 0.0, 4),
-        round(trained.history.seconds),
+        round(trained.history.seconds), device_name(pick_device(engine.device).type),
+        versions(PACKAGES), commit(), datetime.date.today().isoformat(),
     )  # fmt: skip
-    found.write_text(json.dumps(dict(zip(FIELDS, values, strict=True))), encoding="utf-8")
+    row = dict(zip(FIELDS, values, strict=True)) | {"settings": used}
+    found.write_text(json.dumps(row), encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, print the table and, with --out, write it as CSV."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,18 +118,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--top-layers", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
-    options = parser.parse_args()
-    files = {
-        "clean": options.folder / "labeled.csv",
-        "noisy": options.folder / "noisy50.csv",
-        "cleaned": options.cleaned,
-    }
-    test = options.test or options.folder / "test.csv"
+    options = parser.parse_args(arguments)
+    finished(options)  # refused before hours of training, not after
     for seed in options.seeds:
         for arm in options.arms:
-            run(arm, files[arm], test, seed, options)
-    rows = [json.loads(path.read_bytes()) for path in options.work.glob("*/accuracy.json")]
-    rows.sort(key=lambda row: (row["seed"], ARMS.index(row["arm"])))
+            run(arm, seed, options)
+    rows = finished(options)
     by_arm = {arm: [row["accuracy"] for row in rows if row["arm"] == arm] for arm in ARMS}
     for arm, values in by_arm.items():
         if values:
@@ -94,4 +138,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,3 +119,45 @@ def test_memory_that_was_used_before_counts_again() -> None:
     found = extra_mib(call, "cpu")
     assert found is not None
     assert 23 < found < 40
+
+
+def test_end_to_end_shows_no_number_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(__file__).resolve().parent.parent / "bench" / "end_to_end.py"
+    spec = importlib.util.spec_from_file_location("end_to_end", path)
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    trained: list[str] = []
+    history = SimpleNamespace(step=3, seconds=1.0)
+    overall = SimpleNamespace(accuracy=0.5, interval=(0.4, 0.6))
+    monkeypatch.setattr(
+        bench,
+        "train",
+        lambda config: trained.append(config.input) or SimpleNamespace(records=2, history=history),
+    )
+    score = SimpleNamespace(overall=overall, macro_f1=0.5)
+    monkeypatch.setattr(bench, "evaluate", lambda config: score)
+    for name in ("labeled", "noisy50", "test", "cleaned"):
+        (tmp_path / f"{name}.csv").write_text(name)
+    work, out, cleaned = tmp_path / "work", tmp_path / "out.csv", tmp_path / "cleaned.csv"
+    for arm in bench.ARMS:
+        (work / f"{arm}-0").mkdir(parents=True)
+    command = [str(tmp_path), str(cleaned), "--work", str(work), "--seeds", "0", "--out", str(out)]
+    bench.main(command)
+    bench.main(command)
+    assert len(trained) == 3  # the second call found all it needs
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == list(bench.ARMS)
+    assert all(row["device"] and row["commit"] and row["date"] for row in rows)
+    with pytest.raises(UserError, match="not measured with the same steps; repeat the old"):
+        bench.main([*command, "--steps", "3"])
+    cleaned.write_text("of another day")
+    with pytest.raises(UserError, match=r"cleaned-0.*not measured with the same training file;"):
+        bench.main(command)
+    assert len(trained) == 3
+    with (path.parent / "results" / "end_to_end.csv").open(newline="", encoding="utf-8") as file:
+        assert tuple(csv.DictReader(file).fieldnames or ()) == bench.FIELDS
