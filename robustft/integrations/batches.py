@@ -1,19 +1,22 @@
 """Batch callables for `datasets.Dataset.map(…, batched=True)` and Ray Data's `map_batches`.
 
 Each takes a batch as a mapping from column to values (lists, or NumPy arrays as Ray gives them) and
-returns it with columns added. They pickle as their settings: models and indexes are loaded in the
-process that works, on its first batch, and held there.
+returns it with columns added. A null (None, or NaN as pandas has it) is no text: nothing is said of
+it. They pickle as their settings: models and indexes are loaded in the process that works, on its
+first batch, and held there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from robustft.config import EngineConfig
 from robustft.embedding import Embedder, TextEmbedder
@@ -72,20 +75,28 @@ class ResponseScorer(_Lazy):
         return load_engine(self.config)
 
     def score(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[ResponseScore]:
-        """Statistics of every response, in order."""
-        asked = [as_prompt(prompt) for prompt in prompts]
-        given = [str(response) for response in responses]
-        found: dict[int, ResponseScore] = {}
-        for rows in self.engine.plan(asked, 16):
-            scores = self.engine.score([asked[row] for row in rows], [given[row] for row in rows])
-            found.update(
-                (row, _UNSCORED if isinstance(score, Failure) else score)
-                for row, score in zip(rows, scores, strict=True)
+        """Statistics of every response, in order; NaN where it or its prompt is null."""
+        pairs = {
+            row: (prompt, str(response))
+            for row, (prompt, response) in enumerate(
+                zip(map(as_prompt, prompts), responses, strict=True)
             )
-        return [found[row] for row in range(len(asked))]
+            if prompt is not None and not _is_null(response)
+        }
+        rows = list(pairs)
+        found = [_UNSCORED] * len(responses)
+        for places in self.engine.plan([pairs[row][0] for row in rows], 16):
+            asked, given = zip(*(pairs[rows[place]] for place in places), strict=True)
+            for place, score in zip(places, self.engine.score(asked, given), strict=True):
+                if not isinstance(score, Failure):
+                    found[rows[place]] = score
+        return found
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """The batch with its statistics, float32 (tokens int64, truncated bool), else NaN."""
+        """The batch with its statistics: float32, NaN where there are none.
+
+        `response_tokens` is int64, else 0, and `response_truncated` bool, else false.
+        """
         scores = self.score(list(batch[self.prompt]), list(batch[self.response]))
         added = {
             f"response_{field.name}": np.array(
@@ -97,10 +108,22 @@ class ResponseScorer(_Lazy):
         return {**batch, **added}
 
 
-def as_prompt(value: Any) -> Prompt:
-    """A prompt from a text (one user turn) or from {"role", "content"} turns."""
+def as_prompt(value: Any) -> Prompt | None:
+    """A prompt from a text (one user turn) or from {"role", "content"} turns.
+
+    None where it, or a turn's content, is null.
+    """
+    if _is_null(value):
+        return None
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
+    if any(_is_null(turn["content"]) for turn in turns):
+        return None
     return Prompt(tuple(Message(str(turn["role"]), str(turn["content"])) for turn in turns))
+
+
+def _is_null(value: Any) -> bool:
+    """Whether a column holds nothing here; NaN is how pandas says so."""
+    return value is None or (isinstance(value, float | np.floating) and math.isnan(value))
 
 
 class AgreeingAnswers:
@@ -128,8 +151,10 @@ class AgreeingAnswers:
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The batch with its agreement."""
-        answers = [list(row) for row in batch[self.answers]]
-        given = None if self.given is None else list(batch[self.given])
+        answers = [[] if _is_null(row) else list(row) for row in batch[self.answers]]
+        given = None
+        if self.given is not None:
+            given = [None if _is_null(one) else one for one in batch[self.given]]
         found = answer_consistency(
             answers, metric=self.metric, threshold=self.threshold, given=given, threads=1
         )
@@ -149,11 +174,21 @@ class AgreeingAnswers:
 def build_index(
     texts: Sequence[str], path: str | Path, *, embedder: TextEmbedder | str | None = None
 ) -> CosineKNN:
-    """Embed `texts`, number them from 0 and save their index to `path`."""
+    """Embed `texts`, number them from 0 and save their index to `path`; a null is near nothing."""
     made = Embedder(embedder) if embedder is None or isinstance(embedder, str) else embedder
-    index = CosineKNN(made.encode(list(texts)))
+    index = CosineKNN(_embed(made, texts)[0])
     index.save(path)
     return index
+
+
+def _embed(
+    embedder: TextEmbedder, texts: Sequence[Any]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """[N, d] embeddings, zero for a null, whose cosines are then all 0; and [N] which are null."""
+    null = np.array([_is_null(text) for text in texts], np.bool_)
+    vectors = np.zeros((len(null), embedder.dimensions), np.float32)
+    vectors[~null] = embedder.encode([str(text) for text in texts if not _is_null(text)])
+    return vectors, null
 
 
 class NearestNeighbours(_Lazy):
@@ -161,6 +196,7 @@ class NearestNeighbours(_Lazy):
 
     Columns: `neighbours` [k] ids, `cosines` [k] (id -1 and NaN where there are fewer than k) and
     `duplicate_of`, the lowest id among the neighbours whose cosine is at least `duplicate`, or -1.
+    A null text has no neighbours.
     With `own`, a row never finds itself, and duplicates only a row before it: filtering
     `duplicate_of == -1` keeps the first of every group of up to k + 1, however rows are batched.
 
@@ -200,9 +236,10 @@ class NearestNeighbours(_Lazy):
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The batch with its neighbours."""
-        texts = [str(text) for text in batch[self.text]]
+        vectors, null = _embed(self.embedder, batch[self.text])
         own = None if self.own is None else np.asarray(batch[self.own], np.int64)
-        ids, cosines = self.index.search(self.embedder.encode(texts), self.k, exclude=own)
+        ids, cosines = self.index.search(vectors, self.k, exclude=own)
+        ids[null], cosines[null] = -1, _NAN
         close = (cosines >= self.duplicate) & (ids >= 0)
         if own is not None:
             close &= ids < own[:, None]

@@ -67,7 +67,7 @@ class ResponseFilter(BaseFilter):  # type: ignore[misc]
 
     def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
         """Judge a batch of documents."""
-        prompts = [doc.metadata.get("prompt", "") for doc in batch]
+        prompts = [doc.metadata.get("prompt") or "" for doc in batch]
         scores = self.scorer.score(prompts, [doc.text for doc in batch])
         kept: list[bool | tuple[bool, str]] = []
         for doc, score in zip(batch, scores, strict=True):

@@ -41,6 +41,21 @@ def test_scores_are_the_engines_own(scorer: ResponseScorer, tiny_model: Path) ->
     assert found["kept"] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_a_null_is_not_scored(scorer: ResponseScorer, null: object) -> None:
+    prompts = ["Hello?", null, "Hello?", [{"role": "user", "content": null}]]
+    found = scorer({"prompt": prompts, "response": [null, "hi", "hi", "hi"]})
+    alone = scorer({"prompt": ["Hello?"], "response": ["hi"]})
+    for name, values in found.items():
+        if name.startswith("response_"):
+            unscored = {"response_tokens": 0, "response_truncated": False}.get(name, np.nan)
+            expected = [unscored, unscored, alone[name][0], unscored]
+            np.testing.assert_allclose(values, expected, atol=1e-4)
+            assert values.dtype == alone[name].dtype
+    none = scorer({"prompt": [null], "response": [null]})
+    assert none["response_tokens"].tolist() == [0]
+
+
 def test_turns_and_texts_are_the_same_prompt(scorer: ResponseScorer) -> None:
     turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     as_text = scorer({"prompt": PROMPTS, "response": RESPONSES})
@@ -71,13 +86,13 @@ def test_datasets_map(scorer: ResponseScorer, tmp_path: Path) -> None:
 
 def test_agreement() -> None:
     batch = {
-        "answers": [["Paris", " paris.", "Lyon"], ["4", "5"], [], ["a", None]],
-        "given": ["Lyon", "4", "x", "a"],
+        "answers": [["Paris", " paris.", "Lyon"], ["4", "5"], [], ["a", None], None, ["b"]],
+        "given": ["Lyon", "4", "x", "a", "a", None],
     }
     found = AgreeingAnswers(given="given")(batch)
-    assert found["majority"] == ["Paris", "4", None, "a"]
-    np.testing.assert_allclose(found["majority_fraction"], [2 / 3, 0.5, 0, 1], rtol=1e-6)
-    np.testing.assert_allclose(found["given_support"], [1 / 3, 0.5, 0, 1], rtol=1e-6)
+    assert found["majority"] == ["Paris", "4", None, "a", None, "b"]
+    np.testing.assert_allclose(found["majority_fraction"], [2 / 3, 0.5, 0, 1, 0, 1], rtol=1e-6)
+    np.testing.assert_allclose(found["given_support"], [1 / 3, 0.5, 0, 1, 0, 0], rtol=1e-6)
     assert found["semantic_entropy"][1] == pytest.approx(math.log(2))
     assert "given_support" not in AgreeingAnswers()(batch)
 
@@ -109,6 +124,21 @@ def test_duplicates_are_found_however_rows_are_batched(
             found += lookup(batch)["duplicate_of"].tolist()
         assert found == expected
     assert [row for row, of in enumerate(found) if of >= 0] == [20, 37, 38]
+
+
+@pytest.mark.parametrize("own", [None, "row"])
+def test_a_null_has_no_neighbours_and_is_none(
+    tmp_path: Path, tiny_encoder: Path, texts: list[str], own: str | None
+) -> None:
+    index, holed = tmp_path / "texts.knn", [texts[0], None, texts[1], None, texts[0]]
+    build_index(holed, index, embedder=str(tiny_encoder))
+    lookup = neighbours(index, tiny_encoder, own=own, k=2, duplicate=0.999999)
+    found = lookup({"text": holed, "row": range(5)})
+    assert found["duplicate_of"].tolist() == ([-1, -1, -1, -1, 0] if own else [0, -1, 2, -1, 0])
+    for row in (1, 3):
+        assert found["neighbours"][row].tolist() == [-1, -1]
+        assert np.isnan(found["cosines"][row]).all()
+    assert not np.isin(found["neighbours"][[0, 2, 4]], [1, 3]).any()
 
 
 def test_a_foreign_text_finds_its_nearest(
