@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from transformers import TrainerCallback
 
 from robustft.training.signals import StepSignals
-from robustft_kernels import linear_token_stats
+from robustft_kernels import TokenStats, linear_token_stats
 
 __all__ = ["TokenStatsCallback"]
 
 _log = logging.getLogger("robustft")
 _IGNORED = -100
+# Settings by which architectures multiply or divide their logits; Granite divides by the one that
+# HyperCLOVA X multiplies by.
+_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 class TokenStatsCallback(TrainerCallback):
@@ -30,15 +34,17 @@ class TokenStatsCallback(TrainerCallback):
     numbers to wandb, TensorBoard, trackio with the loss. Given as `callbacks=[…]` it stands after
     them: its numbers are in `trainer.state.log_history`, on the progress bar, and nowhere else.
 
-    Each process measures its own batches, and process 0 logs. Weights that are sharded between
-    processes (FSDP, ZeRO-3) cannot be read this way: there it says so once and does nothing.
+    Each process measures its own batches, and process 0 logs. What cannot be read this way is told
+    once, and nothing is done: weights that are sharded between processes (FSDP, ZeRO-3); logits
+    that are not the output embedding's, scaled and capped (a pass over two tokens tells, before
+    training begins); labels that the model is not given, as with `label_smoothing_factor`.
     """
 
     def __init__(self) -> None:
         self._signals = StepSignals()
         self._hooks: list[Any] = []
         self._labels: torch.Tensor | None = None
-        self._due = False
+        self._due = self._labelled = False
 
     @classmethod
     def attach(cls, trainer: Any) -> TokenStatsCallback:
@@ -58,7 +64,14 @@ class TokenStatsCallback(TrainerCallback):
         if head is None or not _is_whole(head.weight, causal.config):
             _log.warning("token statistics are not logged: no whole output embedding to read")
             return
-        self._head, self._config = head, causal.config.get_text_config()
+        scaling = _scaling(causal, head)
+        if scaling is None:
+            _log.warning(
+                "token statistics are not logged: the model's logits are not those of its output "
+                "embedding"
+            )
+            return
+        self._head, self._scaling, self._labelled = head, scaling, False
         self._hooks = [
             model.register_forward_pre_hook(self._note_labels, with_kwargs=True),
             causal.get_decoder().register_forward_hook(self._measure),
@@ -77,6 +90,12 @@ class TokenStatsCallback(TrainerCallback):
         """Add the step's numbers to what is logged, once."""
         if logs is None or "loss" not in logs:
             return
+        if self._hooks and not self._labelled:
+            _log.warning(
+                "token statistics are not logged: the model is not given the labels, which label "
+                "smoothing and loss functions of one's own take away"
+            )
+            self._remove()
         found = {name: round(value, 6) for name, value in self._signals.take().items()}
         logs.update(found)
         if state.log_history:
@@ -89,8 +108,9 @@ class TokenStatsCallback(TrainerCallback):
     # --- hooks ---------------------------------------------------------------------------------
 
     def _note_labels(self, module: Any, args: Any, inputs: dict[str, Any]) -> None:
-        labels = inputs.get("labels")
-        self._labels = labels if self._due and module.training else None
+        labels = inputs.get("labels") if module.training else None
+        self._labelled |= labels is not None
+        self._labels = labels if self._due else None
 
     def _measure(self, module: Any, args: Any, output: Any) -> None:
         labels, self._labels = self._labels, None
@@ -104,18 +124,8 @@ class TokenStatsCallback(TrainerCallback):
         chosen = targets != _IGNORED
         if not bool(chosen.any()):
             return
-        with torch.no_grad():
-            # The head's own dtype: under autocast the states may have another.
-            states = hidden[:, :-1][chosen].to(self._head.weight.dtype)
-            stats = linear_token_stats(
-                states,
-                self._head.weight,
-                targets[chosen],
-                bias=getattr(self._head, "bias", None),
-                softcap=getattr(self._config, "final_logit_softcapping", None),
-                logit_scale=getattr(self._config, "logit_scale", None) or 1.0,
-                cu_seqlens=_run_edges(chosen),
-            )
+        states = hidden.detach()[:, :-1][chosen]
+        stats = _stats(self._head, states, targets[chosen], *self._scaling, _run_edges(chosen))
         self._signals.add(stats)
 
     def _remove(self) -> None:
@@ -128,6 +138,58 @@ def _is_whole(weight: Any, config: Any) -> bool:
     """Whether this process holds the whole [V, D] output embedding."""
     vocabulary = int(config.get_text_config().vocab_size)
     return type(weight).__name__ != "DTensor" and weight.dim() == 2 and len(weight) >= vocabulary
+
+
+@torch.no_grad()
+def _scaling(causal: Any, head: Any) -> tuple[float, float | None] | None:
+    """Factor and soft cap that make the model's own logits of the output embedding's product.
+
+    Its settings say what they may be, the model itself which of them it uses: that is safer than a
+    list of architectures. None where no way leads to its logits.
+    """
+    config, training = causal.config.get_text_config(), causal.training
+    named = [getattr(config, name, None) for name in _FACTORS]
+    values = [float(value) for value in named if isinstance(value, int | float) and value]
+    factors = [*values, *(1.0 / value for value in values), 1.0]
+    caps: list[float | None] = [getattr(config, "final_logit_softcapping", None), None]
+    causal.eval()
+    try:
+        ids = torch.tensor([[0, 5 % int(config.vocab_size)]], device=causal.device)
+        own = causal(input_ids=ids, use_cache=False).logits[0, -1].float()  # [V]
+        state = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1:]
+        targets = torch.arange(min(64, len(own)), device=own.device)
+        wanted = own.log_softmax(-1)[targets]
+        limit = 0.02 * float(own.abs().max()) + 1e-6  # bfloat16 sums in another order
+        for way in itertools.product(factors, caps):
+            found = _stats(head, state.repeat(len(targets), 1), targets, *way).logprob
+            if found is not None and float((found - wanted).abs().max()) <= limit:
+                return way
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        pass  # a model that takes more than token ids, or gives something else
+    finally:
+        causal.train(training)
+    return None
+
+
+@torch.no_grad()
+def _stats(
+    head: Any,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    factor: float,
+    cap: float | None,
+    edges: torch.Tensor | None = None,
+) -> TokenStats:
+    """Statistics of targets [N] after hidden states [N, D]; `edges` [runs + 1] bound their runs."""
+    return linear_token_stats(
+        states.to(head.weight.dtype),  # under autocast the states may have another
+        head.weight,
+        targets,
+        bias=getattr(head, "bias", None),
+        softcap=cap,
+        logit_scale=factor,
+        cu_seqlens=edges,
+    )
 
 
 def _run_edges(chosen: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,73 @@ def test_the_numbers_are_those_of_the_batch(model: Any, tmp_path: Path, adapted:
     assert [set(SIGNALS) <= set(logs) for logs in seen] == [True, True, False]
 
 
+SMALL = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Granite", {"logits_scaling": 8.0}),
+        ("HyperCLOVAX", {"logits_scaling": 0.2}),  # multiplies by what Granite divides by
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16}),
+    ],
+)
+def test_logits_that_are_scaled_or_capped(
+    tmp_path: Path, family: str, settings: dict[str, float]
+) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"this transformers has no {family}")
+    config = getattr(transformers, f"{family}Config")(**SMALL, **settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    rows = Rows(4)
+    expected = by_hand(model.eval(), rows)
+    trainer = trainer_for(
+        model, rows, tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=4
+    )
+    TokenStatsCallback.attach(trainer)
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert {name: entry[name] for name in SIGNALS} == pytest.approx(expected, rel=1e-4)
+    assert entry["loss"] == pytest.approx(entry["response_nll"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["logits", "labels"])
+def test_what_cannot_be_measured_is_said_once(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    settings: dict[str, Any] = {}
+    if case == "logits":
+
+        def bend(module: Any, args: Any, output: Any) -> None:
+            output.logits = output.logits**3
+
+        model.register_forward_hook(bend)
+    else:
+        settings["label_smoothing_factor"] = 0.1
+    trainer = trainer_for(
+        model, Rows(8), tmp_path, max_steps=3, logging_steps=1, per_device_train_batch_size=2,
+        **settings,
+    )  # fmt: skip
+    callback = TokenStatsCallback.attach(trainer)
+    trainer.train()
+    says = {
+        "logits": "the model's logits are not those of its output embedding",
+        "labels": "the model is not given the labels, which label smoothing",
+    }
+    told = [r.message for r in caplog.records if "token statistics are not logged" in r.message]
+    assert len(told) == 1
+    assert says[case] in told[0]
+    assert not any("response_nll" in entry for entry in trainer.state.log_history)
+    assert not callback._hooks
+
+
 def test_only_logged_steps_are_measured(model: Any, tmp_path: Path) -> None:
     trainer = trainer_for(
         model, Rows(12), tmp_path, max_steps=6, logging_steps=3, per_device_train_batch_size=2
