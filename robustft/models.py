@@ -128,11 +128,6 @@ def content_digest(source: ModelSource) -> str:
     return f"local {digest.hexdigest()}"
 
 
-def model_window(config: Any) -> int:
-    """Tokens that a model takes, prompt and reply, by its transformers configuration."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
-
-
 @functools.cache
 def hub_answers() -> bool:
     """Whether the Hugging Face hub can be reached; asked once a process.

@@ -25,11 +25,11 @@ from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
 from robustft.models import (
     content_digest,
+    context_window,
     find_model,
     has_plain_cache,
     load_causal_lm,
     load_tokenizer,
-    model_window,
     shared_start,
 )
 from robustft_kernels import linear_token_stats, token_stats
@@ -126,7 +126,7 @@ class TransformersEngine:
         self.temperature = config.temperature
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
-        self.encoder = PromptEncoder(loaded, model_window(model.config), ends)
+        self.encoder = PromptEncoder(loaded, context_window(model), ends)
         default = _CPU_BATCH_TOKENS if self.device.type == "cpu" else _CUDA_BATCH_TOKENS
         self._batch_tokens = config.batch_tokens or default
         self._max_rows = _MAX_ROWS.get(self.device.type, 64)

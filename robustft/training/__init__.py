@@ -17,6 +17,7 @@ from robustft.errors import UserError
 from robustft.files import spare_others, write_atomically
 from robustft.models import (
     DEFAULT_MODEL,
+    content_digest,
     context_window,
     find_model,
     load_causal_lm,
@@ -93,6 +94,7 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
     identity = config.fingerprint() | {
         "input": source.content_hash,
         "model": model_source.name,
+        "revision": content_digest(model_source),
         "device": device.type,
     }
     with folder_lock(config.out):
