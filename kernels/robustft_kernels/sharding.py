@@ -58,7 +58,8 @@ def partial_token_stats(
 
     Args:
         logits: [..., columns of this shard], as for `token_stats`.
-        target_ids: [...] over the whole vocabulary, or None.
+        target_ids: [...] over the whole vocabulary, or None. One that no shard holds is not found
+            out: it comes out of the merge with log-probability -inf.
         vocab_start: the vocabulary's column that is this shard's first.
         target_logits: [...] the targets' logits; needed with target_ids, and only then.
         temperature: divides the (capped) logits.
