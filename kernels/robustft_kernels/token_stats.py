@@ -351,8 +351,9 @@ def token_stats(
     Returns:
         TokenStats, each field shaped [...]; see there for -inf, +inf, NaN and ties. Entropy,
         logprob, logsumexp and max_logprob are differentiable, backward and once. The result for
-        one row depends on that row alone and is the same from run to run (on a GPU to the last bit where all rows lie
-        on 16-byte boundaries; elsewhere the order of its sums follows from where it lies).
+        one row depends on that row alone and is the same from run to run (on a GPU to the last bit
+        where all rows lie on 16-byte boundaries; elsewhere the order of its sums follows from where
+        it lies).
 
     Raises:
         TypeError: logits are not floating point, target_ids not integers, or one of the three

@@ -174,8 +174,12 @@ class PromptEncoder:
         plain = {str(token.content) for token in added if not token.special}
         if not plain or not getattr(self._tokenizer, "chat_template", None):
             return None
+        try:
+            rendered = self._render(("user", "assistant", "user"))
+        except UserError:  # told where such turns are asked for
+            return None
         # Without what invites the next reply, which may open a thought.
-        turns = _SPLIT.split(self._render(("user", "assistant", "user")))[:-1]
+        turns = _SPLIT.split(rendered)[:-1]
         found = {token for token in plain if token in "".join(turns[::2])}
         return _any_of(found) if found else None
 
