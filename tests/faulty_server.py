@@ -103,13 +103,13 @@ WORDS = HashModel(len(LETTERS))
 
 
 def chat(body: dict[str, Any]) -> dict[str, Any]:
-    """An honest reply of /chat/completions: a few words, greedy."""
+    """An honest reply of /chat/completions: a few words; sampled ones are the second likeliest."""
     asked = list(json.dumps(body["messages"]).encode())
     said: list[int] = []
     tokens = []
     for _ in range(min(int(body["max_tokens"]), 3)):
         row = WORDS.rows([*asked, *said])[-1]
-        said.append(int(WORDS.order[row, 0]))
+        said.append(int(WORDS.order[row, 1 if body.get("temperature") else 0]))
         top = [
             {"token": f" {LETTERS[one]}", "logprob": value}
             for one, value in WORDS.likeliest(row, int(body.get("top_logprobs") or 0)).items()

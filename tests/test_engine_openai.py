@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import gc
 import json
@@ -183,6 +184,23 @@ def test_a_chat_only_server_still_answers(server: FaultyServer) -> None:
     assert all(isinstance(said, Generation) for said in made.generate(prompts, 3))
     chosen = made.choose(prompts, candidates)
     assert all(isinstance(choice, Choice) for choice in chosen)
+
+
+def test_a_sampled_token_need_not_be_among_the_likeliest(server: FaultyServer) -> None:
+    server.completions = False
+    warm = dataclasses.replace(config(server, None), temperature=0.7)
+    made = connect(warm, client(server, retries=0))
+    said = made.generate(questions(4)[0], 3, seeds=range(4))
+    assert all(isinstance(one, Generation) and len(one.nll) == 3 for one in said)
+
+    def misstate(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        for token in reply["choices"][0]["logprobs"]["content"]:
+            token["top_logprobs"] = [{"token": token["token"], "logprob": token["logprob"] - 1}]
+
+    server.edit = misstate
+    (failure,) = made.generate(questions(1)[0], 3, seeds=[0])
+    assert isinstance(failure, Failure)
+    assert "belong to their tokens" in failure.reason
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ asked for, log-probabilities that cannot be ones included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -208,11 +209,9 @@ def _checked(
         _require(all(other <= _SLACK for other in top.values()), "log-probabilities of at most 0")
         # Tokens that are no text of their own share a spelling (U+FFFD): only the rest is compared.
         if top and "\ufffd" not in piece:
-            stated = top.get(piece)
-            _require(
-                stated is not None and abs(stated - value) <= _SLACK,
-                "log-probabilities that belong to their tokens",
-            )
+            # One that was sampled need not be among the likeliest.
+            stated = top.get(piece, -math.inf if greedy else value)
+            _require(abs(stated - value) <= _SLACK, "log-probabilities that belong to their tokens")
             _require(
                 not greedy or value >= max(top.values()) - _SLACK,
                 "the likeliest token at temperature 0",
