@@ -29,6 +29,7 @@ from robustft.engines import Choice, Engine, Failure, Generation, Message, Promp
 from robustft.engines.factory import load_engine
 from robustft.engines.http import JsonClient
 from robustft.engines.probing import connect
+from robustft.engines.tokens import piece_offsets
 from robustft.errors import EngineLost, UserError
 
 KEY = "sk-test-0123456789abcdefSECRET"
@@ -201,6 +202,61 @@ def test_a_sampled_token_need_not_be_among_the_likeliest(server: FaultyServer) -
     (failure,) = made.generate(questions(1)[0], 3, seeds=[0])
     assert isinstance(failure, Failure)
     assert "belong to their tokens" in failure.reason
+
+
+HALF = "\ufffd"  # how a token is spelt that holds a part of a character
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "offsets"),
+    [
+        (["Caf", HALF, HALF, " is", " B"], "Café is B", (0, 3, 3, 4, 7, 9)),
+        ([HALF, HALF, HALF, "B"], "答B", (0, 0, 0, 1, 2)),
+        (["B", " " + HALF, HALF, HALF, "</s>"], "B 🙂", (0, 1, 1, 1, 3)),
+        ([HALF] * 6 + ["。", ""], "答案。", (0, 0, 0, 0, 0, 0, 2, 3)),
+        (["\\xe7\\xad", "\\x94", " B"], "答 B", (0, 0, 1, 3)),  # otherwise spelt
+        (["B", "\\xe7\\xad", "\\x94"], "B答", (0, 1, 1, 2)),
+        (["é", HALF, HALF, "é", " B"], "éèé B", (0, 1, 1, 2, 3, 5)),
+        ([HALF, HALF, "é", " B"], "éé B", (0, 0, 0, 1, 4)),  # which of them is split is not told
+        (["The", "answer", "is", "B"], "The answer is B", (0, 3, 10, 13, 15)),  # spaces left out
+        (["B"], " B", (0, 2)),
+        ([" B", "</s>"], " B", (0, 2)),
+        ([" B", ""], " B", (0, 2)),
+        ([" B"], "B", (0, 1)),
+        ([HALF, " B"], HALF + " B", (0, 1, 3)),
+        ([" B", HALF], " B", (0, 2)),  # cut off within a character
+        (["</s>"], "", (0,)),
+        ([], "B", (0,)),
+    ],
+)
+def test_tokens_are_found_in_the_text(
+    pieces: list[str], text: str, offsets: tuple[int, ...]
+) -> None:
+    assert piece_offsets(pieces, text) == offsets
+
+
+def test_a_split_character_loses_no_token(server: FaultyServer) -> None:
+    pieces = ["Caf", HALF, HALF, " is", " " + HALF, HALF, HALF, "</s>"]
+
+    def accents(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        choice = reply["choices"][0]
+        choice["message"]["content"] = "Café is 答"
+        reply["usage"]["completion_tokens"] = len(pieces)
+        choice["logprobs"] = {
+            "content": [
+                {"token": piece, "logprob": value}
+                for piece, value in zip(pieces, range(-8, 0), strict=True)
+            ]
+        }
+
+    made = engine(server, None)
+    server.edit = accents
+    (said,) = made.generate(questions(1)[0], 8)
+    assert isinstance(said, Generation)
+    assert said.nll.tolist() == [8, 7, 6, 5, 4, 3, 2]
+    assert said.span_mean(said.nll, 3, 4) == 6.5  # "é" is two tokens
+    assert said.span_mean(said.nll, 8, 9) == 3
+    assert said.span_mean(said.nll, 4, 7) == 5
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from robustft.config import EngineConfig, EvalConfig
-from robustft.engines import Engine, Message, Prompt
+from robustft.engines import Engine, Generation, Message, Prompt
 from robustft.engines.cache import GrowingLayer
 from robustft.engines.encoding import PromptEncoder
+from robustft.engines.tokens import piece_offsets
 from robustft.engines.transformers import TransformersEngine, _GumbelSampler
 from robustft.errors import UserError
 from robustft.evaluation import evaluate
@@ -85,6 +86,19 @@ def test_a_reply_that_ends_at_once_is_empty(
         assert (reply.text, reply.offsets, reply.finished) == ("", (0,), True)
         assert len(reply.nll) == len(reply.entropy) == 0
         assert np.isnan(reply.span_mean(reply.nll, 0, 1))
+
+
+def test_every_token_of_a_split_character_counts(engine: TransformersEngine) -> None:
+    text = "é 答B🙂"
+    tokens = engine.encoder.continuation("", text)  # one a byte
+    decoded, offsets = engine.encoder.decode(tokens)
+    assert decoded == text
+    assert offsets == piece_offsets([engine.tokenizer.decode([one]) for one in tokens], text)
+    values = np.arange(len(tokens), dtype=np.float32)
+    said = Generation(text, values, values, offsets, 1, True)
+    means = [said.span_mean(values, place, place + 1) for place in range(len(text))]
+    assert means == [0.5, 2, 4, 6, 8.5]
+    assert said.span_mean(values, 0, len(text)) == values.mean()
 
 
 def test_a_record_does_not_depend_on_its_batch(engine: TransformersEngine) -> None:

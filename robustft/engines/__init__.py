@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -40,11 +41,14 @@ class Generation:
     finished: bool  # False: cut off at max_new_tokens
 
     def span_mean(self, values: NDArray[np.float32], start: int, stop: int) -> float:
-        """Mean of `values` over the tokens that overlap characters [start, stop); NaN if none."""
+        """Mean of `values` over the tokens that overlap characters [start, stop); NaN if none.
+
+        Tokens that start at one place hold a part of a character each and count together.
+        """
+        first = self.offsets[bisect.bisect_right(self.offsets, start) - 1]
+        starts = self.offsets[:-1]
         picked = [
-            float(value)
-            for value, low, high in zip(values, self.offsets[:-1], self.offsets[1:], strict=True)
-            if low < stop and high > start
+            float(value) for value, low in zip(values, starts, strict=True) if first <= low < stop
         ]
         return sum(picked) / len(picked) if picked else float("nan")
 

@@ -109,9 +109,9 @@ class PromptEncoder:
             prefixes, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         text = texts[-1]
-        # A prefix that ends inside a character decodes to U+FFFD; its end is then too far right.
-        ends = itertools.accumulate((min(len(t.rstrip("\ufffd")), len(text)) for t in texts), max)
-        offsets = (0, *ends)
+        # A prefix that ends inside a character decodes to U+FFFD: the next token takes the room.
+        whole = (0 if t.endswith("\ufffd") else min(len(t), len(text)) for t in texts)
+        offsets = (0, *itertools.accumulate(whole, max))
         return text, (*offsets[:-1], len(text))
 
     def render(self, prompt: Prompt) -> str:

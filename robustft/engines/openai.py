@@ -189,9 +189,7 @@ def piecewise(found: Written) -> Continuation:
     if found.pieces is None:
         whole = (0, len(found.text)) if found.text else (0,)
         return _continuation(found.text, whole, found)
-    offsets = piece_offsets(found.pieces, found.text)
-    inside = offsets.index(offsets[-1])  # what follows is the end-of-text token
-    return _continuation(found.text, offsets[: inside + 1], found)
+    return _continuation(found.text, piece_offsets(found.pieces, found.text), found)
 
 
 def _continuation(text: str, offsets: tuple[int, ...], found: Written) -> Continuation:

@@ -176,12 +176,28 @@ def slices(count: int, size: int) -> list[list[int]]:
 
 
 def piece_offsets(pieces: Sequence[str], text: str) -> tuple[int, ...]:
-    """[pieces + 1] where each token's text starts in `text`.
+    """[tokens + 1] where each token's text starts in `text`, end-of-text tokens left out.
 
-    A piece that is not there (half a character, an end-of-text token) takes no room.
+    The pieces of a split character are not in `text`; the last of its tokens takes its room.
     """
     offsets = [0]
+    tokens = 0  # up to the last one found
+    reach = 1  # characters to skip at most: a space that a piece leaves out, and what is split
     for piece in pieces:
         at = offsets[-1]
-        offsets.append(at + len(piece) if text.startswith(piece, at) else at)
-    return tuple(offsets)
+        start = text.find(piece, at, at + reach + len(piece)) if piece else -1
+        if start < 0:
+            offsets.append(at)
+            reach += len(piece)
+        else:
+            if len(offsets) > tokens + 1:
+                offsets[-1] = start
+            offsets.append(start + len(piece))
+            tokens, reach = len(offsets) - 1, 1
+    left = range(tokens, len(pieces))
+    if left and offsets[-1] < len(text):
+        # The text ends in a split character; where its tokens are spelt U+FFFD, the end is known.
+        parts = [row for row in left if "\ufffd" in pieces[row]]
+        tokens = (parts or left)[-1] + 1
+        offsets[tokens] = len(text)
+    return tuple(offsets[: tokens + 1])
