@@ -432,6 +432,16 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     assert (tmp_path / "out/verdicts.jsonl").read_bytes() == whole
 
 
+def test_a_server_whose_likeliest_tokens_are_no_answer_is_not_lost(server: FaultyServer) -> None:
+    made = engine(server, None)
+    prompts, _ = questions(70)
+    for _ in range(2):
+        for said in made.choose(prompts, [(" Oui", " Non")] * 70):
+            assert said == Failure("none of Oui, Non is among the likeliest tokens")
+    (choice,) = made.choose(*questions(1))
+    assert isinstance(choice, Choice)
+
+
 # --- what the user got wrong ---------------------------------------------------------------------
 
 

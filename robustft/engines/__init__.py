@@ -108,7 +108,7 @@ class ResponseScore:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A request that got no usable reply: no answer, never stored, asked again on resume."""
+    """A request that got no usable answer: never stored, asked again on resume."""
 
     reason: str
 

@@ -137,8 +137,10 @@ class JsonClient:
     ) -> list[_T | Failure]:
         """Post every body; `readers` turn the replies into results, ValueError where they cannot.
 
+        A sound reply without an answer is theirs to turn into a `Failure`: no server is lost by it.
+
         Raises:
-            EngineLost: dozens of requests in a row were given up.
+            EngineLost: dozens of requests in a row got no usable reply.
         """
         if self._given_up >= _LOST_AFTER:  # the batch before this one, whose answers are kept
             raise EngineLost(
@@ -200,8 +202,6 @@ class JsonClient:
             raise RequestError(self._said(_what_broke(error))) from None
         try:
             return read(payload)
-        except RequestError:
-            raise
         except (ValueError, RecursionError) as error:
             raise RequestError(self._said(f"unusable reply: {error}")) from None
 

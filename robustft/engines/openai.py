@@ -26,7 +26,7 @@ from robustft.engines import (
     TokenValues,
 )
 from robustft.engines.encoding import PromptEncoder
-from robustft.engines.http import JsonClient, RequestError
+from robustft.engines.http import JsonClient
 from robustft.engines.tokens import Continuation, Likeliest, TokenEngine, piece_offsets, slices
 from robustft.engines.wire import (
     Forced,
@@ -279,7 +279,7 @@ class ChatEngine:
         raise NotImplementedError("a chat server cannot score given text")
 
 
-def _read_choice(payload: bytes, *, candidates: tuple[str, ...]) -> Choice:
+def _read_choice(payload: bytes, *, candidates: tuple[str, ...]) -> Choice | Failure:
     found = read_chat(payload, most=1, greedy=True)
     top = likeliest(found)
     spelt: dict[str, list[float]] = {}
@@ -288,7 +288,7 @@ def _read_choice(payload: bytes, *, candidates: tuple[str, ...]) -> Choice:
     sums = {piece: float(np.logaddexp.reduce(values)) for piece, values in spelt.items()}
     if not any(text.strip() in sums for text in candidates):
         named = ", ".join(text.strip() for text in candidates)
-        raise RequestError(f"none of {named} is among the likeliest tokens", passing=False)
+        return Failure(f"none of {named} is among the likeliest tokens")
     logprobs = [sums.get(text.strip(), top.least) for text in candidates]
     return Choice(np.array(logprobs, dtype=np.float32), _NAN, found.prompt_tokens or 0)
 
