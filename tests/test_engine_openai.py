@@ -275,6 +275,36 @@ def test_what_a_server_does_not_give_is_no_ability(
         assert getattr(made.abilities, name) == (name not in lost), made.abilities.found
 
 
+@pytest.mark.parametrize(("name", "content"), [("reasoning", None), ("reasoning_content", "")])
+def test_a_model_that_thinks_is_told_not_to(
+    server: FaultyServer, name: str, content: str | None
+) -> None:
+    def think(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        if body.get("chat_template_kwargs") != {"enable_thinking": False}:
+            reply["choices"][0]["message"] = {"content": content, name: "Okay, the user"}
+
+    server.edit = think
+    made = engine(server, None)
+    assert "the model thinks before it answers" in "; ".join(made.abilities.found)
+    said = [*made.generate(questions(4)[0], 3), *made.choose(*questions(4))]
+    assert not any(isinstance(one, Failure) for one in said)
+    assert all(one.text for one in said if isinstance(one, Generation))
+    made.extras = {}  # type: ignore[attr-defined]
+    assert made.choose(*questions(1)) == [Failure("the model thinks before it answers")]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_that_always_thinks_is_refused(server: FaultyServer, known: bool) -> None:
+    def think(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        reply["choices"][0]["message"] = {"content": None, "reasoning": "Okay, the user"}
+        if "chat_template_kwargs" in body and not known:
+            del reply["choices"]
+
+    server.edit = think
+    with pytest.raises(UserError, match=r"the model thinks before it answers, and .* not stop it"):
+        engine(server, None)
+
+
 def test_scores_of_the_tokens_next_door_are_found_out(
     server: FaultyServer, tiny_model: Path
 ) -> None:

@@ -217,6 +217,7 @@ class ChatEngine:
         # Settled by the probe:
         self.prefill: dict[str, Any] | None = None  # how a begun reply is continued; None: never
         self.limit = "max_tokens"  # what the server calls it
+        self.extras: dict[str, Any] = {}  # fields that only some servers know
         self.top: int | None = None  # log-probabilities a token, None for none
 
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
@@ -229,7 +230,7 @@ class ChatEngine:
             {"role": message.role, "content": _harmless(message.content)}
             for message in prompt.messages
         ]
-        body = {"model": self.model_id, "messages": messages, self.limit: most}
+        body = {"model": self.model_id, "messages": messages, self.limit: most} | self.extras
         if prompt.prefix and self.prefill is not None:
             messages.append({"role": "assistant", "content": prompt.prefix})
             body |= self.prefill
@@ -281,6 +282,8 @@ class ChatEngine:
 
 def _read_choice(payload: bytes, *, candidates: tuple[str, ...]) -> Choice | Failure:
     found = read_chat(payload, most=1, greedy=True)
+    if found.thinking:
+        return Failure("the model thinks before it answers")
     top = likeliest(found)
     spelt: dict[str, list[float]] = {}
     for piece, logprob in top.by_text.items():

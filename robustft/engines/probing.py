@@ -35,6 +35,8 @@ _PROMPT = Prompt((Message("user", "Count from one to nine."),), "1, 2, 3,")
 _TOKENS = 8
 _ALIKE = 0.1  # nats: the same model in the same server, prefill against decoding
 _VLLM = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+# vLLM, SGLang and llama.cpp hand this on to the chat template.
+_NOT_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 # Ways to have a begun reply continued: vLLM's and SGLang's fields, then llama.cpp's habit.
 _PREFILLS: tuple[dict[str, Any], ...] = (
     {"continue_final_message": True, "add_generation_prompt": False},
@@ -247,6 +249,9 @@ def _probe_chat(engine: ChatEngine, found: list[str], config: EngineConfig) -> N
     if first is None:
         raise UserError(f"{config.base_url}: the server cannot be used: {refusal}") from refusal
     found.append("/chat/completions")
+    if first.thinking:
+        first = _ask_not_to_think(engine, plain, config)
+        found.append("the model thinks before it answers, and is told not to (enable_thinking)")
     for prefill in _PREFILLS:
         engine.prefill = prefill
         try:
@@ -268,6 +273,22 @@ def _probe_chat(engine: ChatEngine, found: list[str], config: EngineConfig) -> N
             f"log-probabilities of generated tokens and the {engine.top} likeliest: aligned, at "
             "most 0"
         )
+
+
+def _ask_not_to_think(engine: ChatEngine, prompt: Prompt, config: EngineConfig) -> Written:
+    """The probe's reply without thoughts: an answer is expected in the first few tokens."""
+    engine.extras = _NOT_THINKING
+    why = ""
+    try:
+        first = _ask_chat(engine, prompt)
+        if not first.thinking:
+            return first
+    except RequestError as error:
+        why = f": {error}"
+    raise UserError(
+        f"{config.base_url}: the server cannot be used: the model thinks before it answers, and "
+        f"chat_template_kwargs with enable_thinking false does not stop it{why}"
+    )
 
 
 def _ask_chat(engine: ChatEngine, prompt: Prompt) -> Written:

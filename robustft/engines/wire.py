@@ -6,10 +6,11 @@ asked for, log-probabilities that cannot be ones included.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,8 @@ class _ChatLogprobs(_Reply):
 
 class _ChatMessage(_Reply):
     content: str | None = None
+    reasoning: Any = None  # thoughts that the server keeps apart, by two names
+    reasoning_content: Any = None
 
 
 class _ChatChoice(_Reply):
@@ -121,6 +124,7 @@ class Written:
     tokens: tuple[int, ...] | None  # their ids
     logprobs: NDArray[np.float32] | None  # [tokens]
     likeliest: tuple[dict[str, float], ...]  # the top few at each token
+    thinking: bool = False  # no text as yet, only thoughts that the server keeps apart
 
 
 def read_completion(payload: bytes, *, most: int, greedy: bool) -> Written:
@@ -152,7 +156,9 @@ def read_chat(payload: bytes, *, most: int, greedy: bool) -> Written:
     """A reply of /chat/completions with at most `most` tokens."""
     reply = parsed(Chat, payload)
     choice = reply.choices[0]
-    _require(choice.message.content is not None, "a message with content")
+    message = choice.message
+    thinking = not message.content and bool(message.reasoning or message.reasoning_content)
+    _require(message.content is not None or thinking, "a message with content")
     pieces, logprobs = None, None
     tops: tuple[dict[str, float], ...] = ()
     if choice.logprobs is not None and choice.logprobs.content is not None:
@@ -160,8 +166,9 @@ def read_chat(payload: bytes, *, most: int, greedy: bool) -> Written:
         pieces = tuple(token.token for token in tokens)
         tops = tuple({top.token: top.logprob for top in token.top_logprobs} for token in tokens)
         logprobs = _checked([token.logprob for token in tokens], pieces, tops, greedy=greedy)
-    text = choice.message.content or ""
-    return _written(reply.usage, choice.finish_reason, most, text, pieces, None, logprobs, tops)
+    text, end = message.content or "", choice.finish_reason
+    found = _written(reply.usage, end, most, text, pieces, None, logprobs, tops)
+    return dataclasses.replace(found, thinking=thinking)
 
 
 def _written(
