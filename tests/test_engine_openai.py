@@ -275,6 +275,37 @@ def test_what_a_server_does_not_give_is_no_ability(
         assert getattr(made.abilities, name) == (name not in lost), made.abilities.found
 
 
+def test_a_chat_server_need_not_tell_the_likeliest_tokens(server: FaultyServer) -> None:
+    def hide(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        for token in reply["choices"][0].get("logprobs", {}).get("content", ()):
+            token["top_logprobs"] = None
+
+    server.edit = hide
+    made = engine(server, None)
+    assert made.abilities.nll
+    assert not made.abilities.choose
+    for said in made.generate(questions(4)[0], 3):
+        assert isinstance(said, Generation)
+        assert np.isfinite(said.nll).all()
+
+
+@pytest.mark.parametrize("spelling", ["", " A"])
+def test_tokens_may_share_a_spelling(server: FaultyServer, spelling: str) -> None:
+    made = engine(server, None)
+    ranked = [(spelling, -0.1), (" A", -3.0), (" B", -4.0), (spelling, -9.0)]
+    top = [{"token": token, "logprob": logprob} for token, logprob in ranked]
+
+    def share(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        choice = reply["choices"][0]
+        choice["message"]["content"] = spelling
+        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
+
+    server.edit = share
+    (choice,) = made.choose(questions(1)[0], [(" A", " B")])
+    assert isinstance(choice, Choice)
+    np.testing.assert_allclose(choice.logprobs, [-0.1 if spelling else -3.0, -4.0])
+
+
 @pytest.mark.parametrize(("name", "content"), [("reasoning", None), ("reasoning_content", "")])
 def test_a_model_that_thinks_is_told_not_to(
     server: FaultyServer, name: str, content: str | None

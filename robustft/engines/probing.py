@@ -264,15 +264,14 @@ def _probe_chat(engine: ChatEngine, found: list[str], config: EngineConfig) -> N
     else:
         engine.prefill = None
         found.append("a begun reply is not continued: every reply starts afresh")
-    if first.logprobs is None or not first.likeliest:
+    if first.logprobs is None:
         engine.top = None
         found.append("no log-probabilities")
-    else:
-        engine.abilities = dataclasses.replace(engine.abilities, nll=True, choose=True)
-        found.append(
-            f"log-probabilities of generated tokens and the {engine.top} likeliest: aligned, at "
-            "most 0"
-        )
+        return
+    choose = bool(first.likeliest and first.likeliest[0])
+    engine.abilities = dataclasses.replace(engine.abilities, nll=True, choose=choose)
+    likeliest = f" and the {engine.top} likeliest" if choose else ""
+    found.append(f"log-probabilities of generated tokens{likeliest}: aligned, at most 0")
 
 
 def _ask_not_to_think(engine: ChatEngine, prompt: Prompt, config: EngineConfig) -> Written:

@@ -66,7 +66,7 @@ class _Top(_Reply):
 
 
 class _ChatToken(_Top):
-    top_logprobs: list[_Top] = []
+    top_logprobs: list[_Top] | None = None
 
 
 class _ChatLogprobs(_Reply):
@@ -164,11 +164,16 @@ def read_chat(payload: bytes, *, most: int, greedy: bool) -> Written:
     if choice.logprobs is not None and choice.logprobs.content is not None:
         tokens = choice.logprobs.content
         pieces = tuple(token.token for token in tokens)
-        tops = tuple({top.token: top.logprob for top in token.top_logprobs} for token in tokens)
+        tops = tuple(_by_spelling(token.top_logprobs or ()) for token in tokens)
         logprobs = _checked([token.logprob for token in tokens], pieces, tops, greedy=greedy)
     text, end = message.content or "", choice.finish_reason
     found = _written(reply.usage, end, most, text, pieces, None, logprobs, tops)
     return dataclasses.replace(found, thinking=thinking)
+
+
+def _by_spelling(tops: Sequence[_Top]) -> dict[str, float]:
+    """Log-probability of each spelling: that of the likeliest token where several share one."""
+    return {top.token: top.logprob for top in sorted(tops, key=lambda top: top.logprob)}
 
 
 def _written(
@@ -214,11 +219,11 @@ def _checked(
     _require(all(value <= _SLACK for value in values), "log-probabilities of at most 0")
     for value, piece, top in zip(values, pieces, tops, strict=False):
         _require(all(other <= _SLACK for other in top.values()), "log-probabilities of at most 0")
-        # Tokens that are no text of their own share a spelling (U+FFFD): only the rest is compared.
-        if top and "\ufffd" not in piece:
-            # One that was sampled need not be among the likeliest.
+        # Tokens that are no text of their own share a spelling ("", U+FFFD), which tells nothing.
+        if top and piece and "\ufffd" not in piece:
+            # One that was sampled need not be among the likeliest, nor the likeliest spelt so.
             stated = top.get(piece, -math.inf if greedy else value)
-            _require(abs(stated - value) <= _SLACK, "log-probabilities that belong to their tokens")
+            _require(value <= stated + _SLACK, "log-probabilities that belong to their tokens")
             _require(
                 not greedy or value >= max(top.values()) - _SLACK,
                 "the likeliest token at temperature 0",
