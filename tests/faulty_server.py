@@ -343,6 +343,18 @@ def too_few_logprobs(connection: socket.socket, reply: dict[str, Any], key: str)
 
 
 @fault
+def token_id_below_zero(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    reply["choices"][0]["token_ids"] = [-1]
+    send_json(connection, reply)
+
+
+@fault
+def token_id_beyond_all(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    reply["choices"][0]["token_ids"] = [2**31]
+    send_json(connection, reply)
+
+
+@fault
 def prompt_cut_in_silence(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
     reply["usage"]["prompt_tokens"] -= 7
     send_json(connection, reply)

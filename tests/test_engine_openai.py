@@ -53,8 +53,13 @@ SIZES = [
 ]
 # Seconds until these are given up; the others need no patience.
 PATIENCE = {"no_reply_in_time": 0.3, "one_byte_at_a_time": 0.3}
-# A chat server counts its own tokens, and a single token has no neighbour to shift to.
-HARMLESS = {("chat", "prompt_cut_in_silence"), ("chat", "shifted_logprobs")}
+# A chat server counts its own tokens and has no ids, and a single token no neighbour to shift to.
+HARMLESS = {
+    ("chat", kind)
+    for kind in (
+        "prompt_cut_in_silence", "shifted_logprobs", "token_id_below_zero", "token_id_beyond_all",
+    )
+}  # fmt: skip
 # The server's own threads must not fail: a fault that never left it would pass for one withstood.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -472,6 +477,24 @@ def test_a_run_through_faults_loses_nothing_and_resuming_completes_it(
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
     assert KEY not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, OverflowError, RecursionError, ValueError])
+def test_a_reply_that_cannot_be_read_costs_one_request(
+    server: FaultyServer, error: type[Exception]
+) -> None:
+    def read(payload: bytes) -> bytes:
+        if b"Question 1?" in payload:
+            raise error("out of range")
+        return payload
+
+    server.edit = lambda body, reply: reply.update(asked=body["messages"][0]["content"])
+    bodies = [
+        {"messages": [{"role": "user", "content": f"Question {i}?"}], "max_tokens": 1}
+        for i in range(3)
+    ]
+    found = client(server, retries=0).ask_all("/chat/completions", bodies, [read] * 3)
+    assert [isinstance(one, Failure) for one in found] == [False, True, False]
 
 
 def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(

@@ -202,7 +202,7 @@ class JsonClient:
             raise RequestError(self._said(_what_broke(error))) from None
         try:
             return read(payload)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise RequestError(self._said(f"unusable reply: {error}")) from None
 
     async def _exchange(self, path: str, body: Any) -> bytes:

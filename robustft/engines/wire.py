@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,7 @@ class _CompletionChoice(_Reply):
     text: str
     finish_reason: str | None = None
     logprobs: _TokenLogprobs | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
     prompt_logprobs: list[dict[str, _PromptLogprob] | None] | None = None
 
 
