@@ -87,16 +87,18 @@ def _find(folder: Path, stem: str) -> Path | None:
 
 
 def _made_noisy(task: Task, labeled: Path, noise: int, seed: int, work: Path) -> Path:
-    suffix = "".join(labeled.suffixes)
-    out = work / task.name / f"noisy{noise}-seed{seed}{suffix}"
+    """A noisy copy, named by the content of what it copies."""
+    source = open_records(str(labeled))
+    made_of = source.content_hash[:16]
+    out = work / task.name / f"noisy{noise}-seed{seed}-{made_of}{source.suffix}"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        corrupt(open_records(str(labeled)), noise / 100, seed, out)
+        corrupt(source, noise / 100, seed, out)
     return out
 
 
 def _from_hub(task: Task, part: int, path: Path) -> Path:
-    """The hub's training (part 0) or test (part 1) rows as JSONL."""
+    """The hub's training (part 0) or test (part 1) rows as JSONL, fetched once for a `work`."""
     if not path.exists():
         try:
             reader = open_reader(f"hf://datasets/{task.hub}", task.splits[part], MAX_LINE_BYTES)

@@ -83,6 +83,18 @@ def test_local_files_are_found_in_both_layouts(tmp_path: Path) -> None:
         task_files(TASKS["arc"], 30, 0, str(tmp_path / "data"), work)
 
 
+def test_other_data_get_a_noisy_copy_of_their_own(tmp_path: Path) -> None:
+    data, work = tmp_path / "data", tmp_path / "work"
+    for name in ("first", "second", "first"):
+        rows = [{"question": f"{name} {n}", "options": ["a", "b"], "answer": "A"} for n in range(4)]
+        for part in ("labeled", "test"):
+            write(data / "fpb" / f"{part}.jsonl", rows)
+        made = task_files(TASKS["fpb"], 50, 0, str(data), work).noisy
+        asked = [r.question for r in open_records(str(made)) if isinstance(r, Record)]
+        assert asked == [f"{name} {n}" for n in range(4)]
+    assert len(list((work / "fpb").glob("*.truth.jsonl"))) == 2
+
+
 def test_noise_of_open_answers_is_another_records_answer_of_the_same_kind(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": str(n) if n % 2 else f"town {chr(65 + n)}"}
             for n in range(20)]  # fmt: skip
