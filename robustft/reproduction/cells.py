@@ -93,7 +93,7 @@ class Bench:
             ask = self._ask(shop, cell, files)
             outcome.result = shop.evaluation(
                 files.test, self.config.test_limit, adapter=adapter, ask=ask,
-                judge=TASKS[cell.task].judge, asked=self._asked(cell, files),
+                judge=TASKS[cell.task].judge, asked=self._asked(shop, cell, files),
             )  # fmt: skip
             if perplexity:
                 limit = self.config.test_limit
@@ -132,11 +132,12 @@ class Bench:
             return rephrased(cell.instruction)
         return ask_plainly
 
-    def _asked(self, cell: Cell, files: TaskFiles) -> object:
+    def _asked(self, shop: Workshop, cell: Cell, files: TaskFiles) -> object:
+        """What tells the prompts of `_ask` from others."""
         shown = find_method(cell.method).demonstrations
         if shown:
             noisy = open_records(str(files.noisy)).content_hash
-            return ["demonstrations", shown, noisy, self.config.limit]
+            return ["demonstrations", shown, noisy, self.config.limit, shop.embedder.model_id]
         return cell.instruction
 
 

@@ -85,6 +85,7 @@ class Workshop:
         self.config = dataclasses.replace(engine, dtype=preset.dtype, attention=preset.attention)
         self.source = find_model(engine.model)
         self.cache = Cache(folder / "answers.sqlite")
+        self._embedder = embedder
         self.embedder = CachedEmbedder(self.cache, embedder)
         self.engine = self._engine(None)
 
@@ -105,7 +106,8 @@ class Workshop:
     def clean_config(self, data: TrainingData, seed: int, **settings: Any) -> CleanConfig:
         """The configuration of a clean run; its folder is set by `prepared`."""
         return CleanConfig(
-            input=str(data.path), out=self.folder, limit=data.limit, seed=seed, engine=self.config,
+            input=str(data.path), out=self.folder, limit=data.limit, seed=seed,
+            embedder=self._embedder, engine=self.config,
             experts=ExpertConfig(
                 rounds=self.preset.rounds, reasoning_tokens=self.preset.reasoning_tokens
             ),

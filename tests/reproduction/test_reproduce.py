@@ -6,9 +6,11 @@ import csv
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from scripted import FlakyEngine
 
 from robustft.cli import main
@@ -209,6 +211,36 @@ def test_what_failed_is_not_kept(
     asked = len(flaky.asked)
     assert results() == (0, 0)
     assert len(flaky.asked) == asked
+
+
+def with_other_weights(model: Path, folder: Path) -> Path:
+    """A copy of a model folder with other weights, of the same shapes and names."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w + 0.1 for name, w in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_another_embedder_makes_sets_and_prompts_of_its_own(
+    data: Path, tmp_path: Path, tiny_model: Path, tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    flaky = FlakyEngine(1 << 40)
+    monkeypatch.setattr("robustft.reproduction.workshop.load_engine", lambda *_: flaky)
+    noisy = TrainingData(data / "fpb" / "labeled.jsonl", None)
+    cell = Cell("fpb", 0, "self-rag")
+    sets, prompts = set(), []
+    for embedder in (tiny_encoder, with_other_weights(tiny_encoder, tmp_path / "other")):
+        config = ReproduceConfig(
+            "table1", out=tmp_path, data=str(data), embedder=str(embedder),
+            engine=EngineConfig(model=str(tiny_model)),
+        )  # fmt: skip
+        bench = Bench(config)
+        shop = bench.shop(config.engine.model)
+        sets.add(shop.prepared(METHODS["self-label"], shop.clean_config(noisy, 0)).path)
+        prompts.append(bench._asked(shop, cell, bench.files(cell)))
+    assert len(sets) == 2
+    assert prompts[0] != prompts[1]
 
 
 def test_missing_data_is_told_and_nothing_is_made_up(tmp_path: Path) -> None:
