@@ -326,5 +326,8 @@ class ReproduceConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require(bool(self.seeds), "seeds", "at least one", self.seeds)
+        for name in ("tasks", "noise", "methods", "models", "seeds"):
+            value = getattr(self, name)
+            _require(len(set(value)) == len(value), name, "different ones", value)
         for rate in self.noise:
             _require(0 <= rate <= 100, "noise", "percents in [0, 100]", rate)

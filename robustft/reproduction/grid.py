@@ -154,8 +154,8 @@ def _relative(rows: Sequence[Row]) -> list[Row]:
 
 def _write(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> str:
     notes = _notes(study, config, rows)
-    listed = [part for row in rows for part in _parts(row)] if study.name == "fig5" else rows
-    markdown = to_markdown(listed, study.title, notes, deviation=study.name == "fig6")
+    listed = [part for row in rows for part in row.by_category()] if study.categories else rows
+    markdown = to_markdown(listed, study.title, notes, deviation=study.instructions > 0)
     base = config.out / study.name
     write_atomically(base.with_suffix(".csv"), to_csv(listed))
     write_atomically(base.with_suffix(".md"), markdown)
@@ -164,32 +164,14 @@ def _write(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> str:
     return markdown + "\nwritten:\n" + "\n".join(f"  {name}" for name in files)
 
 
-def _parts(row: Row) -> list[Row]:
-    """A row by category: the method's column, one line a category."""
-    if not row.values:
-        return [row]
-    name = f"{row.name}, {row.task.upper()}"
-    return [
-        Row(category, name, row.noise, row.outcomes, values=[100 * tally.accuracy], tally=tally)
-        for category, tally in plots.category_tallies(row).items()
-    ]
-
-
 def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[str]:
     """What a reader must know to take the numbers for what they are."""
     cells = [cell for plan in study.rows for cell in plan.cells]
     models = list(dict.fromkeys(cell.model or DEFAULT_MODEL for cell in cells))
     preset = preset_for(config, cells[0].model)
     layers = "all layers" if preset.top_layers is None else f"the top {preset.top_layers} layers"
-    several = len(config.seeds) > 1
-    how = (
-        f"Student's 95 % interval over seeds {', '.join(map(str, config.seeds))}"
-        if several
-        else f"Wilson's 95 % interval over the test records (one seed, {config.seeds[0]})"
-    )
     notes = [
-        f"Accuracy in percent with {how}. "
-        "In brackets: the paper's number, Llama-3.1-8B-Instruct unless the row names a model.",
+        _accuracy_note(study, config.seeds),
         f"Model: {', '.join(models)}. Data: {config.data or 'Hugging Face hub'}, "
         f"{config.limit or 'all'} training and {config.test_limit or 'all'} test records. "
         f"LoRA on {layers}: learning rate {preset.learning_rate:g}, {preset.batch_size} records a "
@@ -207,6 +189,32 @@ def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[s
     notes.append(f"robustft {robustft.__version__}, {_commit()}, torch {_version('torch')}, "
                  f"transformers {_version('transformers')}.")  # fmt: skip
     return [f"{note}\n" for note in notes]
+
+
+def _accuracy_note(study: Study, seeds: Sequence[int]) -> str:
+    """What the numbers of the table are, and what stands beside them."""
+    several = f"seeds {', '.join(map(str, seeds))}"
+    one = f"(one seed, {seeds[0]})"
+    wilson = "Wilson's over the test records"
+    if study.instructions:
+        over = one if len(seeds) == 1 else f"of the means over {several}"
+        note = (
+            f"Accuracy in percent: mean ± standard deviation over "
+            f"{counted(study.instructions, 'instruction')} {over}. In the CSV also Student's 95 % "
+            f"interval over them; where all agree, {wilson}."
+        )
+    elif len(seeds) > 1:
+        note = (
+            f"Accuracy in percent with Student's 95 % interval over {several}; where all agree, as "
+            f"without training, {wilson}."
+        )
+    else:
+        note = f"Accuracy in percent with Wilson's 95 % interval over the test records {one}."
+    if any(plan.paper is not None for plan in study.rows):
+        note += (
+            " In brackets: the paper's number, Llama-3.1-8B-Instruct unless the row names a model."
+        )
+    return note
 
 
 def _commit() -> str:

@@ -13,8 +13,6 @@ import numpy as np
 
 from robustft.errors import UserError
 from robustft.files import replacing
-from robustft.metrics import Tally
-from robustft.reproduction.categories import by_category
 from robustft.reproduction.rows import CHANGE, Row
 from robustft.reproduction.studies import Study
 
@@ -201,17 +199,16 @@ def _radar(rows: Sequence[Row]) -> Any:
     figure, axes, keys = _panels(rows, 5.4, 5.0, subplot_kw={"projection": "polar"})
     for axis, key in zip(axes, keys, strict=False):
         shown = [row for row in rows if (row.task, row.noise) == key]
-        tallies = [(row, category_tallies(row)) for row in shown]
-        names = list(tallies[0][1])
+        parts = [{part.category: part for part in row.by_category()} for row in shown]
+        names = list(parts[0])
         angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-        for index, (row, found) in enumerate(tallies):
-            heights = [100 * found[name].accuracy if name in found else math.nan for name in names]
+        for index, (row, found) in enumerate(zip(shown, parts, strict=True)):
+            heights = [found[name].mean if name in found else math.nan for name in names]
             # Thinner and thinner: lines that coincide are all seen.
             axis.plot([*angles, angles[0]], [*heights, heights[0]], "o-", ms=2.5,
-                      lw=1.0 + 1.5 * (len(tallies) - 1 - index),
+                      lw=1.0 + 1.5 * (len(shown) - 1 - index),
                       color=_COLOURS[index % len(_COLOURS)], label=row.name)  # fmt: skip
-        counts = tallies[0][1]
-        labels = [f"{name}\n({counts[name].total})" for name in names]
+        labels = [f"{name}\n({parts[0][name].test_records})" for name in names]
         axis.set_xticks(angles, labels, fontsize=7)
         axis.tick_params(axis="x", pad=8)
         axis.set_ylim(bottom=0)
@@ -224,19 +221,6 @@ def _radar(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def category_tallies(row: Row) -> dict[str, Tally]:
-    """Right answers of a row by category, over its seeds."""
-    subjects: dict[str, Tally] = {}
-    for outcome in row.outcomes:
-        for name, tally in (outcome.result.categories if outcome.result else {}).items():
-            total = subjects.setdefault(name, Tally())
-            total.total += tally.total
-            total.correct += tally.correct
-    if not subjects:
-        raise UserError(f"{row.task}: the test file has no subjects (a column Subject)")
-    return by_category(subjects)
-
-
 def _stability(rows: Sequence[Row]) -> Any:
     """Bars of the mean over instructions, whiskers of one standard deviation, dots of each."""
     names = len({row.name for row in rows})
@@ -246,8 +230,7 @@ def _stability(rows: Sequence[Row]) -> Any:
         for place, row in enumerate(shown):
             colour = _COLOURS[place % len(_COLOURS)]
             axis.bar(place, row.mean, width=0.6, color=colour, alpha=0.35)
-            axis.errorbar(place, row.mean, yerr=float(np.std(row.values, ddof=1))
-                          if len(row.values) > 1 else 0.0, color=colour, capsize=3)  # fmt: skip
+            axis.errorbar(place, row.mean, yerr=row.deviation, color=colour, capsize=3)
             spread = np.linspace(-0.15, 0.15, len(row.values))
             axis.plot(place + spread, row.values, ".", color=colour, ms=4)
         axis.set_xticks(range(len(shown)), [row.name for row in shown], rotation=20, ha="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,18 +11,18 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 import numpy as np
+from scipy.stats import t as student
 
 from robustft.metrics import Tally
+from robustft.reproduction.categories import by_category
 from robustft.reproduction.cells import Outcome
 
 CHANGE = "Δ"  # begins the name of a row that holds a relative change, as in the paper
-# Student's t at 97.5 % by degrees of freedom; beyond, the normal's.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(slots=True)
 class Row:
-    """One line of a table: the same thing over several seeds."""
+    """One line of a table: the same thing over several seeds, of one category or of all."""
 
     name: str  # what stands in the first column
     task: str
@@ -30,17 +31,49 @@ class Row:
     paper: float | None = None  # percent
     values: list[float] = field(default_factory=list)  # percent, one a seed that was run
     reason: str = ""
-    tally: Tally | None = None  # of a part of the test set; else all of it counts
+    category: str = ""  # of the test records that count; empty: all
+    tally: Tally | None = None  # of that category, by the first seed
 
     @classmethod
     def of(
         cls, name: str, task: str, noise: int | None, outcomes: Sequence[Outcome],
         paper: float | None = None,
     ) -> Row:  # fmt: skip
-        """The row of some outcomes that differ in their seed alone."""
-        values = [outcome.accuracy for outcome in outcomes if outcome.result is not None]
+        """The row of outcomes that differ in their seed alone, or in seed and instruction.
+
+        With instructions there is one value for each of them: its mean over the seeds.
+        """
+        repeated: dict[object, list[float]] = {}
+        for outcome in outcomes:
+            if outcome.result is not None:
+                cell = outcome.cell
+                key = cell.seed if cell.instruction is None else cell.instruction
+                repeated.setdefault(key, []).append(outcome.accuracy)
+        values = [fmean(found) for found in repeated.values()]
         reason = next((outcome.reason for outcome in outcomes if outcome.result is None), "")
         return cls(name, task, noise, list(outcomes), paper, values, reason)
+
+    def by_category(self) -> list[Row]:
+        """A row for each category of the test records; itself where none are known."""
+        found: dict[str, list[Tally]] = {}
+        for outcome in self.outcomes:
+            known = {} if outcome.result is None else by_category(outcome.result.categories)
+            for name, tally in known.items():
+                found.setdefault(name, []).append(tally)
+        return [
+            dataclasses.replace(
+                self, category=name, values=[100 * one.accuracy for one in tallies],
+                tally=tallies[0],
+            )
+            for name, tallies in found.items()
+        ] or [self]  # fmt: skip
+
+    @property
+    def place(self) -> tuple[str, str, int | None]:
+        """Where a table has it: line, column, noise. Categories are lines, methods then columns."""
+        if not self.category:
+            return self.name, self.task, self.noise
+        return self.category, f"{self.name}, {self.task.upper()}", self.noise
 
     @property
     def mean(self) -> float:
@@ -49,11 +82,14 @@ class Row:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %: Student's over seeds, where there are several; else Wilson's over test records."""
-        if len(self.values) > 1:
+        """95 %: Student's over seeds or instructions; where all agree, Wilson's over test records.
+
+        Values that agree exactly come from what does not depend on the seed, above all from models
+        that are not trained: they say nothing about the spread.
+        """
+        if len(set(self.values)) > 1:
             n = len(self.values)
-            factor = _T[n - 2] if n - 2 < len(_T) else 1.96
-            half = factor * stdev(self.values) / math.sqrt(n)
+            half = float(student.ppf(0.975, n - 1)) * stdev(self.values) / math.sqrt(n)
             return self.mean - half, self.mean + half
         result = next((o.result for o in self.outcomes if o.result is not None), None)
         tally = self.tally or (result.overall if result else None)
@@ -90,13 +126,14 @@ def to_csv(rows: Iterable[Row]) -> str:
         low, high = row.interval
         run = [o for o in row.outcomes if o.result is not None]
         f1 = [o.result.macro_f1 for o in run if o.result and o.result.macro_f1 is not None]
-        whole = f1 and row.tally is None
+        whole = f1 and not row.category
+        line, column, noise = row.place
         perplexities = [value for outcome in run for value in outcome.perplexities]
         quantiles = np.quantile(perplexities, (0.1, 0.5, 0.9)) if perplexities else [math.nan] * 3
         values = {
-            "row": row.name,
-            "task": row.task,
-            "noise": "" if row.noise is None else row.noise,
+            "row": line,
+            "task": column,
+            "noise": "" if noise is None else noise,
             "accuracy": _number(row.mean, 2),
             "low": _number(low, 2),
             "high": _number(high, 2),
@@ -130,17 +167,18 @@ def to_markdown(
 ) -> str:
     """A table of rows against task and noise, the paper's numbers in brackets.
 
-    Each with its interval, or with the standard deviation over its values.
+    Each with its interval, or with the standard deviation over its values. What is best on the same
+    test records and noise is bold.
     """
-    columns = list(dict.fromkeys((row.task, row.noise) for row in rows))
-    names = list(dict.fromkeys(row.name for row in rows))
-    at = {(row.name, row.task, row.noise): row for row in rows}
+    columns = list(dict.fromkeys(row.place[1:] for row in rows))
+    names = list(dict.fromkeys(row.place[0] for row in rows))
+    at = {row.place: row for row in rows}
     best = _best(rows)
     lines = [f"# {title}", ""]
     lines.append("| | " + " | ".join(_heading(task, noise) for task, noise in columns) + " |")
     lines.append("| --- |" + " --- |" * len(columns))
     for name in names:
-        cells = [_cell(at.get((name, *column)), best.get(column), deviation) for column in columns]
+        cells = [_cell(at.get((name, *column)), best, deviation) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", *notes, ""]
     return "\n".join(lines)
@@ -150,16 +188,21 @@ def _heading(task: str, noise: int | None) -> str:
     return task.upper() if noise is None else f"{task.upper()} {noise} %"
 
 
-def _best(rows: Iterable[Row]) -> Mapping[tuple[str, int | None], float]:
-    best: dict[tuple[str, int | None], float] = {}
+def _rivals(row: Row) -> tuple[str, int | None, str]:
+    """What rows share that can be compared: the test records and the noise."""
+    return row.task, row.noise, row.category
+
+
+def _best(rows: Iterable[Row]) -> dict[object, float]:
+    """The best mean among rivals; none where all are equal."""
+    means: dict[object, list[float]] = {}
     for row in rows:
         if row.values and not row.name.startswith(CHANGE):
-            key = row.task, row.noise
-            best[key] = max(best.get(key, -math.inf), row.mean)
-    return best
+            means.setdefault(_rivals(row), []).append(row.mean)
+    return {rivals: max(found) for rivals, found in means.items() if min(found) < max(found)}
 
 
-def _cell(row: Row | None, best: float | None, deviation: bool) -> str:
+def _cell(row: Row | None, best: Mapping[object, float], deviation: bool) -> str:
     if row is None:
         return ""
     printed = "" if row.paper is None else f" ({row.paper:g})"
@@ -167,9 +210,12 @@ def _cell(row: Row | None, best: float | None, deviation: bool) -> str:
         return f"{row.reason or 'not run'}{printed}".replace("|", "/")
     if row.name.startswith(CHANGE):
         return f"{row.mean:+.1f} %"
-    low, high = row.interval
     star = r"\*" if any(outcome.powerless for outcome in row.outcomes) else ""
     text = f"{row.mean:.1f}"
-    text = f"**{text}**" if best is not None and row.mean >= best else text
-    spread = f" ± {row.deviation:.1f}" if deviation else f" [{low:.1f}, {high:.1f}]"
-    return f"{text}{star}{spread}{printed}"
+    text = f"**{text}**" if row.mean >= best.get(_rivals(row), math.inf) else text
+    if deviation and not math.isnan(row.deviation):
+        spread = f"± {row.deviation:.1f}"
+    else:
+        low, high = row.interval
+        spread = f"[{low:.1f}, {high:.1f}]"
+    return f"{text}{star} {spread}{printed}"

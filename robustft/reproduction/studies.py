@@ -48,6 +48,8 @@ class Study:
     rows: tuple[RowPlan, ...]
     relative: bool = False  # add the improvement over vanilla and SFT
     perplexity: bool = False
+    categories: bool = False  # one line a category of the test records
+    instructions: int = 0  # over how many each row is the mean; 0: it is not
     note: str = ""
 
 
@@ -178,7 +180,8 @@ def fig5(config: ReproduceConfig) -> Study:
         "Categories: the subcategories that Hendrycks et al. publish with MMLU "
         "(github.com/hendrycks/test, categories.py)."
     )
-    return Study("fig5", "Figure 5: accuracy by category", tuple(rows), note=note)
+    title = "Figure 5: accuracy by category"
+    return Study("fig5", title, tuple(rows), categories=True, note=note)
 
 
 def fig6(config: ReproduceConfig) -> Study:
@@ -189,6 +192,7 @@ def fig6(config: ReproduceConfig) -> Study:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the rephrasings: {error}") from error
     wordings = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    wordings = list(dict.fromkeys(wordings))
     if not wordings:
         raise UserError(f"{path}: expected one instruction a line, found none")
     rows = [
@@ -207,8 +211,10 @@ def fig6(config: ReproduceConfig) -> Study:
         if method != "self-rag"
     ]  # fmt: skip
     said = "; ".join(f'"{words}"' for words in wordings)
-    note = f"Mean and standard deviation over {len(wordings)} instructions: {said}."
-    return Study("fig6", "Figure 6: stability under rephrased instructions", tuple(rows), note=note)
+    title = "Figure 6: stability under rephrased instructions"
+    return Study(
+        "fig6", title, tuple(rows), instructions=len(wordings), note=f"Instructions: {said}."
+    )
 
 
 STUDIES: dict[str, Callable[[ReproduceConfig], Study]] = {

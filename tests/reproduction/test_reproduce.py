@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,13 @@ from scripted import FlakyEngine
 from robustft.cli import main
 from robustft.config import EngineConfig, ReproduceConfig
 from robustft.errors import UserError
-from robustft.evaluation import judge
+from robustft.evaluation import EvalResult, judge
 from robustft.methods import METHODS
+from robustft.metrics import Tally, wilson
 from robustft.reproduction import paper
 from robustft.reproduction.categories import CATEGORY, by_category
 from robustft.reproduction.cells import Bench, Cell, Outcome
+from robustft.reproduction.grid import reproduce
 from robustft.reproduction.presets import preset_for
 from robustft.reproduction.rows import Row, to_csv, to_markdown
 from robustft.reproduction.studies import STUDIES
@@ -81,11 +85,13 @@ def test_table1_is_written_and_read_again(
     assert "(84.4)" in said  # the paper's own number
     found = {row["row"]: row for row in rows_of(tmp_path / "table1.csv")}
     for title in ("Vanilla", "SelfLabel", "SFT", "SelfRAG", "RobustFT (ours)"):
-        assert 0 <= float(found[title]["accuracy"]) <= 100
-        assert found[title]["test_records"] == "9"
+        right = round(float(found[title]["accuracy"]) * 9 / 100)
+        low, high = wilson(right, 9)
+        assert [found[title][name] for name in ("accuracy", "low", "high", "test_records")] == [
+            f"{100 * right / 9:.2f}", f"{100 * low:.2f}", f"{100 * high:.2f}", "9",
+        ]  # fmt: skip
     assert found["Hermes-3"]["accuracy"] == ""
     assert {found[n]["steps"] for n in ("SelfLabel", "SFT", "RobustFT (ours)")} == {"2"}
-    assert "Δ RobustFT (ours) vs. SFT" in said or found["SFT"]["accuracy"] == "0.00"
     for suffix in ("png", "svg", "md"):
         assert (tmp_path / f"table1.{suffix}").stat().st_size > 200
     before = (tmp_path / "table1.csv").read_bytes()
@@ -120,9 +126,10 @@ def test_figures_share_what_was_trained(
     assert len(found) == lines
     assert all(row["accuracy"] for row in found)
     if what == "fig4":
-        assert float(found[0]["perplexity_p10"]) <= float(found[0]["perplexity_p90"])
+        quantiles = [float(found[0][f"perplexity_p{q}"]) for q in (10, 50, 90)]
+        assert 1 < quantiles[0] < quantiles[1] < quantiles[2]
     if what == "fig6":
-        assert float(found[0]["deviation"]) >= 0
+        assert found[0]["deviation"]
     assert (out / f"{what}.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list((out / "cache" / "adapters").iterdir())) <= 3
 
@@ -176,6 +183,7 @@ def test_a_share_leaves_the_rest_to_others(
         (["--methods", "magic"], "method must be one of vanilla"),
         (["--noise", "130"], "noise must be percents in [0, 100]"),
         (["--noise", "lots"], "expected a whole number"),
+        (["--seeds", "0,1,0"], "seeds must be different ones, got (0, 1, 0)"),
         (["--share", "2/2"], "expected I/N with I from 0"),
         (["--rephrasings", "absent.txt", "--tasks", "fpb"], "cannot read the rephrasings"),
     ],
@@ -254,12 +262,107 @@ def test_missing_data_is_told_and_nothing_is_made_up(tmp_path: Path) -> None:
     assert (line["accuracy"], line["paper"]) == ("", "87.2")
 
 
+Right = Callable[[Cell], dict[str, tuple[int, int]]]  # category -> (right, of how many)
+
+
+def written_table(
+    config: ReproduceConfig, right: Right, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], list[str]]:
+    """The lines of the table, and the notes, where cells come out as `right` says."""
+
+    def run(self: Bench, cell: Cell, *, perplexity: bool = False) -> Outcome:
+        tallies = {name: Tally(total, correct) for name, (correct, total) in right(cell).items()}
+        whole = Tally(
+            sum(t.total for t in tallies.values()), sum(t.correct for t in tallies.values())
+        )
+        return Outcome(cell, EvalResult("m", None, whole, tallies))
+
+    monkeypatch.setattr(Bench, "run", run)
+    reproduce(config)
+    text = (config.out / f"{config.what}.md").read_text().splitlines()
+    table = [line for line in text if line.startswith("|")]
+    return table[2:], [line for line in text[1:] if line and not line.startswith("|")]
+
+
+def test_a_table_over_seeds_against_hand_computed_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {"vanilla": (50, 50, 50), "sft": (60, 62, 64), "robustft": (72, 75, 78)}
+    config = ReproduceConfig(
+        "table1", tmp_path, tasks=("fpb",), noise=(30,), methods=tuple(right), seeds=(0, 1, 2)
+    )
+    table, notes = written_table(
+        config, lambda cell: {"all": (right[cell.method][cell.seed], 100)}, monkeypatch
+    )
+    # Student's t with two degrees of freedom, 4.303, times 2 / sqrt(3) and 3 / sqrt(3); Wilson's
+    # interval of 50 of 100 where the seeds agree.
+    assert table == [
+        "| Vanilla | 50.0 [40.4, 59.6] (75.5) |",
+        "| SFT | 62.0 [57.0, 67.0] (79.7) |",
+        "| RobustFT (ours) | **75.0** [67.5, 82.5] |",
+        "| Δ RobustFT (ours) vs. Vanilla | +50.0 % |",
+        "| Δ RobustFT (ours) vs. SFT | +21.0 % |",
+    ]
+    assert notes[0] == (
+        "Accuracy in percent with Student's 95 % interval over seeds 0, 1, 2; where all agree, as "
+        "without training, Wilson's over the test records. In brackets: the paper's number, "
+        "Llama-3.1-8B-Instruct unless the row names a model."
+    )
+
+
+def test_categories_have_one_value_a_seed_and_their_best_method_is_bold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def right(cell: Cell) -> dict[str, tuple[int, int]]:
+        if cell.method == "vanilla":
+            return {"anatomy": (5, 10), "sociology": (3, 5), "virology": (0, 0), "law": (1, 2)}
+        return {"anatomy": (5 + cell.seed, 10), "sociology": (2, 5), "law": (1, 2)}
+
+    config = ReproduceConfig("fig5", tmp_path, noise=(30,), methods=("vanilla", "sft"),
+                             seeds=(0, 1, 2))  # fmt: skip
+    table, notes = written_table(config, right, monkeypatch)
+    # 4.303 * 10 / sqrt(3); else Wilson's of one seed's records.
+    assert table == [
+        "| health | 50.0 [23.7, 76.3] | **60.0** [35.2, 84.8] |",
+        "| culture | **60.0** [23.1, 88.2] | 40.0 [11.8, 76.9] |",
+        "| law | 50.0 [9.5, 90.5] | 50.0 [9.5, 90.5] |",
+    ]
+    assert "In brackets" not in notes[0]
+
+
+def test_instructions_are_averaged_over_seeds_before_they_deviate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("first\nsecond\nfirst\n")
+    right = {("first", 0): 60, ("first", 1): 64, ("second", 0): 70, ("second", 1): 66}
+    config = ReproduceConfig("fig6", tmp_path, tasks=("fpb",), noise=(30,), methods=("sft",),
+                             seeds=(0, 1), rephrasings=words)  # fmt: skip
+    table, notes = written_table(
+        config, lambda cell: {"all": (right[str(cell.instruction), cell.seed], 100)}, monkeypatch
+    )
+    assert table == ["| SFT | 65.0 ± 4.2 |"]  # of 62 and 68
+    assert notes[0] == (
+        "Accuracy in percent: mean ± standard deviation over 2 instructions of the means over "
+        "seeds 0, 1. In the CSV also Student's 95 % interval over them; where all agree, Wilson's "
+        "over the test records."
+    )
+    (line,) = rows_of(tmp_path / "fig6.csv")
+    # Student's t with one degree of freedom, 12.706, times 3.
+    assert (line["low"], line["high"], line["seeds"]) == ("26.88", "103.12", "0 1")
+    config = dataclasses.replace(config, seeds=(0,))
+    _, notes = written_table(
+        config, lambda cell: {"all": (right[str(cell.instruction), cell.seed], 100)}, monkeypatch
+    )
+    assert "over 2 instructions (one seed, 0). In the CSV" in notes[0]
+
+
 def test_intervals_over_seeds_and_over_records() -> None:
-    several = Row("a", "fpb", 30, [], values=[60.0, 62.0, 64.0])
-    low, high = several.interval
-    assert several.mean == 62.0
-    assert (low, high) == pytest.approx((62 - 4.303 * 2 / 3**0.5, 62 + 4.303 * 2 / 3**0.5))
-    assert several.deviation == 2.0
+    twelve = Row("a", "fpb", 30, [], values=[60.0, 62.0] * 6)
+    low, high = twelve.interval
+    assert twelve.mean == 61.0
+    half = 2.201 * twelve.deviation / 12**0.5  # t with 11 degrees of freedom
+    assert (low, high) == pytest.approx((61 - half, 61 + half), abs=1e-3)
     empty = Row.of("a", "fpb", 30, [Outcome(Cell("fpb", 30, "sft"), reason="not run: x")])
     assert empty.values == []
     assert str(empty.mean) == "nan"
