@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -32,14 +33,15 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Status 1 where the neighbours are not those of the brute force."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--out", type=Path, help="append CSV rows to this file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not options.file.exists():
         write(options.file, options.rows, options.dim)
     rows = np.memmap(options.file, np.float32, "r", shape=(options.rows, options.dim))
@@ -83,7 +85,8 @@ def main() -> None:
                 for name, value in seconds.items()
             ],
         )
+    return int(not right)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@
 #                              the CSV files, the logs and summary.txt
 #
 # Nothing is installed: the sources run from this checkout. Without a CUDA device the CPU cases run.
+# A step that fails stops no other; the exit status is 1 where one failed or ran out of time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/on_gpu}
@@ -16,6 +17,7 @@ export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=
 export TOKENIZERS_PARALLELISM=false
 : >"$out/summary.txt"
 
+failed=()
 say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
 
 # step NAME SECONDS COMMAND...: runs at most so long, logs to NAME.log, says how it went.
@@ -24,6 +26,7 @@ step() {
     shift 2
     timeout "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
+    ((status)) && failed+=("$name")
     case $status in
     0) say "$name: done in $((SECONDS - begin)) s" ;;
     124) say "$name: stopped after $limit s, see $out/$name.log" ;;
@@ -83,3 +86,7 @@ fi
 
 grep -hE '^(N=|not run)' "$out"/*.log 2>/dev/null | sort -u | tee -a "$out/summary.txt"
 say "took $SECONDS s; CSV files and logs in $out"
+if ((${#failed[@]})); then
+    say "failed: ${failed[*]}"
+    exit 1
+fi

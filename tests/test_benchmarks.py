@@ -20,6 +20,7 @@ from robustft.benchmarks.measure import Row, extra_mib, table
 from robustft.errors import UserError
 from robustft.retrieval import CosineKNN
 
+BENCH = Path(__file__).parents[1] / "bench"
 TINY = {
     "token_stats": {"rows": 9, "vocab": 300},
     "token_gradients": {"rows": 9, "vocab": 300},
@@ -97,6 +98,26 @@ def test_the_knn_gate_judges_the_timed_search(
     gates = {row.contender: row.correct for row in rows}
     assert gates["robustft"] == ("NO" if broken else "yes")
     assert gates["numpy matmul, argpartition"].startswith("same 1.000")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_wrong_neighbours_of_a_mapped_file_end_with_status_1(
+    wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("knn_memory", BENCH / "knn_memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    search = CosineKNN.search
+    monkeypatch.setattr(
+        CosineKNN,
+        "search",
+        lambda self, queries, k: search(self, queries[:: -1 if wrong else 1], k),
+    )
+    arguments = [str(tmp_path / "rows"), "--rows", "500", "--dim", "16", "--queries", "4"]
+    assert module.main(arguments) == wrong
+    assert ("WRONG" in capsys.readouterr().out) == wrong
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

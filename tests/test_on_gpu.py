@@ -1,0 +1,34 @@
+"""bench/on_gpu.sh with a stand-in for Python: every step runs, and failures tell in the status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "on_gpu.sh"
+
+
+@pytest.mark.parametrize(
+    ("failing", "status"), [("nothing", 0), ("bench/token_stats.py", 1), ("robustft demo", 1)]
+)
+def test_failed_steps_are_named_at_the_end_and_in_the_status(
+    failing: str, status: int, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *"{failing}"*) echo broken; exit 3;; *is_available*) echo cpu;; '
+        "esac\n"
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", SCRIPT, tmp_path / "out"], env=os.environ | {"PYTHON": str(python)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert summary.count("done in") == (5 if failing == "nothing" else 4)
+    assert ("FAILED (3), broken" in summary) == bool(status)
+    assert summary.splitlines()[-1].startswith("failed: ") == bool(status)
