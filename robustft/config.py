@@ -329,5 +329,10 @@ class ReproduceConfig:
         for name in ("tasks", "noise", "methods", "models", "seeds"):
             value = getattr(self, name)
             _require(len(set(value)) == len(value), name, "different ones", value)
+        for name, owner in (("models", "table2"), ("rephrasings", "fig6")):
+            if getattr(self, name) and self.what != owner:
+                raise UserError(f"--{name} belongs to {owner}, not to {self.what}")
+        if self.models and self.engine.model:
+            raise UserError("give --models or --model, not both")
         for rate in self.noise:
             _require(0 <= rate <= 100, "noise", "percents in [0, 100]", rate)

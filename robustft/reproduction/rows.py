@@ -218,4 +218,6 @@ def _cell(row: Row | None, best: Mapping[object, float], deviation: bool) -> str
     else:
         low, high = row.interval
         spread = f"[{low:.1f}, {high:.1f}]"
-    return f"{text}{star} {spread}{printed}"
+    run, planned = sum(o.result is not None for o in row.outcomes), len(row.outcomes)
+    lacking = f", {run} of {planned} {'runs' if deviation else 'seeds'}" if run < planned else ""
+    return f"{text}{star} {spread}{lacking}{printed}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from robustft.config import ABLATIONS, ReproduceConfig
 from robustft.errors import UserError
-from robustft.methods import METHODS, find_method
+from robustft.methods import METHODS, Method, find_method
 from robustft.reproduction import paper
 from robustft.reproduction.cells import Cell
 from robustft.reproduction.presets import TABLE2_MODELS
@@ -68,8 +68,33 @@ def _seeds(config: ReproduceConfig, **fields: Any) -> tuple[Cell, ...]:
     return tuple(Cell(seed=seed, **fields) for seed in config.seeds)
 
 
-def _methods(config: ReproduceConfig, usual: Sequence[str]) -> list[str]:
-    return [find_method(name).name for name in config.methods or usual]
+def _methods(
+    config: ReproduceConfig, usual: Sequence[str], fit: Callable[[Method], bool] = lambda _: True
+) -> list[str]:
+    """The methods to run, each of which must fit the study."""
+    fitting = [name for name, method in METHODS.items() if fit(method)]
+    for name in config.methods:
+        find_method(name)
+        if name not in fitting:
+            raise UserError(
+                f"methods of {config.what} must be among {', '.join(fitting)}, got {name!r}"
+            )
+    return list(config.methods or usual)
+
+
+def _is_robustft(method: Method) -> bool:
+    """Whether it has the parts and the settings of RobustFT."""
+    return method.name in ("robustft-paper", "robustft")
+
+
+def _last_parts(models: Sequence[str]) -> dict[str, str]:
+    """The models by the last part of their names, or as many parts as tell them apart."""
+    parts = [model.rstrip("/").split("/") for model in models]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(models, names, strict=True))
+    return {model: model for model in models}
 
 
 def table1(config: ReproduceConfig) -> Study:
@@ -90,12 +115,14 @@ def table2(config: ReproduceConfig) -> Study:
     """Models x (vanilla, SFT, RobustFT) x tasks x noise."""
     rows = []
     models = config.models or ((config.engine.model,) if config.engine.model else TABLE2_MODELS)
-    for model in models:
-        for method in _methods(config, ("vanilla", "sft", "robustft-paper", "robustft")):
+    usual = ("vanilla", "sft", "robustft-paper", "robustft")
+    methods = _methods(config, usual, lambda method: method.model is None)
+    for model, short in _last_parts(models).items():
+        for method in methods:
             for task, noise in _grid(config, paper.TASK_ORDER, paper.NOISE):
                 cells = _seeds(config, task=task, noise=noise, method=method, model=model)
                 printed = paper.TABLE2.get(model, {}).get(method)
-                name = f"{model.rsplit('/', 1)[-1]}: {METHODS[method].title}"
+                name = f"{short}: {METHODS[method].title}"
                 number = paper.number(printed, task, noise)
                 rows.append(RowPlan(name, task, noise, cells, number))
     return Study("table2", "Table 2: models under noise", tuple(rows))
@@ -103,7 +130,7 @@ def table2(config: ReproduceConfig) -> Study:
 
 def table3(config: ReproduceConfig) -> Study:
     """RobustFT with one part left out."""
-    methods = _methods(config, ("robustft-paper",))
+    methods = _methods(config, ("robustft-paper",), _is_robustft)
     rows = []
     for method in methods:
         for part in ("", *ABLATIONS):
@@ -135,7 +162,7 @@ def fig1(config: ReproduceConfig) -> Study:
 def fig3(config: ReproduceConfig) -> Study:
     """Sensitivity to beta and k."""
     rows = []
-    for method in _methods(config, ("robustft-paper", "robustft")):
+    for method in _methods(config, ("robustft-paper", "robustft"), _is_robustft):
         for task, noise in _grid(config, ("mmlu",), paper.NOISE):
             for name, values, usual in (("beta", BETAS, 0.5), ("k", KS, 3)):
                 for value in values:
@@ -206,9 +233,10 @@ def fig6(config: ReproduceConfig) -> Study:
                 )
             ),
         )
-        for method in _methods(config, ("vanilla", "sft", "robustft"))
+        for method in _methods(
+            config, ("vanilla", "sft", "robustft"), lambda method: not method.demonstrations
+        )
         for task, noise in _grid(config, ("mmlu", "arc"), paper.NOISE)
-        if method != "self-rag"
     ]  # fmt: skip
     said = "; ".join(f'"{words}"' for words in wordings)
     title = "Figure 6: stability under rephrased instructions"

@@ -198,6 +198,38 @@ def test_mistakes_get_one_line(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"what": "fig1", "models": ("a",)}, "--models belongs to table2, not to fig1"),
+        ({"what": "fig1", "rephrasings": Path("a")}, "--rephrasings belongs to fig6, not to fig1"),
+        ({"what": "table2", "models": ("a",), "engine": EngineConfig("b")}, "--models or --model,"),
+        ({"what": "table2", "methods": ("sft", "tulu-3")}, "methods of table2 must be among "
+         "vanilla, self-label, .*, got 'tulu-3'"),
+        ({"what": "table3", "methods": ("sft",)}, "methods of table3 must be among robustft-paper, "
+         "robustft, got 'sft'"),
+        ({"what": "fig3", "methods": ("sft",)}, "methods of fig3 must be among robustft-paper"),
+        ({"what": "fig6", "methods": ("self-rag",)}, "methods of fig6 .*, got 'self-rag'"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(config: dict[str, object], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        STUDIES[str(config["what"])](ReproduceConfig(**config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (("/x/a/final", "/x/b/final"), ["a/final: SFT", "b/final: SFT"]),
+        (("a/final/", "final"), ["a/final/: SFT", "final: SFT"]),
+        (("meta-llama/Llama-3.2-3B", "google/gemma"), ["Llama-3.2-3B: SFT", "gemma: SFT"]),
+    ],
+)
+def test_models_have_names_that_tell_them_apart(models: tuple[str, ...], names: list[str]) -> None:
+    config = ReproduceConfig("table2", tasks=("fpb",), noise=(30,), methods=("sft",), models=models)
+    assert [row.name for row in STUDIES["table2"](config).rows] == names
+
+
 def test_what_failed_is_not_kept(
     data: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +307,8 @@ def written_table(
         whole = Tally(
             sum(t.total for t in tallies.values()), sum(t.correct for t in tallies.values())
         )
+        if not tallies:
+            return Outcome(cell, reason="not run")
         return Outcome(cell, EvalResult("m", None, whole, tallies))
 
     monkeypatch.setattr(Bench, "run", run)
@@ -308,6 +342,18 @@ def test_a_table_over_seeds_against_hand_computed_numbers(
         "without training, Wilson's over the test records. In brackets: the paper's number, "
         "Llama-3.1-8B-Instruct unless the row names a model."
     )
+
+
+def test_a_table_says_how_many_seeds_were_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def right(cell: Cell) -> dict[str, tuple[int, int]]:
+        return {"all": (60, 100)} if cell.seed == 1 else {}
+
+    config = ReproduceConfig("table1", tmp_path, tasks=("fpb",), noise=(30,), methods=("sft",),
+                             seeds=(0, 1, 2))  # fmt: skip
+    table, _ = written_table(config, right, monkeypatch)
+    assert table == ["| SFT | 60.0 [50.2, 69.1], 1 of 3 seeds (79.7) |"]
 
 
 def test_categories_have_one_value_a_seed_and_their_best_method_is_bold(
