@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,11 @@ class EvalResult:
     truncated: int = 0  # prompts of this session that lost their middle: too long for the window
     seconds: float = 0.0
 
+    @property
+    def f1(self) -> float:
+        """Mean score in [0, 1]: F1 by a metric that has one (DROP's), else the accuracy."""
+        return self.credit / self.overall.total if self.overall.total else math.nan
+
     def __str__(self) -> str:
         """The closing summary of the command line."""
         low, high = self.overall.interval
@@ -75,6 +81,10 @@ class EvalResult:
             lines.append(
                 f"macro-F1 {self.macro_f1:.4f}; always the commonest answer: accuracy "
                 f"{self.majority:.4f}"
+            )
+        if self.credit > self.overall.correct:
+            lines.append(
+                f"mean F1 {self.f1:.4f}, in which a part of an answer counts for its share"
             )
         if self.unanswered:
             lines.append(f"{self.unanswered:,} replies held no readable answer and count as wrong.")

@@ -101,6 +101,18 @@ def test_generated_answers(
     assert ("count as wrong" in str(result)) == bool(unanswered)
 
 
+def test_f1_is_told_where_parts_of_an_answer_count(tmp_path: Path) -> None:
+    data = write(tmp_path / "t.jsonl", [{"question": "q", "answer": "Smith, Jones"}] * 4)
+    config = EvalConfig(data)
+    whole = evaluate(config, engine=oracle("Smith"))
+    assert "F1" not in str(whole)
+    parts = evaluate(
+        config, engine=oracle("Smith"), judge=lambda record, reply: (reply, False, 0.5)
+    )
+    assert parts.overall.correct == 0
+    assert "mean F1 0.5000, in which a part of an answer counts for its share" in str(parts)
+
+
 def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps(choice("A", "A")) + "\n{broken\n")

@@ -179,6 +179,12 @@ def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[s
         f"would take. Experts: {counted(preset.rounds, 'round')} of reasoning of "
         f"{preset.reasoning_tokens} tokens.",
     ]
+    if any(row.metric == "exact match" for row in rows):
+        notes.append(
+            "DROP: exact match by its official metric, and that metric's F1. The paper's number is "
+            "neither: by the authors' code a reply is right that holds a gold answer or is part of "
+            "one."
+        )
     if study.note:
         notes.append(study.note)
     if any(o.powerless for row in rows for o in row.outcomes):

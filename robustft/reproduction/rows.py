@@ -16,6 +16,7 @@ from scipy.stats import t as student
 from robustft.metrics import Tally
 from robustft.reproduction.categories import by_category
 from robustft.reproduction.cells import Outcome
+from robustft.reproduction.tasks import TASKS
 
 CHANGE = "Δ"  # begins the name of a row that holds a relative change, as in the paper
 
@@ -104,6 +105,19 @@ class Row:
         return stdev(self.values) if len(self.values) > 1 else math.nan
 
     @property
+    def metric(self) -> str:
+        """What is counted: accuracy, or exact match by a metric that has an F1 too."""
+        return TASKS[self.task].metric
+
+    @property
+    def f1(self) -> float:
+        """Mean F1 in percent beside the exact match of all test records; NaN elsewhere."""
+        if self.metric != "exact match" or self.category:
+            return math.nan
+        run = [outcome.result.f1 for outcome in self.outcomes if outcome.result is not None]
+        return 100 * fmean(run) if run else math.nan
+
+    @property
     def test_records(self) -> int:
         """How many test records an accuracy rests on."""
         run = [outcome.result for outcome in self.outcomes if outcome.result is not None]
@@ -111,14 +125,17 @@ class Row:
 
 
 FIELDS = (
-    "row", "task", "noise", "accuracy", "low", "high", "deviation", "macro_f1", "paper", "seeds",
-    "test_records", "trained_on", "steps", "perplexity_p10", "perplexity_p50", "perplexity_p90",
-    "note",
+    "row", "task", "noise", "metric", "accuracy", "low", "high", "deviation", "f1", "macro_f1",
+    "paper", "seeds", "test_records", "trained_on", "steps", "perplexity_p10", "perplexity_p50",
+    "perplexity_p90", "note",
 )  # fmt: skip
 
 
 def to_csv(rows: Iterable[Row]) -> str:
-    """One line a row; accuracies in percent, `macro_f1` in [0, 1], empty where unknown."""
+    """One line a row; `macro_f1` in [0, 1], else percent; empty where unknown.
+
+    `metric` says what `accuracy` is and what the paper's number is compared with.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -134,10 +151,12 @@ def to_csv(rows: Iterable[Row]) -> str:
             "row": line,
             "task": column,
             "noise": "" if noise is None else noise,
+            "metric": row.metric,
             "accuracy": _number(row.mean, 2),
             "low": _number(low, 2),
             "high": _number(high, 2),
             "deviation": _number(row.deviation, 2),
+            "f1": _number(row.f1, 2),
             "macro_f1": _number(fmean(f1), 4) if whole else "",
             "paper": "" if row.paper is None else row.paper,
             "seeds": " ".join(dict.fromkeys(str(o.cell.seed) for o in run)),
@@ -220,4 +239,5 @@ def _cell(row: Row | None, best: Mapping[object, float], deviation: bool) -> str
         spread = f"[{low:.1f}, {high:.1f}]"
     run, planned = sum(o.result is not None for o in row.outcomes), len(row.outcomes)
     lacking = f", {run} of {planned} {'runs' if deviation else 'seeds'}" if run < planned else ""
-    return f"{text}{star} {spread}{lacking}{printed}"
+    f1 = "" if math.isnan(row.f1) else f", F1 {row.f1:.1f}"
+    return f"{text}{star} {spread}{f1}{lacking}{printed}"

@@ -42,6 +42,7 @@ class Task:
     splits: tuple[str, str]  # of training and test; one name twice: its rows go to each in turn
     convert: Callable[[Mapping[str, Any]], Row | None]
     judge: Judge = judge
+    metric: str = "accuracy"  # what the share of right answers is called; exact match has an F1 too
 
     def rows_of(self, part: int) -> slice:
         """Which rows of its split the training set (part 0) or the test set (part 1) takes."""
@@ -219,7 +220,9 @@ TASKS = {
         Task("mmlu", "MMLU", "cais/mmlu:all", ("validation", "test"), _mmlu),
         Task("arc", "ARC", "allenai/ai2_arc:ARC-Challenge", ("train", "test"), _arc),
         Task("pubmedqa", "PubMedQA", "qiaojin/PubMedQA:pqa_labeled", ("train", "train"), _pubmedqa),
-        Task("drop", "DROP", "ucinlp/drop", ("train", "validation"), _drop, judge_drop),
+        Task(
+            "drop", "DROP", "ucinlp/drop", ("train", "validation"), _drop, judge_drop, "exact match"
+        ),
         Task("fpb", "FPB", "atrost/financial_phrasebank", ("train", "test"), _fpb),
     )
 }

@@ -344,6 +344,26 @@ def test_a_table_over_seeds_against_hand_computed_numbers(
     )
 
 
+def test_drop_shows_exact_match_and_f1_and_says_which_the_paper_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Bench, cell: Cell, *, perplexity: bool = False) -> Outcome:
+        return Outcome(cell, EvalResult("m", None, Tally(200, 80), credit=[92.5, 97.5][cell.seed]))
+
+    monkeypatch.setattr(Bench, "run", run)
+    reproduce(
+        ReproduceConfig("table1", tmp_path, tasks=("drop",), noise=(30,), methods=("sft",),
+                        seeds=(0, 1))
+    )  # fmt: skip
+    text = (tmp_path / "table1.md").read_text()
+    assert "| SFT | 40.0 [33.5, 46.9], F1 47.5 (85.3) |" in text
+    assert "DROP: exact match by its official metric, and that metric's F1. The paper's" in text
+    (line,) = rows_of(tmp_path / "table1.csv")
+    assert [line[name] for name in ("metric", "accuracy", "f1", "paper")] == [
+        "exact match", "40.00", "47.50", "85.3",
+    ]  # fmt: skip
+
+
 def test_a_table_says_how_many_seeds_were_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
