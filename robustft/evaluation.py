@@ -264,7 +264,7 @@ def _choose(
                 answer,
                 answer == record.answer,
                 probability=float(choice.probabilities[best]),
-                category=_category(record.row),
+                category=category_of(record.row),
             )
         )
     return predictions
@@ -285,7 +285,7 @@ def _generate(
             predictions.append(Prediction(record, None, False, failure=reply.reason))
             continue
         answer, right, score = judge(record, reply.text)
-        category = _category(record.row)
+        category = category_of(record.row)
         predictions.append(
             Prediction(record, answer, right, reply.text, category=category, score=score)
         )
@@ -331,7 +331,8 @@ class _Scores:
             result.categories.clear()  # as good as one a record: not categories
 
 
-def _category(row: Mapping[str, Any]) -> str | None:
+def category_of(row: Mapping[str, Any]) -> str | None:
+    """What a record is counted under: its field Subject or Category, where it has one."""
     for name in _CATEGORY_FIELDS:
         value = row.get(name)
         if isinstance(value, str) and 0 < len(value.strip()) <= 100:

@@ -13,6 +13,7 @@ from pathlib import Path
 import robustft
 from robustft.config import ReproduceConfig
 from robustft.errors import UserError
+from robustft.evaluation import category_of
 from robustft.files import write_atomically
 from robustft.methods import METHODS
 from robustft.models import DEFAULT_MODEL
@@ -23,6 +24,7 @@ from robustft.reproduction.estimate import estimate
 from robustft.reproduction.presets import preset_for
 from robustft.reproduction.rows import CHANGE, Row, to_csv, to_markdown
 from robustft.reproduction.studies import STUDIES, Study
+from robustft.reproduction.workshop import read
 from robustft.terminal import counted
 
 
@@ -32,7 +34,8 @@ def reproduce(config: ReproduceConfig) -> str:
     Called again it reads what is there; killed, it goes on where it was. Returns what to print.
 
     Raises:
-        UserError: a name is unknown, there is no folder of data, or none can be written.
+        UserError: a name is unknown, there is no folder of data, or none can be written; the test
+            records have no categories, or matplotlib is missing.
     """
     if config.data is not None and not Path(config.data).is_dir():
         raise UserError(
@@ -41,6 +44,10 @@ def reproduce(config: ReproduceConfig) -> str:
     study = STUDIES[config.what](config)
     if config.dry_run:
         return estimate(study, config)
+    # What the last step needs, before the first takes hours.
+    plots.require_matplotlib()
+    if study.categories:
+        _require_categories(study, config)
     workers = _workers(config)
     if workers:
         _side_by_side(workers)
@@ -49,6 +56,19 @@ def reproduce(config: ReproduceConfig) -> str:
         return ""
     rows = _rows(study, outcomes)
     return _write(study, config, rows)
+
+
+def _require_categories(study: Study, config: ReproduceConfig) -> None:
+    bench = Bench(config)
+    for task in dict.fromkeys(plan.task for plan in study.rows):
+        try:
+            test = bench.files(Cell(task, 0, "vanilla")).test
+        except UserError:
+            continue  # the table says that there are no data
+        if not any(category_of(record.row) for record in read(test, config.test_limit)):
+            raise UserError(
+                f"{test}: {study.name} needs a column Subject or Category, found no record with one"
+            )
 
 
 def _run(study: Study, config: ReproduceConfig, *, alone: bool) -> dict[Cell, Outcome]:

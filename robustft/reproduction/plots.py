@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import tempfile
@@ -21,18 +22,21 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _PAPER = "#999999"
 
 
+def require_matplotlib() -> None:
+    """Raise UserError where figures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("figures need matplotlib: pip install 'robustft[figures]'")
+
+
 def draw(study: Study, rows: Sequence[Row], base: Path) -> list[Path]:
     """Write the study's figure as PNG and SVG; nothing where no row has a number."""
     rows = [row for row in rows if row.values and not row.name.startswith(CHANGE)]
     if not rows:
         return []
-    try:
-        os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
-        import matplotlib
+    os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
+    import matplotlib
 
-        matplotlib.use("Agg")
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'robustft[figures]'") from None
+    matplotlib.use("Agg")
     matplotlib.rcParams.update(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
          "svg.hashsalt": "robustft", "svg.fonttype": "none", "figure.dpi": 110}

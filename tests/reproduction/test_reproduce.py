@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +163,25 @@ def test_a_dry_run_computes_nothing(
     assert "arc" in said
     assert re.search(r"not run: 2 cells \(SFT, .* on arc\): no data", said)
     assert not (tmp_path / "table1.csv").exists()
+
+
+def test_what_the_last_step_lacks_is_told_before_the_first(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object, **more: object) -> Outcome:
+        raise AssertionError("no cell may be run")
+
+    monkeypatch.setattr(Bench, "run", never)
+    plain = tmp_path / "data" / "mmlu"
+    plain.mkdir(parents=True)
+    for name in ("labeled", "test"):
+        (plain / f"{name}.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    config = ReproduceConfig("fig5", tmp_path / "out", data=str(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"test.jsonl: fig5 needs a column Subject or Category"):
+        reproduce(config)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="figures need matplotlib"):
+        reproduce(dataclasses.replace(config, what="fig1", data=str(data)))
 
 
 def test_a_share_leaves_the_rest_to_others(
@@ -377,14 +397,14 @@ def test_a_table_says_how_many_seeds_were_run(
 
 
 def test_categories_have_one_value_a_seed_and_their_best_method_is_bold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def right(cell: Cell) -> dict[str, tuple[int, int]]:
         if cell.method == "vanilla":
             return {"anatomy": (5, 10), "sociology": (3, 5), "virology": (0, 0), "law": (1, 2)}
         return {"anatomy": (5 + cell.seed, 10), "sociology": (2, 5), "law": (1, 2)}
 
-    config = ReproduceConfig("fig5", tmp_path, noise=(30,), methods=("vanilla", "sft"),
+    config = ReproduceConfig("fig5", tmp_path, str(data), noise=(30,), methods=("vanilla", "sft"),
                              seeds=(0, 1, 2))  # fmt: skip
     table, notes = written_table(config, right, monkeypatch)
     # 4.303 * 10 / sqrt(3); else Wilson's of one seed's records.
