@@ -25,12 +25,13 @@ import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
 
 from robustft import answers, crowd
-from robustft.benchmarks.measure import commit, versions
+from robustft.benchmarks.measure import versions
 from robustft.crowd import learners
 from robustft.crowd.labels import transition
 from robustft.detection import Asked, option_probabilities, paper_rule
 from robustft.embedding import Embedder
 from robustft.prompts import LETTERS
+from robustft.provenance import commit
 from robustft.records import Record, open_records
 from robustft.store import Opinion
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from robustft.benchmarks.knn_reference import exact_neighbours
-from robustft.benchmarks.measure import Row, append_rows, commit, cpu_name, versions
+from robustft.benchmarks.measure import Row, append_rows, cpu_name, require_rows_file, versions
+from robustft.provenance import commit
 from robustft.retrieval import CosineKNN
 
 _SLAB = 100_000
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--out", type=Path, help="append CSV rows to this file")
     options = parser.parse_args(arguments)
+    require_rows_file(options.out)
     if not options.file.exists():
         write(options.file, options.rows, options.dim)
     rows = np.memmap(options.file, np.float32, "r", shape=(options.rows, options.dim))

@@ -30,10 +30,18 @@ from typing import Any
 
 import numpy as np
 
-from robustft.benchmarks.measure import Row, append_rows, commit, cpu_name, table, versions
+from robustft.benchmarks.measure import (
+    Row,
+    append_rows,
+    cpu_name,
+    require_rows_file,
+    table,
+    versions,
+)
 from robustft.cleaning import load, run_clean
 from robustft.config import CleanConfig
 from robustft.engines import Abilities, Choice, Generation, Prompt
+from robustft.provenance import commit
 
 PANELS = {
     "one expert": ("rel", "checker", "cer", "reviewer"),
@@ -165,6 +173,7 @@ def main() -> None:
         records, panel = options.records[0], options.panel[0]
         print(json.dumps(measure(records, panel, default_model=options.default_model)))
         return
+    require_rows_file(options.out)
     environment = {"OMP_NUM_THREADS": "1"} if not options.default_model else {}
     rows = []
     for panel in options.panel:

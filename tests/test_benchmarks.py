@@ -39,7 +39,7 @@ def benchmark_module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def test_rows_and_their_gate(
     benchmark_module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "rows.csv"
+    out = tmp_path / "new folder" / "rows.csv"
     arguments = ["--quick", "--device", "cpu", "--out", str(out)]
     assert benchmark_module.main(arguments) == 0
     with out.open(newline="", encoding="utf-8") as file:
@@ -70,6 +70,17 @@ def test_a_wrong_kernel_fails_its_gate(
 def test_a_case_that_is_not_there(benchmark_module: ModuleType) -> None:
     with pytest.raises(UserError, match="--only: expected text from one of N=9"):
         benchmark_module.main(["--quick", "--only", "V=1000000"])
+
+
+def test_a_file_that_rows_cannot_go_to_is_told_before_measuring(
+    benchmark_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("name,age\n")
+    monkeypatch.setattr(benchmark_module, "measure", None)  # which is not called
+    for out, said in ((other, "expected columns among"), (other / "a.csv", "cannot be written")):
+        with pytest.raises(UserError, match=said):
+            benchmark_module.main(["--quick", "--device", "cpu", "--out", str(out)])
 
 
 @pytest.mark.parametrize("field", ["argmax", "rank"])

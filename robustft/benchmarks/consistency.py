@@ -21,12 +21,13 @@ from robustft.benchmarks.measure import (
     Row,
     Timing,
     append_rows,
-    commit,
     cpu_name,
+    require_rows_file,
     table,
     timed,
     versions,
 )
+from robustft.provenance import commit
 
 _VOCABULARY = 32_000
 _PEERS = ("rapidfuzz", "rouge_score", "torchmetrics")
@@ -230,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer sizes, under a minute")
     parser.add_argument("--out", type=Path, help="append CSV rows to this file")
     options = parser.parse_args(arguments)
+    require_rows_file(options.out)
     rows = run(options.quick)
     print(table(rows))
     missing = [peer for peer in _PEERS if importlib.util.find_spec(peer) is None]

@@ -31,12 +31,13 @@ from robustft.benchmarks.measure import (
     Row,
     Timing,
     append_rows,
-    commit,
     cpu_name,
+    require_rows_file,
     table,
     timed,
     versions,
 )
+from robustft.provenance import commit
 from robustft.retrieval import CosineKNN
 
 _PACKAGES = ("robustft", "numpy", "torch", "faiss-cpu", "usearch", "scikit-learn")
@@ -396,6 +397,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="*", choices=_PEERS, default=list(_PEERS))
     parser.add_argument("--no-machine", action="store_true", help="do not measure the machine")
     options = parser.parse_args(arguments)
+    require_rows_file(options.out)
     if options.quick:
         options.rows, options.queries, options.kinds = [20_000], [1, 64, 1024], ["random"]
         options.threads, options.budget = options.threads[-1:], 0.5

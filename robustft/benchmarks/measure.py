@@ -8,7 +8,6 @@ import csv
 import ctypes
 import math
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robustft.errors import UserError
+from robustft.provenance import commit
 
 Case = TypeVar("Case")
 
@@ -174,21 +174,6 @@ def versions(packages: Sequence[str]) -> str:
     return "; ".join(found)
 
 
-def commit() -> str:
-    """Short hash of the source tree, with + for uncommitted changes; "release" outside a clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "release"
-    return head + ("+" if changed else "")
-
-
 def rows_of(
     benchmark: str,
     case: object,
@@ -244,6 +229,7 @@ def compare(
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
     options = parser.parse_args(arguments)
+    require_rows_file(options.out)
     chosen = [c for c in cases(options.device, options.quick) if options.only in str(c)]
     if not chosen:
         names = "; ".join(map(str, cases(options.device, options.quick)))
@@ -276,21 +262,40 @@ def verdict(rows: Sequence[Row], ours: str) -> str:
     return f"{own.case}: {share:.0%} of {what}; speed {ratios}; correct: {own.correct}"
 
 
+def require_rows_file(path: Path | None) -> None:
+    """Raise UserError where `append_rows` could not write to `path`; makes its folder.
+
+    To be called before anything is measured.
+    """
+    if path is not None:
+        _columns(path)
+
+
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """Append to a CSV file, which keeps the columns it began with; a new one gets a header."""
-    names = [field.name for field in fields(Row)]
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        with path.open(newline="", encoding="utf-8") as file:
-            found = next(csv.reader(file))
-        if not set(found) <= set(names):
-            raise UserError(f"{path}: expected columns among {', '.join(names)}, found {found}")
-        names = found
+    found = _columns(path)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        if new:
+        writer = csv.DictWriter(file, found or _NAMES, extrasaction="ignore")
+        if not found:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+_NAMES = [field.name for field in fields(Row)]
+
+
+def _columns(path: Path) -> list[str]:
+    """The columns of a CSV file of rows; none of a new one, which is made with its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", newline="", encoding="utf-8", errors="replace") as file:
+            file.seek(0)
+            found = next(csv.reader(file), [])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    if not set(found) <= set(_NAMES):
+        raise UserError(f"{path}: expected columns among {', '.join(_NAMES)}, found {found}")
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:

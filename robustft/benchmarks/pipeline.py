@@ -26,8 +26,8 @@ import torch
 from robustft.benchmarks.measure import (
     Row,
     append_rows,
-    commit,
     cpu_name,
+    require_rows_file,
     table,
     versions,
 )
@@ -37,6 +37,7 @@ from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
 from robustft.models import find_model
 from robustft.prompts import reasoning_prompt
+from robustft.provenance import commit
 from robustft.records import Record, open_records
 
 TOKENS = 48
@@ -50,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; status 1 where the engine's texts are not the reference's."""
     parser = argparse.ArgumentParser(prog="robustft bench pipeline", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer records")
-    parser.add_argument("--out", help="append CSV rows to this file")
+    parser.add_argument("--out", type=Path, help="append CSV rows to this file")
     parser.add_argument("--vllm-python", help="an interpreter that has vLLM (default: left out)")
     options = parser.parse_args(arguments)
+    require_rows_file(options.out)
     source = open_records(str(_CORPUS))
     records = [item for item in source if isinstance(item, Record)]
     records = records[:_REFERENCE] if options.quick else records
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(rows) > 2:
         print(f"vLLM against robustft: {rows[2].rate / rate:.2f}x")
     if options.out:
-        append_rows(Path(options.out), rows)
+        append_rows(options.out, rows)
     return int(float(rows[1].correct) < _LEAST_ALIKE)
 
 

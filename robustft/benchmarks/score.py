@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robustft.benchmarks.measure import Row, append_rows, rows_of, table, timed_together
+from robustft.benchmarks.measure import (
+    Row,
+    append_rows,
+    require_rows_file,
+    rows_of,
+    table,
+    timed_together,
+)
 from robustft.config import EngineConfig
 from robustft.engines import Prompt, TokenValues
 from robustft.engines.transformers import TransformersEngine
@@ -99,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", help="records to score (default: the bundled corpus)")
     parser.add_argument("--model", help="as for robustft score (default: the embedded one)")
     options = parser.parse_args(arguments)
+    require_rows_file(options.out)
     path = options.data or str(demo_corpus())
     rows = run(path, 16 if options.quick else 64, options.model, rounds=3)
     print(table(rows))

@@ -18,6 +18,7 @@ from robustft.files import write_atomically
 from robustft.methods import METHODS
 from robustft.models import DEFAULT_MODEL
 from robustft.progress import Progress
+from robustft.provenance import commit
 from robustft.reproduction import plots
 from robustft.reproduction.cells import Bench, Cell, Outcome
 from robustft.reproduction.estimate import estimate
@@ -212,7 +213,9 @@ def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[s
             "Rows marked * : no expert was better than chance, RobustFT changed nothing and was "
             "trained on the noisy set as it stands."
         )
-    notes.append(f"robustft {robustft.__version__}, {_commit()}, torch {_version('torch')}, "
+    built = commit()
+    source = "" if built == "release" else f"commit {built}, "
+    notes.append(f"robustft {robustft.__version__}, {source}torch {_version('torch')}, "
                  f"transformers {_version('transformers')}.")  # fmt: skip
     return [f"{note}\n" for note in notes]
 
@@ -241,19 +244,6 @@ def _accuracy_note(study: Study, seeds: Sequence[int]) -> str:
             " In brackets: the paper's number, Llama-3.1-8B-Instruct unless the row names a model."
         )
     return note
-
-
-def _commit() -> str:
-    """The commit of the source tree this package runs from, where it runs from one."""
-    folder = Path(robustft.__file__).parent.parent
-    if not (folder / ".git").exists():
-        return "installed package"
-    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "commit unknown"
-    return f"commit {found.stdout.strip()}"
 
 
 def _version(package: str) -> str:
