@@ -12,6 +12,9 @@ CASES = [Case("random", 20_000, 384, queries, 10, 2) for queries in (1, 64)]
 def test_search(benchmark, case: Case, peer: str) -> None:
     if peer != "robustft":
         pytest.importorskip(peer)
-    rows, queries = (make_rows(case.kind, count, 384, 1) for count in (case.rows, case.queries))
+    rows, queries = (
+        make_rows(case.kind, case.rows, 384, 1),
+        make_rows(case.kind, case.queries, 384, 2),
+    )
     wanted = next(c for c in contenders(rows, case, [peer]) if c.name.startswith(peer))
     benchmark(wanted.call, queries)

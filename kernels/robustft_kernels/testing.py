@@ -74,10 +74,15 @@ def violations(
     return problems
 
 
-def first_rows(stats: TokenStats, count: int) -> TokenStats:
-    """The statistics of the first `count` of positions [N]."""
+def spread_rows(count: int, rows: int, device: torch.device) -> Tensor:
+    """Up to `count` of `rows` positions, evenly from the first to the last, int64."""
+    return torch.linspace(0, rows - 1, min(count, rows), device=device, dtype=torch.float64).long()
+
+
+def some_rows(stats: TokenStats, rows: Tensor) -> TokenStats:
+    """The statistics of positions [N] at those `rows`."""
     columns: dict[str, Any] = {field.name: getattr(stats, field.name) for field in fields(stats)}
-    columns = {name: None if x is None else x[:count] for name, x in columns.items()}
+    columns = {name: None if x is None else x[rows] for name, x in columns.items()}
     return TokenStats(**columns)
 
 
