@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from robustft.config import ReproduceConfig
+from robustft.config import EvalConfig, ReproduceConfig
 from robustft.engines.encoding import PromptEncoder
 from robustft.errors import UserError
 from robustft.evaluation import ask_plainly
@@ -16,7 +16,7 @@ from robustft.models import load_tokenizer
 from robustft.records import Record
 from robustft.reproduction.cells import Bench, Cell
 from robustft.reproduction.studies import Study
-from robustft.reproduction.workshop import Workshop, read
+from robustft.reproduction.workshop import TrainingData, Workshop, read
 
 _PARTS = ("read", "written", "trained")
 
@@ -41,7 +41,7 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
     for cell in cells:
         name = f"{METHODS[cell.method].title} on {cell.task} at {cell.noise} %, seed {cell.seed}"
         try:
-            work = _work(bench, cell)
+            work = _work(bench, cell, perplexity=study.perplexity)
             speeds = speeds or bench.shop(cell.model).speeds()
         except UserError as error:
             lacking[str(error)].append(cell)
@@ -73,25 +73,39 @@ def _named(cells: Sequence[Cell]) -> str:
     return f"{cells_} ({', '.join(methods)} on {', '.join(tasks)})"
 
 
-def _work(bench: Bench, cell: Cell) -> _Work:
+def _work(bench: Bench, cell: Cell, *, perplexity: bool) -> _Work:
     config = bench.config
     method = METHODS[cell.method]
     model = bench.other_model(cell) if method.model else cell.model
     files, shop = bench.files(cell), bench.shop(model)
     train, test = read(files.noisy, config.limit), read(files.test, config.test_limit)
     train_tokens, test_tokens = _tokens(shop, train), _tokens(shop, test)
-    seen, written, trained = test_tokens * (1 + method.demonstrations), 0, 0
+    seen = test_tokens * (1 + method.demonstrations + perplexity)
+    # Choices are read from the likelihoods of their letters; other answers may take all their room.
+    written, trained = _open(test) * EvalConfig(str(files.test)).answer_tokens, 0
+    clean = shop.clean_config(TrainingData(files.noisy, config.limit), cell.seed)
+    answers = _open(train) * clean.experts.answer_tokens
     if cell.method.startswith("robustft"):
         steps = 2 * shop.preset.rounds
-        written = len(train) * steps * shop.preset.reasoning_tokens
-        seen += train_tokens * (3 + steps) + written * steps + 2 * train_tokens
+        thoughts = len(train) * steps * shop.preset.reasoning_tokens
+        written += thoughts + 3 * answers  # the base, the reasoned, the context-enhanced answer
+        seen += train_tokens * (3 + steps) + thoughts * steps + 2 * train_tokens
+    elif cell.method == "noiseal":  # may ask about every record in three rounds, and once more
+        written += 4 * answers
+        seen += 4 * train_tokens * (1 + clean.k)
     elif method.prepare is not None:
+        written += answers if cell.method == "self-label" else 0
         seen += train_tokens * 2
     if method.trains:
         batch, epochs = shop.preset.batch_size, shop.preset.epochs
         per_record = train_tokens / max(len(train), 1)
         trained = round(math.ceil(len(train) / batch) * batch * epochs * per_record)
     return _Work(seen, written, trained)
+
+
+def _open(records: list[Record]) -> int:
+    """How many records have no options."""
+    return sum(record.options is None for record in records)
 
 
 def _tokens(shop: Workshop, records: list[Record]) -> int:

@@ -165,6 +165,25 @@ def test_a_dry_run_computes_nothing(
     assert not (tmp_path / "table1.csv").exists()
 
 
+def test_a_dry_run_counts_what_open_questions_may_be_answered_with(
+    tmp_path: Path, tiny_model: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "drop"
+    folder.mkdir(parents=True)
+    for name, size in (("labeled", 4), ("test", 3)):
+        rows = [json.dumps({"question": f"q{n}", "answer": f"town {n}"}) for n in range(size)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    command = arguments(
+        "table1", tmp_path / "data", tmp_path, tiny_model, tiny_encoder, "--tasks", "drop",
+        "--noise", "50", "--methods", "sft,self-label,robustft", "--dry-run",
+    )  # fmt: skip
+    assert main(command) == 0
+    found = re.findall(r"([\d,]+) written", capsys.readouterr().out)
+    # 3 test answers of 256 tokens; 4 training answers of 128, for RobustFT three times and with
+    # two thoughts of 4 tokens.
+    assert found == ["768", "1,280", "2,336"]
+
+
 def test_what_the_last_step_lacks_is_told_before_the_first(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
