@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import robustft
@@ -28,3 +29,18 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")
+
+
+def made_by() -> str:
+    """This package with its commit, and the libraries that numbers depend on, as a reader wants."""
+    built = commit()
+    source = built if built == "release" else f"commit {built}"
+    libraries = ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers"))
+    return f"robustft {robustft.__version__}, {source}, {libraries}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

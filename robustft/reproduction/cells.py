@@ -49,6 +49,7 @@ class Outcome:
     steps: int = 0
     powerless: bool = False  # RobustFT found no expert better than chance and changed nothing
     perplexities: list[float] = field(default_factory=list)
+    made_by: str = ""  # versions and commit, of the day it was evaluated
 
     @property
     def accuracy(self) -> float:
@@ -91,7 +92,7 @@ class Bench:
             if method.trains:
                 adapter = self._adapter(shop, cell, files, outcome)
             ask = self._ask(shop, cell, files)
-            outcome.result = shop.evaluation(
+            outcome.result, outcome.made_by = shop.evaluation(
                 files.test, self.config.test_limit, adapter=adapter, ask=ask,
                 judge=TASKS[cell.task].judge, asked=self._asked(shop, cell, files),
             )  # fmt: skip
@@ -137,7 +138,7 @@ class Bench:
         shown = find_method(cell.method).demonstrations
         if shown:
             noisy = open_records(str(files.noisy)).content_hash
-            return ["demonstrations", shown, noisy, self.config.limit, shop.embedder.model_id]
+            return ["demonstrations", shown, noisy, self.config.limit, shop.embedder.identity]
         return cell.instruction
 
 

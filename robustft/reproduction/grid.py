@@ -7,10 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import robustft
 from robustft.config import ReproduceConfig
 from robustft.errors import UserError
 from robustft.evaluation import category_of
@@ -18,7 +16,7 @@ from robustft.files import write_atomically
 from robustft.methods import METHODS
 from robustft.models import DEFAULT_MODEL
 from robustft.progress import Progress
-from robustft.provenance import commit
+from robustft.provenance import made_by
 from robustft.reproduction import plots
 from robustft.reproduction.cells import Bench, Cell, Outcome
 from robustft.reproduction.estimate import estimate
@@ -213,10 +211,8 @@ def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[s
             "Rows marked * : no expert was better than chance, RobustFT changed nothing and was "
             "trained on the noisy set as it stands."
         )
-    built = commit()
-    source = "" if built == "release" else f"commit {built}, "
-    notes.append(f"robustft {robustft.__version__}, {source}torch {_version('torch')}, "
-                 f"transformers {_version('transformers')}.")  # fmt: skip
+    made = dict.fromkeys(o.made_by for row in rows for o in row.outcomes if o.made_by)
+    notes.append(f"{'; '.join(made) or made_by()}.")
     return [f"{note}\n" for note in notes]
 
 
@@ -244,10 +240,3 @@ def _accuracy_note(study: Study, seeds: Sequence[int]) -> str:
             " In brackets: the paper's number, Llama-3.1-8B-Instruct unless the row names a model."
         )
     return note
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

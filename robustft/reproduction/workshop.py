@@ -25,8 +25,9 @@ from robustft.errors import UserError
 from robustft.evaluation import Ask, EvalResult, Judge, ask_plainly, evaluate
 from robustft.methods import Method, Setting
 from robustft.metrics import Tally
-from robustft.models import DEFAULT_EMBEDDER, find_model
+from robustft.models import DEFAULT_EMBEDDER, ModelSource, find_embedder, find_model
 from robustft.outputs import read_manifest
+from robustft.provenance import made_by
 from robustft.records import Record, open_records
 from robustft.reproduction.presets import Preset
 from robustft.scoring import response_request
@@ -39,11 +40,12 @@ class CachedEmbedder:
     def __init__(self, cache: Cache, spec: str | None) -> None:
         self._cache, self._spec = cache, spec
         self.model_id = spec or DEFAULT_EMBEDDER
+        self.identity = identity_of(find_embedder(spec))
         self._embedder: TextEmbedder | None = None
-        stored = cache.get(content_key("dimensions", self.model_id))
+        stored = cache.get(content_key("dimensions", self.identity))
         self.dimensions = int(stored) if stored else self._loaded().dimensions
         if not stored:
-            cache.put(content_key("dimensions", self.model_id), self.dimensions)
+            cache.put(content_key("dimensions", self.identity), self.dimensions)
 
     def _loaded(self) -> TextEmbedder:
         if self._embedder is None:
@@ -52,7 +54,7 @@ class CachedEmbedder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings [len(texts), dimensions]."""
-        keys = [content_key("embed", self.model_id, text) for text in texts]
+        keys = [content_key("embed", self.identity, text) for text in texts]
         stored = self._cache.find(list(dict.fromkeys(keys)))
         missing = list({key: row for row, key in enumerate(keys) if key not in stored}.values())
         for low in range(0, len(missing), 256):
@@ -84,6 +86,7 @@ class Workshop:
         self.preset = preset
         self.config = dataclasses.replace(engine, dtype=preset.dtype, attention=preset.attention)
         self.source = find_model(engine.model)
+        self.model = identity_of(self.source)
         self.cache = Cache(folder / "answers.sqlite")
         self._embedder = embedder
         self.embedder = CachedEmbedder(self.cache, embedder)
@@ -97,8 +100,7 @@ class Workshop:
 
         return CachedEngine(
             self.cache, make, model_id=self.source.name, embedded=self.source.embedded,
-            identity=(self.source.path if not self.source.embedded else "", self.config.dtype,
-                      *identity),
+            identity=(self.model, self.config.dtype, *identity),
         )  # fmt: skip
 
     # --- training sets -------------------------------------------------------------------------
@@ -118,7 +120,9 @@ class Workshop:
         """The training set a method makes of the noisy one. Raises UserError where it is empty."""
         if method.prepare is None:
             return TrainingData(Path(config.input), config.limit)
-        identity = config.fingerprint() | {"input": _content(config.input)}
+        identity = config.fingerprint() | {
+            "input": _content(config.input), "files": [self.model, self.embedder.identity],
+        }  # fmt: skip
         out = self.folder / "sets" / f"{method.name}-{content_key(method.name, identity).hex()}"
         known = read_manifest(out)
         if "counts" not in known or known.get("unanswered"):
@@ -142,7 +146,9 @@ class Workshop:
             learning_rate=preset.learning_rate, batch_size=preset.batch_size,
             top_layers=preset.top_layers, engine=self.config,
         )  # fmt: skip
-        identity = config.fingerprint() | {"input": _content(str(data.path))}
+        identity = config.fingerprint() | {
+            "input": _content(str(data.path)), "files": self.model,
+        }  # fmt: skip
         out = self.folder / "adapters" / content_key("adapter", identity).hex()
         self.engine.release()
         history = train(dataclasses.replace(config, out=out)).history
@@ -152,7 +158,7 @@ class Workshop:
 
     @property
     def _speed_key(self) -> bytes:
-        return content_key("speed", self.source.path)
+        return content_key("speed", self.model)
 
     def speeds(self) -> dict[str, float]:
         """Tokens a second read, written and trained on, as far as they were measured here."""
@@ -170,11 +176,11 @@ class Workshop:
         ask: Ask = ask_plainly,
         judge: Judge,
         asked: object = None,
-    ) -> EvalResult:
-        """Accuracy on a test file; `asked` tells this `ask` from others."""
+    ) -> tuple[EvalResult, str]:
+        """Accuracy on a test file, and what made it; `asked` tells this `ask` from others."""
         name = None if adapter is None else adapter.name
         key = content_key(
-            "evaluation", self.source.path, self.config.dtype, name, _content(str(test)), limit,
+            "evaluation", self.model, self.config.dtype, name, _content(str(test)), limit,
             judge.__name__, asked,
         )  # fmt: skip
         stored = self.cache.get(key)
@@ -182,7 +188,7 @@ class Workshop:
             engine = self.engine if adapter is None else self._engine(adapter, [name])
             config = EvalConfig(str(test), limit=limit, engine=self.config)
             result = evaluate(config, engine=engine, ask=ask, judge=judge)
-            stored = dataclasses.asdict(result)
+            stored = dataclasses.asdict(result) | {"made_by": made_by()}
             if not result.failed:  # what got no reply is asked again next time
                 self.cache.put(key, stored)
         return _evaluated(stored)
@@ -204,10 +210,28 @@ def read(path: Path, limit: int | None) -> list[Record]:
     return [item for item in open_records(str(path), limit=limit) if isinstance(item, Record)]
 
 
+def identity_of(source: ModelSource) -> str:
+    """What tells a model from others: its name, for a local one by the state of its files.
+
+    Their names, sizes and times: reading gigabytes before every cell would take longer than many.
+    """
+    if source.embedded or not source.local:
+        return source.name
+    folder = Path(source.path)
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = [p for p in folder.iterdir() if p.suffix in kinds]
+    if source.gguf is not None:
+        files = [folder / source.gguf]
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    return f"{source.name}-{content_key(states).hex()}"
+
+
 def _content(path: str) -> str:
     return open_records(path).content_hash
 
 
-def _evaluated(stored: dict[str, Any]) -> EvalResult:
+def _evaluated(stored: dict[str, Any]) -> tuple[EvalResult, str]:
+    made = stored.pop("made_by", "robustft of a version that was not kept")
     tallies = {name: Tally(**tally) for name, tally in stored["categories"].items()}
-    return EvalResult(**stored | {"overall": Tally(**stored["overall"]), "categories": tallies})
+    parts = {"overall": Tally(**stored["overall"]), "categories": tallies}
+    return EvalResult(**stored | parts), made

@@ -281,7 +281,7 @@ def test_what_failed_is_not_kept(
     def results() -> tuple[int, int]:
         made = shop.prepared(METHODS["self-label"], shop.clean_config(noisy, 0))
         manifest = json.loads((made.path.parent / "manifest.json").read_bytes())
-        tested = shop.evaluation(data / "fpb" / "test.jsonl", None, judge=judge)
+        tested, _ = shop.evaluation(data / "fpb" / "test.jsonl", None, judge=judge)
         return manifest["unanswered"], tested.failed
 
     assert min(results()) > 0
@@ -292,11 +292,11 @@ def test_what_failed_is_not_kept(
     assert len(flaky.asked) == asked
 
 
-def with_other_weights(model: Path, folder: Path) -> Path:
+def with_other_weights(model: Path, folder: Path, by: float = 0.1) -> Path:
     """A copy of a model folder with other weights, of the same shapes and names."""
-    shutil.copytree(model, folder)
+    shutil.copytree(model, folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
-    save_file({name: w + 0.1 for name, w in weights.items()}, folder / "model.safetensors")
+    save_file({name: w + by for name, w in weights.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -320,6 +320,32 @@ def test_another_embedder_makes_sets_and_prompts_of_its_own(
         prompts.append(bench._asked(shop, cell, bench.files(cell)))
     assert len(sets) == 2
     assert prompts[0] != prompts[1]
+
+
+def test_other_weights_in_the_same_folder_are_asked_anew_and_a_note_tells_what_made_a_cell(
+    data: Path, tmp_path: Path, tiny_model: Path, tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    engine = FlakyEngine(1 << 40)
+    model = with_other_weights(tiny_model, tmp_path / "model")
+    monkeypatch.setattr("robustft.reproduction.workshop.load_engine", lambda *_: engine)
+    config = ReproduceConfig(
+        "table1", tmp_path / "out", str(data), ("fpb",), (30,), ("vanilla",),
+        embedder=str(tiny_encoder), engine=EngineConfig(model=str(model)),
+    )  # fmt: skip
+
+    def call(made_by: str) -> tuple[str, int]:
+        monkeypatch.setattr("robustft.reproduction.workshop.made_by", lambda: made_by)
+        note = next(line for line in reproduce(config).splitlines() if line.startswith("robustft"))
+        return note, len(engine.asked)
+
+    first = call("robustft 1, commit a")
+    assert first[0] == "robustft 1, commit a."
+    assert call("robustft 1, commit b") == first
+    with_other_weights(tiny_model, model, by=0.2)
+    second = call("robustft 1, commit b")
+    assert second[0] == "robustft 1, commit b."
+    assert second[1] > first[1]
 
 
 def test_missing_data_is_told_and_nothing_is_made_up(tmp_path: Path) -> None:
