@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -44,6 +43,10 @@ def reproduce(config: ReproduceConfig) -> str:
     if config.dry_run:
         return estimate(study, config)
     # What the last step needs, before the first takes hours.
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{config.out}: cannot be written: {error.strerror}") from error
     plots.require_matplotlib()
     if study.categories:
         _require_categories(study, config)
@@ -83,31 +86,11 @@ def _run(study: Study, config: ReproduceConfig, *, alone: bool) -> dict[Cell, Ou
                 title = METHODS[cell.method].title
                 print(f"robustft: {study.name}, cell {index + 1} of {len(cells)}: {title} on "
                       f"{cell.task} at {cell.noise} %", file=sys.stderr, flush=True)  # fmt: skip
-                with _claimed(config.out, cell):
-                    done[cell] = bench.run(cell, perplexity=study.perplexity)
+                done[cell] = bench.run(cell, perplexity=study.perplexity)
                 if done[cell].reason and alone:
                     print(f"robustft: {done[cell].reason}", file=sys.stderr, flush=True)
             progress.update(1)
     return done
-
-
-class _claimed:
-    """Holds what a cell trains on for this process; another that needs the same waits for it."""
-
-    def __init__(self, out: Path, cell: Cell) -> None:
-        folder = out / "cache" / "locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{out}: cannot write the output folder: {error.strerror}") from error
-        self._path = folder / f"{cell.task}-{cell.noise}-{cell.method}-{cell.seed}"
-
-    def __enter__(self) -> None:
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-
-    def __exit__(self, *error: object) -> None:
-        os.close(self._handle)
 
 
 # --- several GPUs --------------------------------------------------------------------------------

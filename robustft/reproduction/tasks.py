@@ -21,7 +21,7 @@ from robustft.answers import answer_kind, parse
 from robustft.corruption import corrupt
 from robustft.errors import UserError
 from robustft.evaluation import Judge, judge
-from robustft.files import atomic_file
+from robustft.files import atomic_file, locked
 from robustft.prompts import opening
 from robustft.records import Record, open_records
 from robustft.records.framing import MAX_LINE_BYTES, Reject
@@ -92,9 +92,10 @@ def _made_noisy(task: Task, labeled: Path, noise: int, seed: int, work: Path) ->
     source = open_records(str(labeled))
     made_of = source.content_hash[:16]
     out = work / task.name / f"noisy{noise}-seed{seed}-{made_of}{source.suffix}"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        corrupt(source, noise / 100, seed, out)
+    with locked(work / "locks" / out.name, wait="makes the same noisy copy"):
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            corrupt(source, noise / 100, seed, out)
     return out
 
 

@@ -6,6 +6,7 @@ figures share it, a killed grid goes on where it was, and a second call only rea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from robustft.engines.cached import CachedEngine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.evaluation import Ask, EvalResult, Judge, ask_plainly, evaluate
+from robustft.files import locked
 from robustft.methods import Method, Setting
 from robustft.metrics import Tally
 from robustft.models import DEFAULT_EMBEDDER, ModelSource, find_embedder, find_model
@@ -103,6 +105,10 @@ class Workshop:
             identity=(self.model, self.config.dtype, *identity),
         )  # fmt: skip
 
+    def _alone(self, name: str, doing: str) -> contextlib.AbstractContextManager[object]:
+        """Holds what bears that name for this process; another that needs it waits for it."""
+        return locked(self.folder / "locks" / name, wait=doing)
+
     # --- training sets -------------------------------------------------------------------------
 
     def clean_config(self, data: TrainingData, seed: int, **settings: Any) -> CleanConfig:
@@ -124,12 +130,13 @@ class Workshop:
             "input": _content(config.input), "files": [self.model, self.embedder.identity],
         }  # fmt: skip
         out = self.folder / "sets" / f"{method.name}-{content_key(method.name, identity).hex()}"
-        known = read_manifest(out)
-        if "counts" not in known or known.get("unanswered"):
-            method.prepare(
-                Setting(dataclasses.replace(config, out=out), self.engine, self.embedder)
-            )
+        with self._alone(out.name, "prepares the same training set"):
             known = read_manifest(out)
+            if "counts" not in known or known.get("unanswered"):
+                method.prepare(
+                    Setting(dataclasses.replace(config, out=out), self.engine, self.embedder)
+                )
+                known = read_manifest(out)
         counts = known["counts"]
         if not counts.get("keep", 0) + counts.get("relabel", 0):
             raise UserError("the method left no record to train on")
@@ -151,7 +158,8 @@ class Workshop:
         }  # fmt: skip
         out = self.folder / "adapters" / content_key("adapter", identity).hex()
         self.engine.release()
-        history = train(dataclasses.replace(config, out=out)).history
+        with self._alone(out.name, "trains the same adapter"):
+            history = train(dataclasses.replace(config, out=out)).history
         if history.seconds > 0:
             self.cache.replace(self._speed_key, {"trained": history.tokens / history.seconds})
         return out
@@ -183,14 +191,15 @@ class Workshop:
             "evaluation", self.model, self.config.dtype, name, _content(str(test)), limit,
             judge.__name__, asked,
         )  # fmt: skip
-        stored = self.cache.get(key)
-        if stored is None:
-            engine = self.engine if adapter is None else self._engine(adapter, [name])
-            config = EvalConfig(str(test), limit=limit, engine=self.config)
-            result = evaluate(config, engine=engine, ask=ask, judge=judge)
-            stored = dataclasses.asdict(result) | {"made_by": made_by()}
-            if not result.failed:  # what got no reply is asked again next time
-                self.cache.put(key, stored)
+        with self._alone(key.hex(), "evaluates the same"):
+            stored = self.cache.get(key)
+            if stored is None:
+                engine = self.engine if adapter is None else self._engine(adapter, [name])
+                config = EvalConfig(str(test), limit=limit, engine=self.config)
+                result = evaluate(config, engine=engine, ask=ask, judge=judge)
+                stored = dataclasses.asdict(result) | {"made_by": made_by()}
+                if not result.failed:  # what got no reply is asked again next time
+                    self.cache.put(key, stored)
         return _evaluated(stored)
 
     def perplexities(self, test: Path, limit: int | None, adapter: Path | None) -> list[float]:

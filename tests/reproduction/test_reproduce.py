@@ -9,7 +9,10 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from scripted import FlakyEngine
 
 from robustft.cli import main
 from robustft.config import EngineConfig, ReproduceConfig
+from robustft.engines import Prompt
 from robustft.errors import UserError
 from robustft.evaluation import EvalResult, judge
 from robustft.methods import METHODS
@@ -346,6 +350,41 @@ def test_other_weights_in_the_same_folder_are_asked_anew_and_a_note_tells_what_m
     second = call("robustft 1, commit b")
     assert second[0] == "robustft 1, commit b."
     assert second[1] > first[1]
+
+
+def test_who_needs_a_set_that_another_prepares_waits_for_it(
+    data: Path, tmp_path: Path, tiny_model: Path, tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    at_work, both = threading.Event(), threading.Event()
+
+    class SlowEngine(FlakyEngine):
+        def choose(self, prompts: Sequence[Prompt], *rest: object) -> list[object]:
+            at_work.set()
+            assert both.wait(60)
+            return super().choose(prompts, *rest)
+
+    engine = SlowEngine(1 << 40)
+    monkeypatch.setattr("robustft.reproduction.workshop.load_engine", lambda *_: engine)
+    config = ReproduceConfig("table1", engine=EngineConfig(model=str(tiny_model)))
+
+    def prepare() -> Path:
+        shop = Workshop(tmp_path, config.engine, preset_for(config, None), str(tiny_encoder))
+        noisy = TrainingData(data / "fpb" / "labeled.jsonl", None)
+        return shop.prepared(METHODS["self-label"], shop.clean_config(noisy, 0)).path
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(prepare)
+        assert at_work.wait(60)
+        second = pool.submit(prepare)
+        said = ""
+        while "waiting" not in said and not second.done():
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        both.set()
+        assert first.result() == second.result()
+    assert "waiting for another process, which prepares the same training set" in said
+    assert len(engine.asked) == 16
 
 
 def test_missing_data_is_told_and_nothing_is_made_up(tmp_path: Path) -> None:
