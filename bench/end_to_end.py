@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from robustft.benchmarks.measure import commit, device_name, versions
+from robustft.benchmarks.measure import device_name, versions
 from robustft.config import EngineConfig, EvalConfig, TrainConfig
 from robustft.devices import pick_device
 from robustft.errors import UserError
 from robustft.evaluation import evaluate
+from robustft.provenance import commit
 from robustft.records.formats import hash_files
 from robustft.training import train
 

@@ -27,7 +27,13 @@ from robustft.evaluation import Ask, EvalResult, Judge, ask_plainly, evaluate
 from robustft.files import locked
 from robustft.methods import Method, Setting
 from robustft.metrics import Tally
-from robustft.models import DEFAULT_EMBEDDER, ModelSource, find_embedder, find_model
+from robustft.models import (
+    DEFAULT_EMBEDDER,
+    ModelSource,
+    content_digest,
+    find_embedder,
+    find_model,
+)
 from robustft.outputs import read_manifest
 from robustft.provenance import made_by
 from robustft.records import Record, open_records
@@ -220,19 +226,8 @@ def read(path: Path, limit: int | None) -> list[Record]:
 
 
 def identity_of(source: ModelSource) -> str:
-    """What tells a model from others: its name, for a local one by the state of its files.
-
-    Their names, sizes and times: reading gigabytes before every cell would take longer than many.
-    """
-    if source.embedded or not source.local:
-        return source.name
-    folder = Path(source.path)
-    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
-    files = [p for p in folder.iterdir() if p.suffix in kinds]
-    if source.gguf is not None:
-        files = [folder / source.gguf]
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return f"{source.name}-{content_key(states).hex()}"
+    """What tells a model from others: its name, and of a local one its content."""
+    return f"{source.name} {content_digest(source)}"
 
 
 def _content(path: str) -> str:
