@@ -26,6 +26,7 @@ from robustft.files import replacing, spare, spare_others
 from robustft.records import Record, RecordSource, RecordWriter
 from robustft.records.formats import dump_json
 from robustft.terminal import counted
+from robustft.truth import written_by_corrupt
 
 # Wrong answers to open questions come from this many distinct answers of each kind.
 DONORS = 4096
@@ -89,7 +90,7 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
         raise UserError(f"{out}: expected a name ending in {source.suffix}, as the input has")
     spare(out, source.path)
     truth = out.with_name(out.name + ".truth.jsonl")
-    if not (out.exists() and truth.exists()):  # together they are an earlier output
+    if not written_by_corrupt(truth):  # else they are an earlier output, or what was left of one
         spare_others([out, truth])
     kinds, ranks, donors, rejected = _survey(source, seed)
     count = round(rate * len(kinds))

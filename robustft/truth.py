@@ -133,7 +133,7 @@ class _Known(NamedTuple):
 
 
 def _known(path: str) -> Iterator[_Known]:
-    if not _written_by_corrupt(path):
+    if not written_by_corrupt(path):
         for one in open_records(path):
             if isinstance(one, Record):
                 yield _Known(one.id, one.answer, question=one.question)
@@ -146,7 +146,8 @@ def _known(path: str) -> Iterator[_Known]:
         yield _Known(line["id"], line["truth"], given if isinstance(given, str) else None)
 
 
-def _written_by_corrupt(path: str) -> bool:
+def written_by_corrupt(path: str | Path) -> bool:
+    """Whether a file is a truth that `corrupt` wrote beside its copy."""
     try:
         with Path(path).open("rb") as file:
             first = orjson.loads(file.readline())

@@ -78,6 +78,18 @@ def test_truth_file_undoes_the_noise(tmp_path: Path) -> None:
     assert sum(line["corrupted"] for line in truth) == 15
 
 
+def test_what_a_killed_one_left_is_written_over(tmp_path: Path) -> None:
+    source = open_records(str(write(tmp_path / "in.jsonl", choices(9))))
+    whole = corrupt(source, 0.5, 1, tmp_path / "whole.jsonl")
+    corrupt(source, 0.5, 0, tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl").unlink()  # the truth gets its name first
+    again = corrupt(source, 0.5, 1, tmp_path / "out.jsonl")
+    assert again.out.read_bytes() == whole.out.read_bytes()
+    again.truth.write_text("notes of mine")
+    with pytest.raises(UserError, match="was not written by this command"):
+        corrupt(source, 0.5, 1, tmp_path / "out.jsonl")
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
     source = open_records(str(write(tmp_path / "d.jsonl", choices(200))))
     noisy = [
