@@ -526,6 +526,16 @@ def test_a_server_whose_likeliest_tokens_are_no_answer_is_not_lost(server: Fault
     assert isinstance(choice, Choice)
 
 
+def test_completions_without_scoring_guess_no_more_than_chat(
+    server: FaultyServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(server, tiny_model)
+    monkeypatch.setattr(made, "abilities", dataclasses.replace(made.abilities, score=False))
+    prompts, _ = questions(2)
+    for said in made.choose(prompts, [(" Oui", " Non")] * 2):
+        assert said == Failure("none of Oui, Non is among the likeliest tokens")
+
+
 # --- what the user got wrong ---------------------------------------------------------------------
 
 

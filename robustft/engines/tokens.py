@@ -137,14 +137,14 @@ class TokenEngine(ABC):
             if isinstance(likeliest, Failure):
                 logprobs.append(likeliest)
                 continue
-            values = []
-            for index, text in enumerate(texts):
-                tokens = endings[row][index]
-                value = likeliest.logprob(tokens, text)
-                if value is None and self.abilities.score:
-                    asked.append((row, index, tokens))
-                values.append(likeliest.least if value is None else value)
-            logprobs.append(values)
+            told = [likeliest.logprob(*pair) for pair in zip(endings[row], texts, strict=True)]
+            if self.abilities.score:
+                asked += [(row, n, endings[row][n]) for n, one in enumerate(told) if one is None]
+            elif all(one is None for one in told):
+                named = ", ".join(text.strip() for text in texts)
+                logprobs.append(Failure(f"none of {named} is among the likeliest tokens"))
+                continue
+            logprobs.append([likeliest.least if one is None else one for one in told])
         forced = self._forced([encoded[row] for row, *_ in asked], [ids for *_, ids in asked])
         for (row, index, _), values_ in zip(asked, forced, strict=True):
             own = logprobs[row]
