@@ -18,6 +18,11 @@ import robustft.methods
 import robustft.scoring
 from robustft.cli import main
 
+# What stands on stderr beside a result of the default model.
+SMALL_MODEL = (
+    "robustft: SmolLM2-135M-Instruct is a small model: fine to see how everything works, too weak "
+    "for real work. Name a stronger one with --model.\n"
+)
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron")
 
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commandline import CommandLine, call, quiz, read, write
+from commandline import SMALL_MODEL, CommandLine, call, quiz, read, write
 
 from robustft.cleaning import Announcement
 from robustft.cli.console import print_announcement
@@ -257,12 +257,6 @@ def test_a_missing_config_file(run: CommandLine, source: Path, tmp_path: Path) -
 # --- clean -------------------------------------------------------------------------------------
 
 
-SMALL = (
-    "robustft: SmolLM2-135M-Instruct is a small model: fine to see how everything works, too weak "
-    "for real work. Name a stronger one with --model.\n"
-)
-
-
 def read_manifest(folder: Path) -> dict[str, dict[str, object]]:
     value: dict[str, dict[str, object]] = json.loads((folder / "manifest.json").read_text())
     return value
@@ -412,7 +406,7 @@ def test_a_message_cannot_move_the_cursor(run: CommandLine, tmp_path: Path) -> N
 def test_score_writes_one_line_a_record(run: CommandLine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [*quiz(5), b"{broken"])
     done = run("score", source, "--out", tmp_path / "s.jsonl")
-    assert (done.status, done.err) == (0, SMALL)
+    assert (done.status, done.err) == (0, SMALL_MODEL)
     assert "5 responses scored, 1 unreadable line\n" in done.out
     assert str(tmp_path / "s.jsonl") in done.out
     lines = read(tmp_path / "s.jsonl")
@@ -621,7 +615,7 @@ def test_a_method_writes_over_its_own_outputs_alone(run: CommandLine, tmp_path: 
     for _ in range(2):
         done = run(*label, theirs)
         assert done.status == 0
-        assert done.err == SMALL
+        assert done.err == SMALL_MODEL
     assert f"next:\n  robustft train '{theirs}/cleaned.jsonl' --out '{theirs}/adapter'" in done.out
     before = (theirs / "verdicts.jsonl").read_bytes()
     for arguments in (
