@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robustft.cli import _engine_config
-from robustft.cli.settings import parse
+from robustft.cli.settings import engine_config, parse
 from robustft.config import EngineConfig
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
@@ -22,7 +21,7 @@ def test_every_option_of_the_engine_arrives() -> None:
         "--retries", "0", "--tensor-parallel", "2", "--model", "m",
     )  # fmt: skip
     for command in (("clean", "x", "--out", "o"), ("score", "x", "--out", "o"), ("eval", "x")):
-        assert _engine_config(parse([*command, *SERVER, *options])) == EngineConfig(
+        assert engine_config(parse([*command, *SERVER, *options])) == EngineConfig(
             model="m", engine="openai", base_url="http://localhost:1/v1", tokenizer="t",
             key_variable="MY_KEY", concurrency=3, timeout=1.5, retries=0, tensor_parallel=2,
         )  # fmt: skip
@@ -42,7 +41,7 @@ def test_every_option_of_the_engine_arrives() -> None:
 )
 def test_what_does_not_fit_is_named(arguments: tuple[str, ...], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        _engine_config(parse(["eval", "x", *arguments]))
+        engine_config(parse(["eval", "x", *arguments]))
 
 
 def test_a_server_takes_no_adapter(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def run(path: str, limit: int, model: str | None, rounds: int) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, append it to --out; status 1 when the two disagree."""
-    from robustft.cli import demo_corpus
+    from robustft.cli.clean import demo_corpus
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer records")

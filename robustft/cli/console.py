@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from robustft.cleaning import Announcement
-from robustft.config import CleanConfig
-from robustft.models import DEFAULT_MODEL
+from robustft.config import CleanConfig, EngineConfig
 from robustft.terminal import counted, listed, printable
-from robustft.verdicts import CleanResult
+
+if TYPE_CHECKING:  # which import what takes seconds
+    from robustft.cleaning import Announcement
+    from robustft.verdicts import CleanResult
 
 
 def print_announcement(known: Announcement) -> None:
@@ -30,8 +32,18 @@ def print_announcement(known: Announcement) -> None:
         print("robustft: resuming; what was asked before is not asked again", file=sys.stderr)
 
 
+def tell_small_model(engine: EngineConfig) -> None:
+    """Beside a result: what it is worth, where the default model made it."""
+    from robustft.models import DEFAULT_MODEL
+
+    if engine.engine != "openai" and engine.model in (None, DEFAULT_MODEL):
+        print_small_model()
+
+
 def print_small_model() -> None:
     """What the default model is good for."""
+    from robustft.models import DEFAULT_MODEL
+
     print(
         f"robustft: {DEFAULT_MODEL} is a small model: fine to see how everything works, too weak "
         "for real work. Name a stronger one with --model.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import tomllib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robustft.cli.options import Parser, build_parser
+from robustft.config import EngineConfig
 from robustft.errors import UserError
 
 
@@ -103,3 +105,10 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
         return action.type(str(value))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The engine that a command's options describe."""
+    given = vars(options)
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    return EngineConfig(**{name: given[name] for name in names & given.keys()})

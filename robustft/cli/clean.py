@@ -1,0 +1,192 @@
+"""`robustft clean`, and what else ends in its outputs: `merge` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import robustft
+from robustft.cli.console import (
+    print_announcement,
+    print_baseline_summary,
+    print_clean_summary,
+    print_shard_summary,
+    tell_small_model,
+)
+from robustft.cli.options import build_parser
+from robustft.cli.settings import engine_config, parse
+from robustft.cli.status import DONE, POWERLESS
+from robustft.config import CleanConfig, ExpertConfig, TunedConfig
+from robustft.errors import UserError
+
+
+def run_clean(options: argparse.Namespace) -> int:
+    """`robustft clean`; the exit status."""
+    from robustft.remote import is_remote, output_folder
+
+    many = options.ray or options.shard or options.processes > 1 or options.gpus > 1
+    if is_remote(options.out) and many:
+        raise UserError(
+            f"--out {options.out}: shards work in a folder that all of them share; choose one on a "
+            "mounted file system"
+        )
+    with output_folder(options.out, options.input, exchange=options.dataset_info) as folder:
+        options.out = str(folder)
+        return _clean_into_folder(options)
+
+
+def _clean_into_folder(options: argparse.Namespace) -> int:
+    from robustft import cleaning
+    from robustft.tuned import refuse_folds
+
+    config = _clean_config(options)
+    if options.truth:
+        from robustft.truth import check
+
+        check(options.truth)
+    if options.method != "robustft":
+        from robustft.methods import clean_by
+
+        refuse_folds(config, f"--method {options.method}")
+        _refuse_options_of_robustft(options)
+        result = clean_by(options.method, config)
+        print_baseline_summary(result, options.method)
+        tell_small_model(config.engine)
+        _print_truth(result, options)
+        return DONE
+    if options.estimate:
+        from robustft.estimating import estimate
+
+        print(estimate(config))
+        if config.tuned.folds:
+            print("not counted   the training of --folds")
+        if config.detector == "crowd":
+            print("not counted   fitting the crowd's learners, where records share their options: "
+                  "about 3 s for every 1,000 records, 2 minutes at most")  # fmt: skip
+        return DONE
+    if options.ray or options.shard or options.processes > 1 or options.gpus > 1:
+        refuse_folds(config, "shards")
+        return (_run_ray if options.ray else _run_shards)(options, config)
+    return _conclude(cleaning.run_clean(config, announce=print_announcement), options)
+
+
+# What means something to --method robustft alone.
+_ITS_OWN = (
+    "detector", "beta", "without", "retriever", "rounds", "samples", "reasoning_tokens", "estimate",
+    "shard", "processes", "gpus", "ray",
+)  # fmt: skip
+
+
+def _refuse_options_of_robustft(options: argparse.Namespace) -> None:
+    defaults = build_parser().commands["clean"]
+    for name in _ITS_OWN:
+        if getattr(options, name) not in (defaults.get_default(name), []):
+            raise UserError(
+                f"--{name.replace('_', '-')} belongs to --method robustft, not to "
+                f"{options.method}: leave it out"
+            )
+
+
+def _conclude(result: Any, options: argparse.Namespace) -> int:
+    """Print what was done; the exit status."""
+    print_clean_summary(result)
+    _print_truth(result, options)
+    return POWERLESS if result.powerless else DONE
+
+
+def _print_truth(result: Any, options: argparse.Namespace) -> None:
+    from robustft.records import open_records
+    from robustft.truth import compare
+
+    if getattr(options, "truth", None):  # `merge` has no such option
+        source = open_records(
+            options.input, schema=options.schema, limit=options.limit, split=options.split
+        )
+        print(compare(result.out, options.truth, source))
+
+
+def _run_shards(options: argparse.Namespace, config: CleanConfig) -> int:
+    from robustft.distributed import merge, run_shard
+    from robustft.distributed.processes import require_gpus, run_processes
+    from robustft.store import Stopwatch
+
+    count, pinned = max(options.processes, options.gpus), options.gpus > 1
+    if pinned:
+        require_gpus(options.gpus)
+    if count > 1:
+        watch = Stopwatch()
+        run_processes(options.arguments, options.shard or (0, 1), count, pinned=pinned)
+        if options.shard:
+            return DONE
+        return _conclude(merge([config.out], watch=watch), options)
+    missing = run_shard(config, *options.shard, wait=options.wait)
+    print_shard_summary(options.shard, missing, config)
+    return DONE
+
+
+def _run_ray(options: argparse.Namespace, config: CleanConfig) -> int:
+    from robustft.distributed.raycluster import run_ray
+
+    if options.shard:
+        raise UserError("--shard does not go with --ray, which makes shards of its own")
+    address = None if options.ray == "local" else options.ray
+    count = max(options.processes, options.gpus)
+    return _conclude(run_ray(config, address, count if count > 1 else None), options)
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    """`robustft merge`; the exit status."""
+    from robustft.distributed import merge
+
+    out = None if options.out is None else Path(options.out)
+    return _conclude(merge(list(map(Path, options.folders)), out, data=options.input), options)
+
+
+def _clean_config(options: argparse.Namespace) -> CleanConfig:
+    return CleanConfig(
+        input=options.input,
+        out=Path(options.out),
+        schema=options.schema,
+        split=options.split,
+        limit=options.limit,
+        seed=options.seed,
+        detector=options.detector,
+        k=options.k,
+        beta=options.beta,
+        without=frozenset(options.without),
+        embedder=options.embedder,
+        retriever=options.retriever,
+        threads=options.threads,
+        dataset_info=options.dataset_info,
+        engine=engine_config(options),
+        experts=ExpertConfig(
+            rounds=options.rounds,
+            samples=options.samples,
+            reasoning_tokens=options.reasoning_tokens,
+            answer_tokens=options.answer_tokens,
+            choice=options.choice,
+            calibrate=options.calibrate,
+        ),
+        tuned=TunedConfig(
+            folds=options.folds or 0,
+            epochs=options.fold_epochs,
+            learning_rate=options.fold_learning_rate,
+            batch_size=options.fold_batch_size,
+            top_layers=options.fold_top_layers,
+        ),
+    )
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`robustft demo`: clean the bundled corpus; the exit status."""
+    defaults = parse(
+        ["clean", str(demo_corpus()), "--out", options.out, "--reasoning-tokens", "48",
+         "--rounds", "1", "--truth", str(demo_corpus().with_suffix(".truth.jsonl"))]
+    )  # fmt: skip
+    return run_clean(defaults)
+
+
+def demo_corpus() -> Path:
+    """The bundled example corpus: messages to a help desk, 30 % of their labels wrong."""
+    return Path(robustft.__file__).parent / "data" / "demo.jsonl"
