@@ -35,6 +35,8 @@ if ON_GPU:
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Small tiles and chunks reach every branch with few columns.
 TILES = {"R": 64, "CHUNK": 1024}
+# With logits of about 10, scaled ones are within 2^23, then past it, and past float32's integers.
+FAR_TEMPERATURES = [1.0, 1e-6, 1e-8, 1e-10, 1e-30]
 
 
 def forward(
@@ -222,6 +224,32 @@ def test_fused_linear(softcap: float, with_bias: bool) -> None:
     assert not violations(found, expected, absolute=1e-5, relative=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("temperature", FAR_TEMPERATURES)
+def test_fused_linear_too_large_for_an_origin(temperature: float, softcap: float) -> None:
+    """Exact products: integers, so that float64 sees the same ties and differences."""
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randint(-2, 3, (16, 64), generator=generator).to(DEVICE, torch.float16)
+    weight = torch.randint(-2, 3, (300, 64), generator=generator).to(DEVICE, torch.float16)
+    # Logits around 2^23 / log2(e) and 2^24 / log2(e), some of them negative.
+    weight[:, 0] = 2048.0
+    hidden[:, 0] = 0.0
+    hidden[0, 0], hidden[1, 0], hidden[2, 0] = 2840.0, 5400.0, -2840.0
+    bias = torch.zeros(300, device=DEVICE)
+    bias[:140] = bias[290:] = -1e30
+    t = torch.randint(140, 290, (16,), generator=generator).to(DEVICE)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    level = logits.gather(1, t[:, None])[:, 0].float()
+    small = {} if ON_GPU else {"CHUNK": 128, "BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_D": 32}
+    made = linear_token_stats_triton.forward(
+        hidden, weight, t, level, bias, temperature, softcap, **small
+    )
+    entropy, logprob, logsumexp, top, argmax, margin, rank = made
+    found = TokenStats(entropy, logprob, logsumexp, top, argmax, margin, rank)
+    expected = token_stats_reference(logits.float(), t, temperature=temperature, softcap=softcap)
+    assert not violations(found, expected)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_target_logits_of_both_designs(with_bias: bool) -> None:
     hidden, weight = torch.randn(5, 192, device=DEVICE), torch.randn(50, 192, device=DEVICE)
@@ -261,6 +289,38 @@ def test_logits_near_the_end_of_float32(tiles: dict[str, int]) -> None:
     x = torch.tensor(rows, device=DEVICE)
     t = torch.tensor([3, 701, 9, 2, 1], device=DEVICE)
     check_forward(forward(x, t, **tiles), x, t)
+
+
+@pytest.mark.parametrize("tiles", [TILES, {"R": 32}], ids=["chunks", "whole"])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("temperature", FAR_TEMPERATURES)
+def test_logits_too_large_for_an_origin(
+    temperature: float, softcap: float, tiles: dict[str, int]
+) -> None:
+    """Where scaled logits are rounded by more than 2^d stands, differences come first."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(8, 1500, generator=generator) * 6
+    x.clamp_(max=20)
+    x[:4, [5, 40, 1493]] = torch.tensor([23.0, 29.0, 37.0, 41.0])[:, None]  # ties for first
+    x[4, 700] = 31.0
+    x[5] = 1e30 + x[5] * 1e28
+    # Integers around 2^23 / log2(e) and 2^24 / log2(e): sums of more than one term.
+    x[6] = 5814539.0 + x[6].round()
+    x[7] = 11.0e6 + x[7].round()
+    x = x.to(DEVICE)
+    t = torch.tensor([5, 40, 1493, 3, 700, 9, 11, 13], device=DEVICE)
+    found = forward(x, t, temperature, softcap, **tiles)
+    check_forward(found, x, t, temperature=temperature, softcap=softcap)
+
+
+@pytest.mark.parametrize("mask", [-1e9, -1e15, -1e25, -1e30])
+@pytest.mark.parametrize("temperature", [0.7, 0.8, 1.0])
+def test_masked_with_a_large_number(mask: float, temperature: float) -> None:
+    """Threads that have met nothing but masked columns."""
+    x = make_logits("spread", 3, 1500).to(DEVICE)
+    x[0, :1400] = x[1, 30:] = x[2, 300:1400] = mask
+    t = torch.tensor([1450, 3, 700], device=DEVICE)
+    check_forward(forward(x, t, temperature), x, t, temperature=temperature)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from robustft_kernels.partials_triton import (
     LOG2E,
+    NEAR,
     Partials,
     above,
     capped,
@@ -35,6 +36,12 @@ def _next_above(x):
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(x > 0.0, bits + 1, tl.where(x < 0.0, bits - 1, 1))
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _is_far(m, rate):
+    """Whether no origin stands for this maximum."""
+    return (tl.abs(m) * rate > NEAR) & (tl.abs(m) < float("inf"))
 
 
 @triton.jit
@@ -75,7 +82,7 @@ def _absorb(
         # Before the target's tile a tie counts, after it it does not.
         bar = tl.where(target >= start, level, _next_above(level))
         count += tl.sum((x >= bar[:, None]).to(tl.float32), axis=1).to(tl.int32)
-    c = origin_of(y if CAPPED else m, rate)
+    old = y if CAPPED else m
     top = tl.max(x, axis=1)
     at = tl.min(tl.where(x == top[:, None], column[None, :], 2147483647), axis=1)
     others = tl.max(tl.where(column[None, :] == at[:, None], float("-inf"), x), axis=1)
@@ -85,8 +92,20 @@ def _absorb(
     if CAPPED:
         x = capped(x, cap, CAPPED)
         y = tl.maximum(y, tl.max(x, axis=1))
-    origin = origin_of(y if CAPPED else m, rate)
-    shift = tl.maximum(c - origin, -126.0)
+    new = y if CAPPED else m
+    c, origin = origin_of(old, rate), origin_of(new, rate)
+    shift = c - origin
+    was_far, far = _is_far(old, rate), _is_far(new, rate)
+    moved = was_far | far
+    if tl.max(moved.to(tl.int32), axis=0) > 0:
+        # A far row's sums are relative to its maximum itself, not to a rounded product that leaves
+        # a residue.
+        residue = tl.where(far, 0.0, above(new, rate, origin))
+        residue -= tl.where(was_far | (old == float("-inf")), 0.0, above(old, rate, c))
+        shift = tl.where(moved, (old - new) * rate + residue, shift)
+        x -= tl.where(far, new, 0.0)[:, None]
+        origin = tl.where(far, 0.0, origin)
+    shift = tl.maximum(shift, -126.0)
     alpha = tl.exp2(shift)
     d, e = weights(x, rate, origin[:, None])
     w = alpha * (w + shift * s) + tl.sum(e * d, axis=1)
@@ -194,9 +213,8 @@ def linear_partial_kernel(
 
     # From the rounded origin to the maximum itself; an infinite one has no sums to move.
     highest = y if CAPPED else m
-    shift = tl.where(
-        tl.abs(highest) == float("inf"), 0.0, -above(highest, rate, origin_of(highest, rate))
-    )
+    still = _is_far(highest, rate) | (tl.abs(highest) == float("inf"))
+    shift = tl.where(still, 0.0, -above(highest, rate, origin_of(highest, rate)))
     share = tl.exp2(shift)
     w = share * (w + shift * s)
     s = share * s

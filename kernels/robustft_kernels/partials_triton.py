@@ -15,8 +15,9 @@ from robustft_kernels.reference import Seven
 
 LOG2E = 1.4426950408889634
 WARP = 64 if torch.version.hip else 32  # threads
-# Origins of sums, in base-2 units, stay within: just inside float32's range.
-HUGE = tl.constexpr(3e38)
+# Origins of sums, in base-2 units, stay within: rounding moves them by 1/2 at most, far too little
+# for 2^d to overflow. Logits beyond are summed from the maximum itself, the difference first.
+NEAR = tl.constexpr(float(1 << 23))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -54,8 +55,8 @@ def above(y, rate, origin):
 
 @triton.jit
 def origin_of(highest, rate):
-    """Where sums count from, in base-2 units: finite, as inf - inf would be NaN."""
-    return tl.minimum(tl.maximum(highest * rate, -HUGE), HUGE)
+    """Where sums count from, in base-2 units; finite, too, as inf - inf would be NaN."""
+    return tl.minimum(tl.maximum(highest * rate, -NEAR), NEAR)
 
 
 @triton.jit

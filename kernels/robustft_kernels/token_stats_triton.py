@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from robustft_kernels.partials_triton import (
-    HUGE,
     LOG2E,
+    NEAR,
     WARP,
     Partials,
     above,
@@ -216,7 +216,7 @@ def partial_kernel(
         # Columns of this chunk that win a tie against the target: [0, target).
         target = tl.minimum(tl.maximum(wanted - begin + head, 0), length.to(tl.int64)).to(tl.int32)
 
-    c = tl.full([R], -HUGE, tl.float32)
+    c = tl.full([R], -NEAR, tl.float32)
     y = tl.full([R], float("-inf"), tl.float32)
     m = tl.full([R], float("-inf"), tl.float32)
     second = tl.full([R], float("-inf"), tl.float32)
@@ -285,20 +285,21 @@ def partial_kernel(
     shift = tl.where(tl.abs(top) == float("inf"), 0.0, shift)
     share = tl.exp2(shift)
     total, weighted, ranked = tl.reduce((share * s, share * (w + shift * s), count), 0, add3)
-    if not CAPPED:  # noqa: SIM102 - one is decided at compile time
-        if (tl.abs(top) * rate > HUGE) & (tl.abs(top) != float("inf")):
-            # No origin stands for such a maximum: sum again, now that it is known.
-            total = 0.0
-            weighted = 0.0
-            for tile in range(0, tiles):
-                here = tile * TILE + column
-                raw = tl.load(p + here, mask=tile * TILE + vector * G < length, other=float("-inf"))
-                raw = tl.where((here >= head) & (here < length), raw.to(tl.float32), float("-inf"))
-                d = (raw - top) * rate
-                d = tl.where(d < -126.0, -126.0, d)
-                e = tl.exp2(d)
-                total += tl.sum(e)
-                weighted += tl.sum(e * d)
+    if (tl.abs(highest) * rate > NEAR) & (tl.abs(top) != float("inf")):
+        # No origin stands for such a maximum: sum again, now that it is known.
+        s = tl.zeros([R], tl.float32)
+        w = tl.zeros([R], tl.float32)
+        for tile in range(0, tiles):
+            here = tile * TILE + column
+            raw = tl.load(p + here, mask=tile * TILE + vector * G < length, other=float("-inf"))
+            raw = tl.where((here >= head) & (here < length), raw.to(tl.float32), float("-inf"))
+            d = (capped(raw, cap, CAPPED) - highest) * rate
+            d = tl.where(d < -126.0, -126.0, d)
+            e = tl.exp2(d)
+            s += tl.sum(tl.sum(e, axis=2), axis=1)
+            w += tl.sum(tl.sum(e * d, axis=2), axis=1)
+        total = tl.sum(s, axis=0)
+        weighted = tl.sum(w, axis=0)
 
     # Inside the best group: which column, and whether its second beats the other groups.
     here = first + tl.arange(0, G)
