@@ -61,7 +61,10 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: s
 
 
 def facts(compiled: Any, arch: str) -> dict[str, Any]:
-    """Registers, spills, shared memory, and the loads, stores and matrix instructions."""
+    """Registers, spills, shared memory, and the loads, stores and matrix instructions.
+
+    "shuffles": those of each loop over what is read once, on NVIDIA.
+    """
     if arch == "gfx942":
         text = compiled.asm["amdgcn"]
 
@@ -85,6 +88,7 @@ def facts(compiled: Any, arch: str) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, sass = ask("-res-usage"), ask("-sass")
+    loops = [body for body in loop_bodies(sass) if "LDG.E.EF" in body]
     registers = re.search(r"REG:(\d+)", usage).group(1)
     found = re.findall(
         r"\b(LDG\.[\w.]+|LDGSTS\.[\w.]+|STG\.[\w.]+|HMMA|HGMMA|UTMALDG|UTC\w*MMA|STL|LDL)", sass
@@ -94,7 +98,21 @@ def facts(compiled: Any, arch: str) -> dict[str, Any]:
         "spills": found.count("STL") + found.count("LDL"),
         "shared": compiled.metadata.shared,
         "instructions": Counter(found),
+        "shuffles": [body.count("SHFL") for body in loops],
     }
+
+
+def loop_bodies(sass: str) -> list[str]:
+    """The instructions between each branch backwards and where it goes."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    listing = [(int(address, 16), text) for address, text in lines]
+    bodies = []
+    for address, text in listing:
+        goal = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if goal and int(goal.group(1), 16) < address:
+            start = int(goal.group(1), 16)
+            bodies.append("\n".join(line for at, line in listing if start <= at <= address))
+    return bodies
 
 
 def logits_kernel(arch: str, dtype: str, capped: bool, target: bool) -> Any:
@@ -150,6 +168,7 @@ def main(arch: str, everything: bool) -> None:
     }
     if everything:
         made |= {
+            "logits fp16": logits_kernel(arch, "fp16", False, True),
             "logits bf16 without target": logits_kernel(arch, "bf16", False, False),
             "logits bf16 capped": logits_kernel(arch, "bf16", True, True),
             "logits fp32 capped": logits_kernel(arch, "fp32", True, True),

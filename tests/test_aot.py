@@ -44,6 +44,9 @@ def check(arch: str, kernels: dict[str, Any]) -> None:
             # Narrow: the target's id and logit, and the one group around the maximum.
             assert wide >= 2, (name, instructions)
             assert narrow <= 3, (name, instructions)
+            # A tile stays within a thread, and 24 warps or more fit a multiprocessor.
+            assert set(facts.get("shuffles", [0])) == {0}, (name, facts)
+            assert facts["registers"] <= 80, (name, facts)
         if name.startswith("backward"):
             # Narrow: eight numbers of the row, the logits of the target and the maximum.
             assert wide >= 1, (name, instructions)

@@ -34,7 +34,7 @@ if ON_GPU:
     pytestmark.append(pytest.mark.gpu)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Small tiles and chunks reach every branch with few columns.
-TILES = {"R": 64, "CHUNK": 1024}
+TILES = {"R": 16, "CHUNK": 1024}
 # With logits of about 10, scaled ones are within 2^23, then past it, and past float32's integers.
 FAR_TEMPERATURES = [1.0, 1e-6, 1e-8, 1e-10, 1e-30]
 
