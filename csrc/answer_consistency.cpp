@@ -388,17 +388,17 @@ void summarise_one(const Votes& votes, const Summary& out, std::size_t question)
         total += weight;
     }
     std::int64_t majority = -1;
-    double fraction = 0, entropy = 0;
+    double heaviest = 0, entropy = 0;
     for (std::size_t c = 0; total > 0 && c < slots; ++c) {
-        const double p = share[c] / total;
-        if (p > fraction) {
-            fraction = p;
+        if (share[c] > heaviest) {
+            heaviest = share[c];
             majority = static_cast<std::int64_t>(c);
         }
+        const double p = share[c] / total;
         if (p > 0) entropy -= p * std::log(p);
     }
     out.majority[question] = majority;
-    out.majority_fraction[question] = static_cast<float>(fraction);
+    out.majority_fraction[question] = static_cast<float>(majority < 0 ? 0.0 : heaviest / total);
     out.semantic_entropy[question] = static_cast<float>(entropy) + 0.0F;  // -0 becomes 0
 }
 

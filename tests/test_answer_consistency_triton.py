@@ -41,9 +41,9 @@ def assert_same(answers: object, **options: object) -> None:
         one, two = getattr(cpu, field), getattr(gpu, field)
         if one is None:
             assert two is None
-        elif field in ("agreement", "cluster", "given_agreement"):
+        elif field in ("agreement", "cluster", "majority", "given_agreement"):
             np.testing.assert_array_equal(one, two, err_msg=field)
-        elif field != "majority":  # equal weights may tie differently after rounding
+        else:
             np.testing.assert_allclose(one, two, atol=2e-6, err_msg=field)
 
 
@@ -72,6 +72,36 @@ def test_votes_weights_absent_and_given(clustering: str) -> None:
     weights[1] = -np.inf
     assert_same(ids, metric="token_f1", clustering=clustering, present=present,
                 log_weights=weights, given=ids[:, 0])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("votes", "weights", "majority"),
+    [
+        ("xy", [1.0, 1.0 + 1e-9], 1),
+        ("xy", [1.0 - 1e-9, 1.0], 1),
+        ("xy", [1.0, 1.0], 0),
+        # 0.1 + 0.2 > 0.3 in float64, in whichever order.
+        ("xxy", [0.1, 0.2, 0.3], 0),
+        ("yxx", [0.3, 0.1, 0.2], 1),
+        # A sum depends on its order: 0.1 + 0.2 + 0.3 > 0.6 = 0.3 + 0.2 + 0.1.
+        ("xxxy", [0.1, 0.2, 0.3, 0.6], 0),
+        ("yxxx", [0.6, 0.1, 0.2, 0.3], 1),
+        ("yxxx", [0.6, 0.3, 0.2, 0.1], 0),
+        ("x", [0.0], -1),
+    ],
+)
+def test_the_heaviest_cluster_by_the_last_bit(
+    votes: str, weights: list[float], majority: int
+) -> None:
+    from robustft import _core
+    from robustft_kernels import answer_consistency_triton
+
+    same = np.equal.outer(list(votes), list(votes)).astype(np.float32)[None]
+    here, given = np.ones((1, len(votes)), np.bool_), np.array([weights])
+    cpu = _core.consistency_summarise(same, here, given, 0.5, "components", 1)
+    tensors = [torch.from_numpy(x).to("cuda" if ON_GPU else "cpu") for x in (same, here, given)]
+    gpu = answer_consistency_triton.summarise(*tensors, 0.5, "components")
+    assert int(cpu[2][0]) == int(gpu[2][0]) == majority
 
 
 def test_strings_packed_and_cosine() -> None:
@@ -138,7 +168,7 @@ COMPILE = """
     PAIR = dict(tokens_ptr="*i32", start_ptr="*i64", length_ptr="*i32", carry_ptr="*i8",
                 agreement_ptr="*fp32", questions="i32", slots="i32", steps="i32", stride="i32",
                 METRIC="constexpr", KP="constexpr", LANES="constexpr", CARRY="constexpr")
-    SUM = dict(agreement_ptr="*fp32", present_ptr="*i8", weight_ptr="*fp32", mean_ptr="*fp32",
+    SUM = dict(agreement_ptr="*fp32", present_ptr="*i8", weight_ptr="*fp64", mean_ptr="*fp32",
                cluster_ptr="*i64", majority_ptr="*i64", fraction_ptr="*fp32", entropy_ptr="*fp32",
                threshold="fp32", slots="i32", GREEDY="constexpr", WEIGHTED="constexpr",
                KP="constexpr")

@@ -154,7 +154,7 @@ def pairwise_kernel(
 def summarise_kernel(
     agreement_ptr,  # [N, K, K] float32
     present_ptr,  # [N, K] int8
-    weight_ptr,  # [N, K] float32, used when WEIGHTED
+    weight_ptr,  # [N, K] float64, used when WEIGHTED
     mean_ptr,  # [N, K] float32
     cluster_ptr,  # [N, K] int64
     majority_ptr,  # [N] int64
@@ -212,15 +212,23 @@ def summarise_kernel(
         cluster = tl.where(here, tl.sum(before.to(tl.int32), axis=1), -1)
     tl.store(cluster_ptr + question * slots + row, cluster.to(tl.int64), mask=row < slots)
 
-    weight = here.to(tl.float32)
-    if WEIGHTED:
-        weight = tl.load(weight_ptr + question * slots + row, mask=here, other=0.0)
-    share = tl.sum(tl.where(cluster[:, None] == right, weight[:, None], 0.0), axis=0)  # [KP]
-    total = tl.sum(weight, axis=0)
+    # In float64 and one after another, as the CPU adds them: which cluster is the heaviest may hang
+    # on the last bit.
+    share = tl.zeros([KP], tl.float64)
+    total = tl.zeros([], tl.float64)
+    for slot in range(0, slots):
+        voter = row == slot
+        voted = tl.sum(tl.where(voter & here, cluster, 0), axis=0)
+        weight = tl.sum((voter & here).to(tl.float64), axis=0)
+        if WEIGHTED:
+            weight *= tl.load(weight_ptr + question * slots + slot)
+        share += tl.where(row == voted, weight, 0.0)
+        total += weight
+    heaviest = tl.max(share, axis=0)
+    majority = tl.min(tl.where(share == heaviest, row, KP), axis=0)
     safe = tl.where(total > 0, total, 1.0)
-    p = tl.div_rn(share, safe + tl.zeros([KP], tl.float32))
-    fraction = tl.max(p, axis=0)
-    majority = tl.min(tl.where(p == fraction, row, KP), axis=0)
+    fraction = (heaviest / safe).to(tl.float32)
+    p = (share / safe).to(tl.float32)
     entropy = -tl.sum(tl.where(p > 0, p * tl.log(tl.where(p > 0, p, 1.0)), 0.0), axis=0)
     tl.store(majority_ptr + question, tl.where(total > 0, majority, -1).to(tl.int64))
     tl.store(fraction_ptr + question, fraction)
@@ -290,7 +298,7 @@ def summarise(
     entropy = torch.zeros_like(fraction)
     if present.numel():
         padded = triton.next_power_of_2(slots)
-        votes = fraction if weights is None else weights.to(torch.float32)
+        votes = fraction if weights is None else weights
         summarise_kernel[(questions,)](
             agreement.contiguous(),
             present.to(torch.int8).contiguous(),
