@@ -14,9 +14,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from robustft_kernels import gradient_triton, partials_triton
 from robustft_kernels import linear_token_stats_triton as linear
@@ -33,6 +35,7 @@ POINTERS = {
     **dict.fromkeys(("rate", "inverse", "cap"), "fp32"),
     **dict.fromkeys(("inner_stride", "outer_stride", "hidden_stride", "weight_stride"), "i64"),
     **dict.fromkeys(("out_outer_stride", "out_inner_stride"), "i64"),
+    **dict.fromkeys(("base", "out_base", "ignore_index"), "i64"),
 }
 
 
@@ -158,6 +161,32 @@ def backward_kernel(arch: str, dtype: str, capped: bool) -> Any:
     return build(gradient_triton.backward_kernel, types, constants, arch, num_warps=8)
 
 
+def compilations(kernel: Any, arch: str) -> int:
+    """How many times the launcher would compile for batches of several sizes and layouts."""
+    bind = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(TARGETS[arch])
+    )
+    fixed = {"width": 4096, "hidden_stride": 4096, "weight_stride": 4096}
+    keys = set()
+    for number in (1, 3, 16, 1 << 20):
+        values: dict[str, Any] = {}
+        for param in kernel.params:
+            name = param.name
+            if param.is_constexpr:
+                values[name] = 0
+            elif name in ("rate", "inverse", "cap"):
+                values[name] = 1.0
+            elif name == "target_ptr":  # a slice of a batch's targets lies anywhere
+                values[name] = torch.empty(8, dtype=torch.int64)[number % 2 :]
+            elif name.endswith("_ptr") or name in ("hidden", "weight"):
+                values[name] = torch.empty(8)
+            else:
+                large = "stride" in name or name.endswith("base")
+                values[name] = fixed.get(name, number << 15 if large else number)
+        keys.add(str(bind(**values)[1]))
+    return len(keys)
+
+
 def main(arch: str, everything: bool) -> None:
     """Print one JSON object: kernel name -> facts."""
     made = {
@@ -182,4 +211,14 @@ def main(arch: str, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--all" in sys.argv)
+    if "--compilations" in sys.argv:
+        kernels = (
+            logits.partial_kernel,
+            gradient_triton.backward_kernel,
+            linear.linear_partial_kernel,
+            linear.target_logit_kernel,
+            partials_triton.finish_kernel,
+        )
+        print(json.dumps({k.fn.__name__: compilations(k, sys.argv[1]) for k in kernels}))
+    else:
+        main(sys.argv[1], "--all" in sys.argv)

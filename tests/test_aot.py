@@ -64,6 +64,12 @@ def test_main_kernels(arch: str) -> None:
     check(arch, compiled(arch))
 
 
+def test_no_batch_compiles_again() -> None:
+    """A compilation stalls the launch; numbers of rows and strides differ from batch to batch."""
+    made = compiled("sm_90", "--compilations")
+    assert set(made.values()) == {1}, made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_every_kernel(arch: str) -> None:

@@ -43,7 +43,20 @@ def _store(p, value, tile, head, length, BLOCK: tl.constexpr):
         tl.store(p + here, value, mask=(here >= head) & (here < length))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "target_ptr",
+        "base",
+        "out_base",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "out_outer_stride",
+        "out_inner_stride",
+        "vocab",
+        "ignore_index",
+    ]
+)
 def backward_kernel(
     x_ptr,  # logits; 16-byte aligned where ALIGN is more than 1
     out_ptr,  # gradient, likewise; may be x_ptr
@@ -55,15 +68,15 @@ def backward_kernel(
     logprob_grad_ptr,
     logsumexp_grad_ptr,
     max_logprob_grad_ptr,
-    base,  # elements from x_ptr to the first row
-    out_base,
+    base: tl.int64,  # elements from x_ptr to the first row
+    out_base: tl.int64,
     inner,  # row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride
-    outer_stride,
-    inner_stride,
-    out_outer_stride,
-    out_inner_stride,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    out_outer_stride: tl.int64,
+    out_inner_stride: tl.int64,
     vocab,
-    ignore_index,
+    ignore_index: tl.int64,
     rate,  # 1 / temperature
     cap,
     HAS_TARGET: tl.constexpr,

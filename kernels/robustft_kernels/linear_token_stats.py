@@ -231,8 +231,9 @@ def _fused_is_faster(hidden: Tensor, weight: Tensor) -> bool:
     if hidden.device.type != "cuda" or triton_module() is None:
         return False
     from robustft_kernels import linear_token_stats_triton as launch
+    from robustft_kernels.partials_triton import arch_of
 
-    return launch.arch_of(hidden.device) == 90 and launch.fits(hidden, weight)
+    return arch_of(hidden.device) == 90 and launch.fits(hidden, weight)
 
 
 def rows_per_chunk(n: int, vocab: int, dtype: torch.dtype) -> int:

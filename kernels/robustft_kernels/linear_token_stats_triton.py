@@ -16,6 +16,7 @@ from robustft_kernels.partials_triton import (
     NEAR,
     Partials,
     above,
+    arch_of,
     capped,
     flat_ids,
     on,
@@ -113,7 +114,7 @@ def _absorb(
     return y, m, second, s, w, best, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["target_ptr", "rows", "vocab"])
 def linear_partial_kernel(
     hidden,  # [N, D]: a descriptor with blocks [BLOCK_N, BLOCK_D], or a pointer
     weight,  # [V, D]: a descriptor with blocks [BLOCK_V, BLOCK_D], or a pointer
@@ -126,8 +127,8 @@ def linear_partial_kernel(
     weighted_ptr,
     argmax_ptr,  # [chunks, N] int64
     rank_ptr,
-    hidden_stride,
-    weight_stride,
+    hidden_stride: tl.int64,
+    weight_stride: tl.int64,
     rows,
     vocab,
     width,  # D, a multiple of BLOCK_D where pointers are used
@@ -229,18 +230,18 @@ def linear_partial_kernel(
         tl.store(rank_ptr + out, count.to(tl.int64), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["target_ptr", "vocab", "ignore_index"])
 def target_logit_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
     bias_ptr,  # [V], or a dummy
     target_ptr,  # [N] int64
     out_ptr,  # [N] float32
-    hidden_stride,
-    weight_stride,
+    hidden_stride: tl.int64,
+    weight_stride: tl.int64,
     vocab,
     width,  # D
-    ignore_index,
+    ignore_index: tl.int64,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -275,16 +276,6 @@ def tile_shape(capped: bool, arch: str | int) -> dict[str, Any]:
     if arch < 100 and not capped:
         tile |= {"BLOCK_V": 256, "num_stages": 3}
     return tile
-
-
-def arch_of(device: torch.device) -> str | int:
-    """What `tile_shape` calls the device; the interpreter passes for sm_80."""
-    if device.type != "cuda":
-        return 80
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def fits(hidden: Tensor, weight: Tensor) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def results(
     return entropy, logprob, logsumexp, max_logprob, margin, best, place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def finish_kernel(
     max_ptr,  # [chunks, N] partials
     second_ptr,
@@ -170,6 +171,17 @@ def finish_kernel(
     tl.store(margin_ptr + row, margin, mask=live)
     tl.store(best_ptr + row, best, mask=live)
     tl.store(place_ptr + row, place, mask=live)
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str | int:
+    """A CUDA capability (80, 90 ...) or an AMD gfx name; the interpreter passes for sm_80."""
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def on(device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from robustft_kernels.partials_triton import (
     WARP,
     Partials,
     above,
+    arch_of,
     capped,
     flat_ids,
     on,
@@ -206,7 +207,19 @@ def _far_sums(p, column, steps, head, length, highest, rate, cap, CAPPED: tl.con
     return tl.sum(s, axis=0), tl.sum(w, axis=0)
 
 
-@triton.jit
+# One compilation serves every number of rows, their strides and V: no load is wide for their sake.
+@triton.jit(
+    do_not_specialize=[
+        "target_ptr",
+        "base",
+        "rows",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "vocab",
+        "ignore_index",
+    ]
+)
 def partial_kernel(
     x_ptr,  # logits; 16-byte aligned
     target_ptr,  # [N] int64 columns, or a dummy
@@ -217,13 +230,13 @@ def partial_kernel(
     weighted_ptr,  # margin
     argmax_ptr,  # [chunks, N] int64
     rank_ptr,  # [chunks, N] int64
-    base,  # elements from x_ptr to the first row
+    base: tl.int64,  # elements from x_ptr to the first row
     rows,
     inner,  # row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride
-    outer_stride,
-    inner_stride,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
     vocab,
-    ignore_index,
+    ignore_index: tl.int64,
     rate,  # log2(e) / temperature
     inverse,  # 1 / temperature
     cap,
@@ -244,15 +257,15 @@ def partial_kernel(
     a boundary and the columns before the chunk are blanked out.
     """
     chunks = tl.cdiv(vocab, CHUNK)
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // chunks
-    chunk = pid % chunks
-    start = base + (row // inner) * outer_stride + (row % inner) * inner_stride
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
+    start = base + (row // inner).to(tl.int64) * outer_stride
+    start += (row % inner).to(tl.int64) * inner_stride
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, vocab)
     aligned = (start + begin) // ALIGN * ALIGN
     head = (start + begin - aligned).to(tl.int32)  # blank columns in front
-    length = head + (end - begin).to(tl.int32)
+    length = head + end - begin
     p = x_ptr + aligned
 
     column = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]  # [R, G], from `aligned`
@@ -274,7 +287,7 @@ def partial_kernel(
                 if chunk == 0:
                     tl.store(level_ptr + row, level)
         # Columns of this chunk that win a tie against the target: [0, target).
-        target = tl.minimum(tl.maximum(wanted - begin + head, 0), length.to(tl.int64)).to(tl.int32)
+        target = tl.minimum(tl.maximum(wanted - begin + head, 0), length).to(tl.int32)
 
     c = tl.full([R], -NEAR, tl.float32)
     y = tl.full([R], float("-inf"), tl.float32)
@@ -347,8 +360,8 @@ def partial_kernel(
     others = tl.max(tl.where(here == at, float("-inf"), x), axis=0)
     runner_up = tl.maximum(runner_up, others)
 
-    out = chunk * rows + row
-    best_column = begin + (at - head).to(tl.int64)
+    out = chunk.to(tl.int64) * rows + row
+    best_column = (begin + at - head).to(tl.int64)
     weighted *= 0.6931471805599453
     if WHOLE:
         entropy, logprob, logsumexp, max_logprob, margin, best_column, rank = results(
@@ -425,12 +438,8 @@ def tile_shape(element_size: int, capped: bool, warp: int = WARP) -> dict[str, i
 
 def adds_pairs(x: Tensor) -> bool:
     """Whether the device has arithmetic on pairs of x's type."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )
+    arch = arch_of(x.device)
+    return x.dtype == torch.bfloat16 and isinstance(arch, int) and arch >= 90
 
 
 def _launch(
