@@ -223,11 +223,12 @@ def _far_sums(p, column, steps, head, length, highest, rate, cap, CAPPED: tl.con
 def partial_kernel(
     x_ptr,  # logits; 16-byte aligned
     target_ptr,  # [N] int64 columns, or a dummy
-    level_ptr,  # [N] float32: the target's logit, NaN without one; if WHOLE, logprob instead
-    max_ptr,  # [chunks, N] float32, and so on down to rank_ptr; if WHOLE, entropy
-    second_ptr,  # logsumexp
-    sum_ptr,  # max_logprob
-    weighted_ptr,  # margin
+    # Outputs are partials or, if WHOLE, after the bar, results.
+    of_target_ptr,  # [N] float32: the target's logit, NaN without one | logprob
+    real0_ptr,  # [chunks, N] float32: max | entropy
+    real1_ptr,  # second | logsumexp
+    real2_ptr,  # sum | max_logprob
+    real3_ptr,  # weighted | margin
     argmax_ptr,  # [chunks, N] int64
     rank_ptr,  # [chunks, N] int64
     base: tl.int64,  # elements from x_ptr to the first row
@@ -242,7 +243,7 @@ def partial_kernel(
     cap,
     WHOLE: tl.constexpr,  # rows of one chunk: write results, not partials
     HAS_TARGET: tl.constexpr,
-    GIVEN: tl.constexpr,  # level is input: another shard may hold the target
+    GIVEN: tl.constexpr,  # the target's logit is input: another shard may hold the target
     CAPPED: tl.constexpr,
     CHUNK: tl.constexpr,
     H: tl.constexpr,  # vectors a thread takes from a tile
@@ -277,7 +278,7 @@ def partial_kernel(
     if HAS_TARGET:
         wanted = tl.load(target_ptr + row)
         if GIVEN:
-            level = tl.load(level_ptr + row)
+            level = tl.load(of_target_ptr + row)
         else:
             inside = (wanted != ignore_index) & (wanted >= 0) & (wanted < vocab)
             wanted = tl.where(inside, wanted, 0)
@@ -285,7 +286,7 @@ def partial_kernel(
             level = level.to(tl.float32)
             if not WHOLE:  # noqa: SIM102 - one is decided at compile time
                 if chunk == 0:
-                    tl.store(level_ptr + row, level)
+                    tl.store(of_target_ptr + row, level)
         # Columns of this chunk that win a tie against the target: [0, target).
         target = tl.minimum(tl.maximum(wanted - begin + head, 0), length).to(tl.int32)
 
@@ -376,18 +377,18 @@ def partial_kernel(
             cap,
             CAPPED,
         )
-        tl.store(level_ptr + out, logprob)
-        tl.store(max_ptr + out, entropy)
-        tl.store(second_ptr + out, logsumexp)
-        tl.store(sum_ptr + out, max_logprob)
-        tl.store(weighted_ptr + out, margin)
+        tl.store(of_target_ptr + out, logprob)
+        tl.store(real0_ptr + out, entropy)
+        tl.store(real1_ptr + out, logsumexp)
+        tl.store(real2_ptr + out, max_logprob)
+        tl.store(real3_ptr + out, margin)
         tl.store(argmax_ptr + out, best_column)
         tl.store(rank_ptr + out, rank)
     else:
-        tl.store(max_ptr + out, top)
-        tl.store(second_ptr + out, runner_up)
-        tl.store(sum_ptr + out, total)
-        tl.store(weighted_ptr + out, weighted)
+        tl.store(real0_ptr + out, top)
+        tl.store(real1_ptr + out, runner_up)
+        tl.store(real2_ptr + out, total)
+        tl.store(real3_ptr + out, weighted)
         tl.store(argmax_ptr + out, best_column)
         if HAS_TARGET:
             tl.store(rank_ptr + out, ranked.to(tl.int64))
@@ -454,7 +455,7 @@ def _launch(
     chunk: int,
     tuning: dict[str, int],
 ) -> None:
-    """Run the kernel on x [outer, inner, V]; `pointers` are its level_ptr to rank_ptr."""
+    """Run the kernel on x [outer, inner, V]; `pointers` are its outputs."""
     rows, vocab = x.shape[0] * x.shape[1], x.shape[2]
     base, extra, align = aligned_base(x)
     tile = tile_shape(x.element_size(), softcap > 0) | tuning
