@@ -142,8 +142,7 @@ def linear_kernel(arch: str, dtype: str, capped: bool) -> Any:
         "HAS_TARGET": True,
         "HAS_BIAS": capped,
         "CAPPED": capped,
-        "CHUNK": linear.CHUNK,
-        "GROUP": linear.GROUP,
+        "CHUNK": linear.chunk_of(128256, tile["BLOCK_V"], 132),
     }
     return build(linear.linear_partial_kernel, types, constants | tile, arch, **options)
 

@@ -250,6 +250,33 @@ def test_fused_linear_too_large_for_an_origin(temperature: float, softcap: float
     assert not violations(found, expected)
 
 
+def test_fused_linear_rows_are_independent_of_the_batch() -> None:
+    """Exact products, as a matrix library may add a single row up in another order."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randint(-2, 3, (40, 64), generator=generator).to(DEVICE, torch.float16)
+    weight = torch.randint(-2, 3, (700, 64), generator=generator).to(DEVICE, torch.float16) / 32
+    small = {} if ON_GPU else {"BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_D": 32, "GROUP": 2}
+
+    def rows(some: slice) -> list[torch.Tensor]:
+        made = linear_token_stats_triton.forward(
+            hidden[some], weight, None, None, None, 1.0, 0.0, **small
+        )
+        return [made[i] for i in (0, 2, 3, 4, 5)]
+
+    together = rows(slice(None))
+    for some in (slice(0, 1), slice(17, 39)):
+        for column, alone in zip(together, rows(some), strict=True):
+            assert torch.equal(column[some], alone)
+
+
+@pytest.mark.parametrize("vocab", [32000, 49152, 50257, 128256, 151936, 262144])
+@pytest.mark.parametrize("processors", [108, 132, 304])
+def test_fused_linear_keeps_processors_busy(vocab: int, processors: int) -> None:
+    chunk = linear_token_stats_triton.chunk_of(vocab, 128, processors)
+    assert chunk % 128 == 0
+    assert 0.6 * processors < -(-vocab // chunk) <= processors
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_target_logits_of_both_designs(with_bias: bool) -> None:
     hidden, weight = torch.randn(5, 192, device=DEVICE), torch.randn(50, 192, device=DEVICE)

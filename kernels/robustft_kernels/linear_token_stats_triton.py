@@ -21,12 +21,11 @@ from robustft_kernels.partials_triton import (
     flat_ids,
     on,
     origin_of,
+    processors_of,
     weights,
 )
 from robustft_kernels.reference import Seven, empty_columns
 
-# Columns per program. Fixed, so that a row's sums are formed in one order whatever the batch.
-CHUNK = 2048
 # Blocks of rows that share a chunk's weights in the L2 cache.
 GROUP = 16
 
@@ -139,16 +138,15 @@ def linear_partial_kernel(
     CAPPED: tl.constexpr,
     TMA: tl.constexpr,
     CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """BLOCK_N rows against one chunk of the vocabulary, BLOCK_V columns at a time."""
-    # The grid is [GROUP, chunks, groups], the first fastest: programs that run together share a
-    # group of row blocks and a few chunks' weights in L2.
+    # The grid is [row blocks of a group, chunks, groups], the first fastest: programs that run
+    # together share a group of row blocks and a few chunks' weights in L2.
     chunk = tl.program_id(1)
-    first_row = (tl.program_id(2) * GROUP + tl.program_id(0)) * BLOCK_N
+    first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N
     if first_row >= rows:
         return
     row = first_row + tl.arange(0, BLOCK_N)
@@ -278,6 +276,14 @@ def tile_shape(capped: bool, arch: str | int) -> dict[str, Any]:
     return tile
 
 
+def chunk_of(vocab: int, block: int, processors: int) -> int:
+    """Columns per program, in whole blocks: one program a processor where there are few rows.
+
+    The same for many rows: a row's sums are formed in one order whatever the batch.
+    """
+    return triton.cdiv(triton.cdiv(vocab, processors), block) * block
+
+
 def fits(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the kernel can read both: 16-byte aligned rows, D a multiple of its blocks."""
     return all(
@@ -338,14 +344,14 @@ def forward(
     target_logits [N] float32 are the targets' logits, NaN where there is none.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
-    chunk = tuning.pop("CHUNK", CHUNK)
-    partials = Partials(triton.cdiv(vocab, chunk), rows, hidden.device)
     out = empty_columns(hidden, torch.Size([rows]))
     if rows == 0:
         return out
-    group = tuning.pop("GROUP", GROUP)
     tile = tile_shape(softcap > 0, arch_of(hidden.device)) | tuning
     n, v, d = tile["BLOCK_N"], tile["BLOCK_V"], tile["BLOCK_D"]
+    chunk = tile.pop("CHUNK", chunk_of(vocab, v, processors_of(hidden.device)))
+    group = min(tile.pop("GROUP", GROUP), triton.cdiv(rows, n))
+    partials = Partials(triton.cdiv(vocab, chunk), rows, hidden.device)
     operands: tuple[Any, Any] = (hidden, weight)
     if tile["TMA"]:
         operands = (
@@ -371,7 +377,6 @@ def forward(
             HAS_BIAS=bias is not None,
             CAPPED=softcap > 0,
             CHUNK=chunk,
-            GROUP=group,
             **tile,
         )
     partials.finish(out, target_ids is not None, temperature, softcap)

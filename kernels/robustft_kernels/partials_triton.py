@@ -184,6 +184,14 @@ def arch_of(device: torch.device) -> str | int:
     return 10 * major + minor
 
 
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the interpreter passes for a small one."""
+    if device.type != "cuda":
+        return 8
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def on(device: torch.device) -> Any:
     """Make `device` current for a launch; nothing to do under the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
