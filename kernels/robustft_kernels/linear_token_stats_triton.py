@@ -279,9 +279,10 @@ def tile_shape(capped: bool, arch: str | int) -> dict[str, Any]:
 def chunk_of(vocab: int, block: int, processors: int) -> int:
     """Columns per program, in whole blocks: one program a processor where there are few rows.
 
-    The same for many rows: a row's sums are formed in one order whatever the batch.
+    The same for many rows: a row's sums are formed in one order whatever the batch. There a program
+    of fewer than four blocks would start too often for what it does.
     """
-    return triton.cdiv(triton.cdiv(vocab, processors), block) * block
+    return max(4, triton.cdiv(triton.cdiv(vocab, processors), block)) * block
 
 
 def fits(hidden: Tensor, weight: Tensor) -> bool:
