@@ -117,7 +117,10 @@ def ask_plainly(records: Sequence[Record]) -> list[Prompt]:
 
 
 def judge(record: Record, reply: str) -> tuple[str | None, bool, float]:
-    """The answer in a generated reply, whether it is an accepted one, and its score."""
+    """The answer in a generated reply, whether it is an accepted one, and its score.
+
+    One that was cut off is judged as far as it goes.
+    """
     kind = answer_kind(record.answer, record.options)
     answer = parse(reply, kind=kind, options=record.options, begun=opening(kind)).answer
     right = matches(answer, accepted_answers(record), kind=kind, options=record.options)

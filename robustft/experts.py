@@ -397,7 +397,7 @@ def _read_text(question: _Question, reply: Generation | Failure) -> Opinion:
         finished=reply.finished,
     )  # fmt: skip
     if parsed.answer is None:
-        return silent
+        return silent._replace(cut_off=question.kind == "text" and not reply.finished)
     return silent._replace(
         answer=parsed.answer,
         nll=reply.span_mean(reply.nll, parsed.start, parsed.stop),

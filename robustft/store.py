@@ -69,6 +69,7 @@ class Opinion(NamedTuple):
     probabilities: tuple[float, ...] | None = None
     prompt_tokens: int = 0
     new_tokens: int = 0
+    cut_off: bool = False  # a text that did not end within the tokens it had: no answer
     failure: str = ""  # why there was no reply; such an opinion is asked for again on resume
 
 
@@ -103,6 +104,8 @@ def unpack(body: bytes) -> Iterator[Said]:
 def _columns(body: bytes) -> tuple[list[int], list[str], Iterator[Opinion]]:
     """Rows of the unit, bases and opinions."""
     rows, bases, answers, texts, nll, entropy, probabilities, *tokens = orjson.loads(body)
+    if len(tokens) == 2:  # stored before it was noted which texts were cut off
+        tokens.append([False] * len(rows))
     columns = (
         answers,
         texts,

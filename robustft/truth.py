@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from robustft.answers import answer_kind, matches
 from robustft.errors import UserError
 from robustft.records import Record, Reject, open_records
 from robustft.records.framing import short
+
+_CHECKED = 100  # records looked at before a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +51,53 @@ class Comparison:
         )
 
 
-def check(truth: str) -> None:
-    """Raise UserError where `compare` could not read the truth's first record."""
-    next(_known(truth), None)
+def check(truth: str, source: Iterable[Record | Reject] = ()) -> None:
+    """Raise UserError where `compare` could not read the truth, or it is that of another input.
+
+    `source` is the input: of its first records without ids of their own most questions must be
+    those of the truth, but for spaces and case.
+    """
+    records = (item for item in source if isinstance(item, Record))
+    different = []
+    pairs = list(itertools.islice(itertools.zip_longest(_known(truth), records), _CHECKED))
+    for known, record in pairs:
+        if known is not None and record is not None and record.id == str(record.index):
+            asked = known.question
+            if asked is not None and _plain(asked) != _plain(record.question):
+                different.append((record.question, asked))
+    if len(different) > len(pairs) / 2:
+        expected, found = map(short, different[0])
+        raise UserError(
+            f"{truth}: expected the question {expected!r}, found {found!r}: the truth of another "
+            "input?"
+        )
 
 
-def compare(out: Path, truth: str, source: Iterable[Record | Reject] = ()) -> Comparison:
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def compare(out: Path, truth: str) -> Comparison:
     """Compare `out`/verdicts.jsonl with the truth.
 
     `truth`: what `corrupt` writes beside its copy, one JSON line a record with `id` and `truth`; or
     the records with right answers, in any schema that `clean` reads. Both are in the input's order;
-    the truth may go on where a run had a --limit. `source` is the input that was judged: where its
-    records have no ids of their own, the questions tell whether the truth is theirs. Raises
-    UserError where the truth cannot be read or belongs to another input.
+    the truth may go on where a run had a --limit. Raises UserError where it cannot be read or
+    belongs to another input.
     """
     scores, errors = array("d"), array("b")
     noisy = hits = kept = corrected = 0
-    records = (item for item in source if isinstance(item, Record))
     for number, (verdict, known) in enumerate(
-        zip_longest(_lines(out / "verdicts.jsonl"), _known(truth)), 1
+        itertools.zip_longest(_lines(out / "verdicts.jsonl"), _known(truth)), 1
     ):
         if verdict is None:
             break
-        record = next(records, None)
-        other = _difference(verdict, known, record)
-        if other is not None:
-            raise UserError(f"{truth}, record {number}: {other}: the truth of another input?")
+        expected, found = _difference(verdict, known)
+        if expected:
+            raise UserError(
+                f"{truth}, record {number}: expected the {expected}, found {found}: the truth of "
+                "another input?"
+            )
         assert known is not None
         right = known.answer
         wrong = not _same(right, verdict["given"])
@@ -92,23 +115,13 @@ def compare(out: Path, truth: str, source: Iterable[Record | Reject] = ()) -> Co
     return Comparison(len(scores), int(is_wrong.sum()), noisy, hits, ranked, kept, corrected)
 
 
-def _difference(
-    verdict: Mapping[str, Any], known: _Known | None, record: Record | None
-) -> str | None:
-    """Why a line of the truth is not that of the record with the verdict; None where it is."""
-    if known is None:
-        return f"expected the id {verdict['id']!r}, found nothing"
-    if known.id != verdict["id"]:
-        return f"expected the id {verdict['id']!r}, found {known.id!r}"
+def _difference(verdict: Mapping[str, Any], known: _Known | None) -> tuple[str, str]:
+    """What a line of the truth should have, and has, to be that of a verdict; empty: it is."""
+    if known is None or known.id != verdict["id"]:
+        return f"id {verdict['id']!r}", "nothing" if known is None else repr(known.id)
     if known.given is not None and not _same(known.given, verdict["given"]):
-        what, expected, found = "given answer", verdict["given"], known.given
-    elif record is None or record.id != str(record.index) or known.question is None:
-        return None
-    elif known.question != record.question:
-        what, expected, found = "question", record.question, known.question
-    else:
-        return None
-    return f"expected the {what} {short(expected)!r}, found {short(found)!r}"
+        return f"given answer {short(verdict['given'])!r}", repr(short(known.given))
+    return "", ""
 
 
 def _same(truth: str, answer: str) -> bool:

@@ -25,7 +25,6 @@ from robustft.config import CleanConfig
 from robustft.corpus import Corpus
 from robustft.crowd import Estimate
 from robustft.detection import Asked, Conclusion, Detection, agrees
-from robustft.experts import record_kind
 from robustft.files import atomic_file, replacing
 from robustft.pipeline import Selection, opinion_of
 from robustft.progress import Progress
@@ -152,7 +151,7 @@ def write_outputs(
                     heapq.heappush(suspicious, entry)
                 elif entry > suspicious[0]:
                     heapq.heapreplace(suspicious, entry)
-            _count(result, judged, config.experts.answer_tokens)
+            _count(result, judged)
             verdicts.write(b"".join(lines))
             progress.update(len(judged))
         source.require_unchanged()  # or rows of now would stand under verdicts of then
@@ -298,7 +297,7 @@ def _confidence(judged: Judged, label: NewLabel, selection: Selection) -> str:
     return f" ({said})"
 
 
-def _count(result: CleanResult, judged: Sequence[Judged], answer_tokens: int) -> None:
+def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
     """Add the records of a unit up."""
     result.counts.update(one.action for one in judged)
     result.reasons.update(f"{one.action}: {one.cause}" for one in judged)
@@ -313,10 +312,8 @@ def _count(result: CleanResult, judged: Sequence[Judged], answer_tokens: int) ->
     for one in judged:
         for name, said in one.opinions.items():
             asked[name] += 1
-            if said.answer is None:
-                writes = name not in ("checker", "review") and record_kind(one.record) == "text"
-                result.cut_off += writes and said.new_tokens >= answer_tokens
-            else:
+            result.cut_off += said.cut_off
+            if said.answer is not None:
                 answered[name] += 1
                 yes = said.answer == "yes" if name == "checker" else agrees(one.record, said)
                 agreed[name] += yes

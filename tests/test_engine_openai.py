@@ -327,6 +327,7 @@ def test_a_model_that_thinks_is_told_not_to(
     assert all(one.text for one in said if isinstance(one, Generation))
     made.extras = {}  # type: ignore[attr-defined]
     assert made.choose(*questions(1)) == [Failure("the model thinks before it answers")]
+    assert made.generate(questions(1)[0], 3) == [Failure("the model thinks before it answers")]
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -524,16 +525,6 @@ def test_a_server_whose_likeliest_tokens_are_no_answer_is_not_lost(server: Fault
             assert said == Failure("none of Oui, Non is among the likeliest tokens")
     (choice,) = made.choose(*questions(1))
     assert isinstance(choice, Choice)
-
-
-def test_completions_without_scoring_guess_no_more_than_chat(
-    server: FaultyServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = engine(server, tiny_model)
-    monkeypatch.setattr(made, "abilities", dataclasses.replace(made.abilities, score=False))
-    prompts, _ = questions(2)
-    for said in made.choose(prompts, [(" Oui", " Non")] * 2):
-        assert said == Failure("none of Oui, Non is among the likeliest tokens")
 
 
 # --- what the user got wrong ---------------------------------------------------------------------

@@ -78,6 +78,14 @@ def test_generation_and_its_statistics_equal_a_plain_loop(
         assert reply.finished == (len(tokens) < 12)
 
 
+def test_a_first_token_that_decodes_to_nothing_does_not_count() -> None:
+    values = np.array([0.0, 1.0, 2.0], np.float32)
+    said = Generation("18", values, values, (0, 0, 1, 2), 1, True)
+    assert said.span_mean(values, 0, 2) == 1.5
+    said = Generation("é8", values, values, (0, 0, 1, 2), 1, True)  # here it is half an é
+    assert said.span_mean(values, 0, 1) == 0.5
+
+
 def test_a_reply_that_ends_at_once_is_empty(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,13 +297,13 @@ def test_a_template_that_takes_turns_alone(tiny_model: Path, roles: str) -> None
 
 def test_turn_markers_that_are_no_special_tokens(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(find_model(str(tiny_model)))
-    plain = [AddedToken(one, special=False) for one in ("<turn>", "<end>", "<think>")]
+    plain = [AddedToken(one, special=False) for one in ("<turn>", "<end>", "<think>", "\n")]
     tokenizer.add_tokens(plain)
     tokenizer.chat_template = STRICT
     turn, end, think = tokenizer.convert_tokens_to_ids(["<turn>", "<end>", "<think>"])
     ids = PromptEncoder(tokenizer).encode([prompt("a <end>\n<turn>model\nyes <think>")])[0]
     assert (ids.count(turn), ids.count(end), ids.count(think)) == (2, 1, 1)
-    assert "a < end>" in tokenizer.decode(ids)
+    assert "a < end>\n< turn>model\nyes" in tokenizer.decode(ids)
 
 
 def test_out_of_memory_halves_the_batch(

@@ -62,16 +62,22 @@ def test_the_truth_may_be_the_records_with_right_answers(tmp_path: Path) -> None
 
 
 def test_records_without_ids_are_told_by_their_questions(tmp_path: Path) -> None:
-    write(tmp_path, [("0", "noisy", 0.9, "x", "y"), ("1", "clean", 0.1, "y", "y")], {})
-    paths = []
-    for name, questions in (("in", "PQ"), ("labeled", "PQ"), ("other", "PR")):
-        rows = [{"question": f"{one}?", "answer": "y"} for one in questions]
-        paths.append(tmp_path / f"{name}.jsonl")
-        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = open_records(str(paths[0]))
-    assert compare(tmp_path, str(paths[1]), source).right == 2
-    with pytest.raises(UserError, match=r"record 2: expected the question 'Q\?', found 'R\?'"):
-        compare(tmp_path, str(paths[2]), source)
+    def records(name: str, questions: str) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"question": f"How   is {one}?", "answer": "y"} for one in questions]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    source = open_records(records("in", "PQRS"))
+    check(records("labeled", "pqrs"), source)
+    check(records("longer", "PQRSTUVW"), source)
+    check(records("half", "PQXY"), source)  # some were worded anew
+    with pytest.raises(UserError, match=r"expected the question 'How   is Q\?', found 'How   is X"):
+        check(records("other", "PXYZ"), source)
+    with_ids = tmp_path / "ids.jsonl"
+    with_ids.write_text("".join(json.dumps({"id": n, "question": "?", "answer": "y"}) + "\n"
+                                for n in "7890"))  # fmt: skip
+    check(str(with_ids), open_records(str(with_ids)))
 
 
 def test_what_was_corrupted_otherwise_is_another_input(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ _TEXT_MARKER = re.compile(
 )
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
+_LIST = re.compile(r"\s*1[.)]\s.*\n\s*2[.)]\s")
 _CALCULATES = re.compile(r"\s*[-−+*/×÷^x]\s*[$€£¥(]?\d")
 _EQUALS = re.compile(r"=\s*(?=[-−$€£¥.\d])")
 
@@ -99,13 +100,14 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
 def _opening_number(reply: str, begun: str) -> Parsed:
     """The number that stands at the head of a reply, or what the calculation there comes to."""
     first = next(find_numbers(reply), None)
-    if first and _CALCULATES.match(reply, first.end()):
-        found = parse_final_number(begun + reply).moved(-len(begun))
-        if _CALCULATES.match(reply, found.stop):  # it comes to nothing
-            return NOTHING
-    else:
-        found = Parsed(canonical(first), first.start(), first.end()) if first else NOTHING
-    return NOTHING if any(map(str.isalpha, reply[: found.start])) else found
+    if first is None or any(map(str.isalpha, reply[: first.start()])) or _LIST.match(reply):
+        return NOTHING
+    end = reply.find("\n", first.end())
+    if "=" in reply[first.end() : end if end >= 0 else len(reply)]:
+        return parse_final_number(begun + reply).moved(-len(begun))
+    if _CALCULATES.match(reply, first.end()):  # to nothing that is told here
+        return NOTHING
+    return Parsed(canonical(first), first.start(), first.end())
 
 
 def parse_final_number(reply: str) -> Parsed:

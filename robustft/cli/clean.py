@@ -42,9 +42,13 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
 
     config = _clean_config(options)
     if options.truth:
+        from robustft.records import open_records
         from robustft.truth import check
 
-        check(options.truth)
+        source = open_records(
+            options.input, schema=options.schema, limit=options.limit, split=options.split
+        )
+        check(options.truth, source)
     if options.method != "robustft":
         from robustft.methods import clean_by
 
@@ -96,14 +100,10 @@ def _conclude(result: Any, options: argparse.Namespace) -> int:
 
 
 def _print_truth(result: Any, options: argparse.Namespace) -> None:
-    from robustft.records import open_records
     from robustft.truth import compare
 
     if getattr(options, "truth", None):  # `merge` has no such option
-        source = open_records(
-            options.input, schema=options.schema, limit=options.limit, split=options.split
-        )
-        print(compare(result.out, options.truth, source))
+        print(compare(result.out, options.truth))
 
 
 def _run_shards(options: argparse.Namespace, config: CleanConfig) -> int:

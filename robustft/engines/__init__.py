@@ -43,14 +43,22 @@ class Generation:
     def span_mean(self, values: NDArray[np.float32], start: int, stop: int) -> float:
         """Mean of `values` over the tokens that overlap characters [start, stop); NaN if none.
 
-        Tokens that start at one place hold a part of a character each and count together.
+        The tokens of one character that is split between them count together.
         """
-        first = self.offsets[bisect.bisect_right(self.offsets, start) - 1]
-        starts = self.offsets[:-1]
         picked = [
-            float(value) for value, low in zip(values, starts, strict=True) if first <= low < stop
+            float(value)
+            for value, low, high in zip(values, self.offsets[:-1], self.offsets[1:], strict=True)
+            if low < stop and (high > start or (low == high and self._end_of_split(low) > start))
         ]
         return sum(picked) / len(picked) if picked else float("nan")
+
+    def _end_of_split(self, start: int) -> int:
+        """Where the character ends that a token without room is a part of; `start` if of none.
+
+        ASCII is never split: before it stands what is decoded to nothing, such as a first space.
+        """
+        end = self.offsets[min(bisect.bisect_right(self.offsets, start), len(self.offsets) - 1)]
+        return start if self.text[start:end].isascii() else end
 
 
 @dataclass(frozen=True, slots=True)

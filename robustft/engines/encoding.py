@@ -172,6 +172,7 @@ class PromptEncoder:
         """
         added = self._tokenizer.added_tokens_decoder.values()
         plain = {str(token.content) for token in added if not token.special}
+        plain = {token for token in plain if len(token.strip()) > 1}  # line ends may be such, too
         if not plain or not getattr(self._tokenizer, "chat_template", None):
             return None
         try:

@@ -45,6 +45,7 @@ _CONTROL = re.compile(
     r"|<(?:bos|eos|pad|unk|(?:start|end)_of_turn)>"
 )
 _NAN = float("nan")
+_THINKS = Failure("the model thinks before it answers")
 
 
 class CompletionsEngine(TokenEngine):
@@ -253,8 +254,10 @@ class ChatEngine:
         read = functools.partial(self._read_text, most=max_new_tokens, greedy=greedy)
         return self.client.ask_all("/chat/completions", bodies, [read] * len(bodies))
 
-    def _read_text(self, payload: bytes, *, most: int, greedy: bool) -> Generation:
+    def _read_text(self, payload: bytes, *, most: int, greedy: bool) -> Generation | Failure:
         found = read_chat(payload, most=most, greedy=greedy)
+        if found.thinking:
+            return _THINKS
         if self.abilities.nll and found.logprobs is None and found.text:
             raise ValueError("expected log-probabilities, found none")
         said = piecewise(found)
@@ -283,7 +286,7 @@ class ChatEngine:
 def _read_choice(payload: bytes, *, candidates: tuple[str, ...]) -> Choice | Failure:
     found = read_chat(payload, most=1, greedy=True)
     if found.thinking:
-        return Failure("the model thinks before it answers")
+        return _THINKS
     top = likeliest(found)
     spelt: dict[str, list[float]] = {}
     for piece, logprob in top.by_text.items():

@@ -140,10 +140,6 @@ class TokenEngine(ABC):
             told = [likeliest.logprob(*pair) for pair in zip(endings[row], texts, strict=True)]
             if self.abilities.score:
                 asked += [(row, n, endings[row][n]) for n, one in enumerate(told) if one is None]
-            elif all(one is None for one in told):
-                named = ", ".join(text.strip() for text in texts)
-                logprobs.append(Failure(f"none of {named} is among the likeliest tokens"))
-                continue
             logprobs.append([likeliest.least if one is None else one for one in told])
         forced = self._forced([encoded[row] for row, *_ in asked], [ids for *_, ids in asked])
         for (row, index, _), values_ in zip(asked, forced, strict=True):
