@@ -295,6 +295,20 @@ def test_a_template_that_takes_turns_alone(tiny_model: Path, roles: str) -> None
     assert ("<turn>assistant" in text) == ("user assistant" in roles)
 
 
+@pytest.mark.parametrize(
+    "opens",
+    [
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}",
+        "<think>\n",
+    ],
+)
+def test_no_thought_comes_before_an_answer(tiny_model: Path, opens: str) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    tokenizer.chat_template = STRICT.replace("<turn>model\n", f"<turn>model\n{opens}")
+    text = tokenizer.decode(PromptEncoder(tokenizer).encode([prompt("hi")])[0])
+    assert text.endswith("<turn>model\n<think>\n\n</think>\n\nAnswer:")
+
+
 def test_turn_markers_that_are_no_special_tokens(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(find_model(str(tiny_model)))
     plain = [AddedToken(one, special=False) for one in ("<turn>", "<end>", "<think>", "\n")]

@@ -203,11 +203,15 @@ class PromptEncoder:
         """The conversation with a placeholder for each message.
 
         A template that takes user and assistant in turn alone gets neighbours of one role as one
-        message, and what the system says at the head of the user's.
+        message, and what the system says at the head of the user's. Models that think before they
+        answer are told not to, as answers are read from the first tokens: by the template where it
+        knows how, else by closing the thought that it opens.
         """
         slots = [_PLACEHOLDER.format(index) for index in range(len(roles))]
-        if not getattr(self._tokenizer, "chat_template", None):
+        template = getattr(self._tokenizer, "chat_template", None)
+        if not template:
             return "\n\n".join(slots) + "\n"
+        thinking = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
         asked = next((n for n, role in enumerate(roles) if role == "user"), 0)
         plain = ["user" if n < asked or role == "system" else role for n, role in enumerate(roles)]
         refusal = ""
@@ -221,13 +225,14 @@ class PromptEncoder:
             try:
                 rendered = str(
                     self._tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=True
+                        messages, tokenize=False, add_generation_prompt=True, **thinking
                     )
                 )
             except Exception as error:  # a template may raise anything (jinja2 errors, mostly)
                 refusal = refusal or f"refuses the roles {', '.join(roles)}: {error}"
                 continue
             if all(rendered.count(slot) == 1 for slot in slots):
-                return rendered
+                opened = rendered.rstrip().endswith("<think>")
+                return rendered.rstrip() + "\n\n</think>\n\n" if opened else rendered
             refusal = refusal or "drops or repeats a message; use another"
         raise UserError(f"the model's chat template {refusal}")
