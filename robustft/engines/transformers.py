@@ -227,9 +227,6 @@ class TransformersEngine:
             self.model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(encoded))
         make: Any = transformers.GenerationConfig
-        # A model folder's own must not change the method: `generate` takes from it (a repetition
-        # penalty, say) whatever the one that it is given leaves open.
-        self.model.generation_config = make()
         settings = make(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -237,12 +234,18 @@ class TransformersEngine:
             pad_token_id=self._pad,
         )
         inputs.pop("position_ids", None)  # `generate` counts for itself
-        output = self.model.generate(
-            **inputs,
-            past_key_values=cache,
-            generation_config=settings,
-            logits_processor=transformers.LogitsProcessorList(processors),
-        )
+        # A model folder's own must not change the method: `generate` takes from it (a repetition
+        # penalty, say) whatever the one that it is given leaves open.
+        own, self.model.generation_config = self.model.generation_config, make()
+        try:
+            output = self.model.generate(
+                **inputs,
+                past_key_values=cache,
+                generation_config=settings,
+                logits_processor=transformers.LogitsProcessorList(processors),
+            )
+        finally:
+            self.model.generation_config = own
         recorder.note(output[:, -1])
         tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         nll = torch.stack(recorder.nll, dim=1).cpu().numpy()
