@@ -17,7 +17,7 @@ from typing import Any
 from robustft.cli.clean import run_clean, run_demo, run_merge
 from robustft.cli.console import tell_small_model
 from robustft.cli.options import build_parser
-from robustft.cli.settings import engine_config, parse
+from robustft.cli.settings import config_of, engine_config, optional_path, parse
 from robustft.cli.status import (
     DONE,
     INTERRUPTED,
@@ -63,22 +63,12 @@ def _run_train(options: argparse.Namespace) -> int:
     from robustft.config import TrainConfig
     from robustft.training import train
 
-    config = TrainConfig(
-        input=options.input,
+    config = config_of(
+        TrainConfig,
+        options,
         out=Path(options.out),
-        schema=options.schema,
-        split=options.split,
-        limit=options.limit,
-        engine=engine_config(options),
-        epochs=options.epochs,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        rank=options.rank,
-        batch_size=options.batch_size,
-        cutoff=options.cutoff,
-        top_layers=options.top_layers,
-        seed=options.seed,
         report_to=tuple(options.report_to),
+        engine=engine_config(options),
     )
     print(train(config))
     tell_small_model(config.engine)
@@ -89,13 +79,11 @@ def _run_eval(options: argparse.Namespace) -> int:
     from robustft.config import EvalConfig
     from robustft.evaluation import evaluate
 
-    config = EvalConfig(
-        input=options.input,
-        schema=options.schema,
-        split=options.split,
-        limit=options.limit,
-        adapter=None if options.adapter is None else Path(options.adapter),
-        out=None if options.out is None else Path(options.out),
+    config = config_of(
+        EvalConfig,
+        options,
+        adapter=optional_path(options.adapter),
+        out=optional_path(options.out),
         engine=engine_config(options),
     )
     print(evaluate(config))
@@ -107,29 +95,11 @@ def _run_reproduce(options: argparse.Namespace) -> int:
     from robustft.config import ReproduceConfig
     from robustft.reproduction.grid import reproduce
 
-    config = ReproduceConfig(
-        what=options.what,
+    config = config_of(
+        ReproduceConfig,
+        options,
         out=Path(options.out),
-        data=options.data,
-        tasks=options.tasks,
-        noise=options.noise,
-        methods=options.methods,
-        models=options.models,
-        seeds=options.seeds,
-        limit=options.limit,
-        test_limit=options.test_limit,
-        hermes=options.hermes,
-        tulu=options.tulu,
-        rephrasings=None if options.rephrasings is None else Path(options.rephrasings),
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        top_layers=options.top_layers,
-        rounds=options.rounds,
-        reasoning_tokens=options.reasoning_tokens,
-        dry_run=options.dry_run,
-        share=options.share,
-        embedder=options.embedder,
+        rephrasings=optional_path(options.rephrasings),
         engine=engine_config(options),
     )
     print(reproduce(config))

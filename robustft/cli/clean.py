@@ -15,7 +15,7 @@ from robustft.cli.console import (
     tell_small_model,
 )
 from robustft.cli.options import build_parser
-from robustft.cli.settings import engine_config, parse
+from robustft.cli.settings import config_of, engine_config, optional_path, parse
 from robustft.cli.status import DONE, POWERLESS
 from robustft.config import CleanConfig, ExpertConfig, TunedConfig
 from robustft.errors import UserError
@@ -42,13 +42,9 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
 
     config = _clean_config(options)
     if options.truth:
-        from robustft.records import open_records
         from robustft.truth import check
 
-        source = open_records(
-            options.input, schema=options.schema, limit=options.limit, split=options.split
-        )
-        check(options.truth, source)
+        check(options.truth, cleaning.open_source(config))
     if options.method != "robustft":
         from robustft.methods import clean_by
 
@@ -139,35 +135,18 @@ def run_merge(options: argparse.Namespace) -> int:
     """`robustft merge`; the exit status."""
     from robustft.distributed import merge
 
-    out = None if options.out is None else Path(options.out)
+    out = optional_path(options.out)
     return _conclude(merge(list(map(Path, options.folders)), out, data=options.input), options)
 
 
 def _clean_config(options: argparse.Namespace) -> CleanConfig:
-    return CleanConfig(
-        input=options.input,
+    return config_of(
+        CleanConfig,
+        options,
         out=Path(options.out),
-        schema=options.schema,
-        split=options.split,
-        limit=options.limit,
-        seed=options.seed,
-        detector=options.detector,
-        k=options.k,
-        beta=options.beta,
         without=frozenset(options.without),
-        embedder=options.embedder,
-        retriever=options.retriever,
-        threads=options.threads,
-        dataset_info=options.dataset_info,
         engine=engine_config(options),
-        experts=ExpertConfig(
-            rounds=options.rounds,
-            samples=options.samples,
-            reasoning_tokens=options.reasoning_tokens,
-            answer_tokens=options.answer_tokens,
-            choice=options.choice,
-            calibrate=options.calibrate,
-        ),
+        experts=config_of(ExpertConfig, options),
         tuned=TunedConfig(
             folds=options.folds or 0,
             epochs=options.fold_epochs,

@@ -8,11 +8,22 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from robustft.cli.options import Parser, build_parser
-from robustft.config import EngineConfig
+from robustft.config import (
+    CleanConfig,
+    EngineConfig,
+    EvalConfig,
+    ExpertConfig,
+    ReproduceConfig,
+    TrainConfig,
+)
 from robustft.errors import UserError
+
+_Config = TypeVar(
+    "_Config", CleanConfig, EngineConfig, EvalConfig, ExpertConfig, ReproduceConfig, TrainConfig
+)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -107,8 +118,18 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
+def config_of(kind: type[_Config], options: argparse.Namespace, **given: Any) -> _Config:
+    """A configuration whose fields are the options of their names, but for those `given`."""
+    named = vars(options)
+    names = {field.name for field in dataclasses.fields(kind)} & named.keys() - given.keys()
+    return kind(**{name: named[name] for name in names}, **given)
+
+
 def engine_config(options: argparse.Namespace) -> EngineConfig:
     """The engine that a command's options describe."""
-    given = vars(options)
-    names = {field.name for field in dataclasses.fields(EngineConfig)}
-    return EngineConfig(**{name: given[name] for name in names & given.keys()})
+    return config_of(EngineConfig, options)
+
+
+def optional_path(name: str | None) -> Path | None:
+    """The path of an option that may not be given."""
+    return None if name is None else Path(name)

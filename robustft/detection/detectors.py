@@ -72,7 +72,7 @@ class PaperDetector:
 
     def evidence(self, asked: Sequence[Asked]) -> Evidence:
         """noisy, unjudged: [n] bool."""
-        skipped = np.array([unjudged(one) is not None for one in asked], np.bool_)
+        skipped = _unjudged(asked)
         noisy = np.array([paper_rule(one).noisy for one in asked], np.bool_)
         return {"noisy": noisy & ~skipped, "unjudged": skipped}
 
@@ -132,7 +132,7 @@ class CrowdDetector:
                 opinion: Opinion = getattr(one, name)
                 found = option_probabilities(opinion, len(options))
                 values[position, : len(options)] = _as_one(found, options, letter)
-        skipped = np.array([unjudged(one) is not None for one in asked], np.bool_)
+        skipped = _unjudged(asked)
         keys = [one.record.question_key[:8] for one in asked]
         return {
             "unjudged": skipped, "question": np.frombuffer(b"".join(keys), "<i8"), "given": given,
@@ -250,6 +250,11 @@ def _whole_rate(found: Sequence[Judgement], sizes: Sequence[int]) -> Estimate | 
         return None
     parts, weights = zip(*known, strict=True)
     return Estimate(*np.average(parts, axis=0, weights=weights).tolist())
+
+
+def _unjudged(asked: Sequence[Asked]) -> NDArray[np.bool_]:
+    """[n] records that an expert could not be reached about."""
+    return np.array([unjudged(one) is not None for one in asked], np.bool_)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ from robustft.config import CleanConfig
 from robustft.exchange import exchange
 from robustft.files import atomic_file
 from robustft.outputs import claim, identity, made_by, write_manifest
-from robustft.records import Place, Record, RecordWriter, Reject, output_name
+from robustft.records import Record, RecordWriter, Reject, output_name
 from robustft.store import Stopwatch, folder_lock
 from robustft.verdicts import CleanResult
 
@@ -77,7 +77,7 @@ def write_decisions(
                     cleaned.write(record, record.answer if action == "keep" else decision.answer)
                 line = {
                     "id": record.id,
-                    **Place(record.line, record.file).told,
+                    **record.place.told,
                     "action": action,
                     "given": record.answer,
                     "answer": decision.answer,

@@ -57,6 +57,11 @@ class Record:
     file: str = ""
 
     @property
+    def place(self) -> Place:
+        """Where it stands in the input."""
+        return Place(self.line, self.file)
+
+    @property
     def key(self) -> bytes:
         """16 bytes that tell the content: question, options, context and answer."""
         return _digest(self, self.answer)
