@@ -517,8 +517,18 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     assert (tmp_path / "out/verdicts.jsonl").read_bytes() == whole
 
 
-def test_a_server_whose_likeliest_tokens_are_no_answer_is_not_lost(server: FaultyServer) -> None:
-    made = engine(server, None)
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_server_whose_likeliest_tokens_are_no_answer_is_not_lost(
+    server: FaultyServer, tiny_model: Path, chat: bool
+) -> None:
+    def score_nothing(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        if body.get("echo") or body.get("prompt_logprobs"):
+            reply["choices"][0] |= {"logprobs": None, "prompt_logprobs": None}
+
+    server.edit = score_nothing
+    made = engine(server, None if chat else tiny_model)
+    assert made.abilities.choose
+    assert not made.abilities.score
     prompts, _ = questions(70)
     for _ in range(2):
         for said in made.choose(prompts, [(" Oui", " Non")] * 70):

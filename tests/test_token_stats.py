@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustft import _core
-from robustft_kernels import TokenStats, token_stats
+from robustft_kernels import TokenStats, linear_token_stats, token_stats
 from robustft_kernels import reference as reference_module
 from robustft_kernels.reference import columns, forward_by_reference, token_stats_reference
 from robustft_kernels.testing import KINDS, check_forward, make_logits
@@ -452,6 +452,16 @@ def test_margin_carries_no_gradient() -> None:
     stats = token_stats(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1]))
     assert not stats.margin.requires_grad
     assert stats.entropy.requires_grad
+
+
+def test_forward_mode_is_refused_not_zero() -> None:
+    x = torch.randn(3, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.func's own deprecations
+        with pytest.raises(NotImplementedError, match="logits: forward-mode"):
+            torch.func.jvp(lambda z: token_stats(z).entropy, (x,), (x,))
+        with pytest.raises(NotImplementedError, match="weight: forward-mode"):
+            torch.func.jvp(lambda z: linear_token_stats(x, z).entropy, (x,), (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -418,7 +418,8 @@ def linear_token_stats(
         to 16 bits as `hidden @ weight.T` would be; elsewhere they keep the float32 sums.
 
     Raises:
-        TypeError, ValueError: as `token_stats`, and where hidden, weight and bias disagree.
+        TypeError, ValueError, NotImplementedError: as `token_stats`, and where hidden, weight and
+            bias disagree.
     """
     operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, x in operands.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from robustft_kernels.reference import (
     Grads,
@@ -278,10 +279,12 @@ def check_targets(
 
 
 def check_tensor(x: object, name: str) -> None:
-    """Numpy arrays have dtypes and shapes that read like a tensor's."""
+    """Numpy arrays have dtypes and shapes like a tensor's, and operators drop a dual's tangent."""
     if not isinstance(x, Tensor):
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be a torch.Tensor, got {kind}")
+    if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
+        raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented")
 
 
 def check_logits(logits: Tensor, vocab_size: int | None) -> int:
@@ -358,6 +361,7 @@ def token_stats(
     Raises:
         TypeError: logits are not floating point, target_ids not integers, or one of the three
             no tensor.
+        NotImplementedError: a tensor carries a forward-mode tangent (`torch.func.jvp`).
         ValueError: shapes disagree, an option is out of range, or, on the CPU, a target is
             neither a column nor `ignore_index`. A GPU is not waited for: there such a target
             gives logprob NaN and rank -1.

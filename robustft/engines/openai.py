@@ -27,7 +27,14 @@ from robustft.engines import (
 )
 from robustft.engines.encoding import PromptEncoder
 from robustft.engines.http import JsonClient
-from robustft.engines.tokens import Continuation, Likeliest, TokenEngine, piece_offsets, slices
+from robustft.engines.tokens import (
+    Continuation,
+    Likeliest,
+    TokenEngine,
+    piece_offsets,
+    slices,
+    unlikely,
+)
 from robustft.engines.wire import (
     Forced,
     Written,
@@ -272,7 +279,7 @@ class ChatEngine:
         """Probabilities of the candidates among the likeliest first tokens.
 
         Spellings that differ by white space alone count together; a candidate that is not among
-        them counts with the probability of the last, an upper bound.
+        them counts with the probability of the last, an upper bound, unless none of them is.
         """
         bodies = [self.body(prompt, 1, self.top) | {"temperature": 0} for prompt in prompts]
         readers = [functools.partial(_read_choice, candidates=tuple(texts)) for texts in candidates]
@@ -293,8 +300,7 @@ def _read_choice(payload: bytes, *, candidates: tuple[str, ...]) -> Choice | Fai
         spelt.setdefault(piece.strip(), []).append(logprob)
     sums = {piece: float(np.logaddexp.reduce(values)) for piece, values in spelt.items()}
     if not any(text.strip() in sums for text in candidates):
-        named = ", ".join(text.strip() for text in candidates)
-        return Failure(f"none of {named} is among the likeliest tokens")
+        return unlikely(candidates)
     logprobs = [sums.get(text.strip(), top.least) for text in candidates]
     return Choice(np.array(logprobs, dtype=np.float32), _NAN, found.prompt_tokens or 0)
 

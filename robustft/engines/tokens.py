@@ -56,6 +56,11 @@ class Likeliest:
         return min([*self.by_id.values(), *self.by_text.values()], default=0.0)
 
 
+def unlikely(candidates: Sequence[str]) -> Failure:
+    """No candidate is among the likeliest tokens: nothing tells them apart."""
+    return Failure(f"none of {', '.join(map(str.strip, candidates))} is among the likeliest tokens")
+
+
 class TokenEngine(ABC):
     """`robustft.engines.Engine` over three questions to a backend; see the abstract methods."""
 
@@ -122,7 +127,8 @@ class TokenEngine(ABC):
         """Log-probability of each candidate continuation.
 
         A candidate that is not among the likeliest tokens is scored on its own; where the backend
-        cannot score, it counts with the probability of the last of them, an upper bound.
+        cannot score, it counts with the probability of the last of them, an upper bound, unless
+        none of the candidates is among them.
         """
         encoded = self.encoder.fit(prompts, 8)
         endings = [
@@ -140,6 +146,9 @@ class TokenEngine(ABC):
             told = [likeliest.logprob(*pair) for pair in zip(endings[row], texts, strict=True)]
             if self.abilities.score:
                 asked += [(row, n, endings[row][n]) for n, one in enumerate(told) if one is None]
+            elif all(one is None for one in told):
+                logprobs.append(unlikely(texts))
+                continue
             logprobs.append([likeliest.least if one is None else one for one in told])
         forced = self._forced([encoded[row] for row, *_ in asked], [ids for *_, ids in asked])
         for (row, index, _), values_ in zip(asked, forced, strict=True):
