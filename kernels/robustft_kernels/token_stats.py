@@ -283,7 +283,7 @@ def check_tensor(x: object, name: str) -> None:
     if not isinstance(x, Tensor):
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be a torch.Tensor, got {kind}")
-    if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
+    if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented")
 
 
