@@ -70,12 +70,13 @@ def fetched(url: str) -> Path:
 
 @contextlib.contextmanager
 def output_folder(
-    out: str | Path, data: object = None, *, exchange: bool = False
+    out: str | Path, data: object = None, *, exchange: bool = False, writes: bool = True
 ) -> Iterator[Path]:
     """The folder to write to: `out`, or where that is remote, one whose files are copied there.
 
-    They are copied when the block ends well. Raises UserError where they cannot be, or would
-    replace `data`, the input, or files of somebody else's; `exchange`: with `--dataset-info`.
+    They are copied when the block ends well, if it `writes` any. Raises UserError, before the block
+    where that can be known, where they cannot be, or would replace `data`, the input, or files of
+    somebody else's; `exchange`: with `--dataset-info`.
     """
     url = str(out)
     if not is_remote(url):
@@ -87,10 +88,14 @@ def output_folder(
     if isinstance(data, str | Path):
         target.spare_input(str(data), exchange=exchange)
     target.spare_others(lambda name: is_output(name, exchange=exchange))
+    if not writes:
+        yield folder
+        return
+    target.try_writing()
     print(f"robustft: {url}: at work in {folder}", file=sys.stderr)
     yield folder
-    if folder.is_dir():  # nobody has worked in it for `--estimate`
-        target.receive()
+    target.receive()
+    print(f"robustft: {url}: holds the files now", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,15 @@ class _Target:
             if full and taken(name) and name not in sent:
                 raise not_ours(f"{self.url}/{name}")
 
+    def try_writing(self) -> None:
+        """Raise UserError where nothing can be written: after hours of work it would be late."""
+        probe = f"{self.path}/.robustft"
+        with _telling(self.url):
+            self.system.makedirs(self.path, exist_ok=True)
+            self.system.pipe_file(probe, b"robustft")
+        with contextlib.suppress(Exception):  # some may write and not delete
+            self.system.rm_file(probe)
+
     def receive(self) -> None:
         """Copy what is finished; the manifest comes last."""
         files = sorted(
@@ -136,7 +150,6 @@ class _Target:
         # Before the first one is copied: what a broken copy leaves there is this folder's.
         write_atomically(self.folder / _SENT, "\n".join(sorted(self._sent() | names)))
         with _telling(self.url), Progress("copy", len(files), unit="files") as progress:
-            self.system.makedirs(self.path, exist_ok=True)
             for file in files:
                 self.system.put_file(str(file), f"{self.path}/{file.name}")
                 progress.update(1)

@@ -69,7 +69,7 @@ def test_nothing_is_copied_from_a_run_that_failed(tmp_path: Path) -> None:
     there = f"file://{tmp_path}/there"
     with pytest.raises(UserError, match="no known schema"):
         clean([{"a": 1}], out=there, engine=ScriptedEngine(), embedder=LetterEmbedder())
-    assert not (tmp_path / "there").exists()
+    assert not list((tmp_path / "there").iterdir())
 
 
 def run(data: object, out: str, engine: ScriptedEngine | None = None, **settings: Any) -> None:
@@ -145,6 +145,19 @@ def test_a_copy_that_broke_off_is_made_again(monkeypatch: pytest.MonkeyPatch) ->
     run(URL, "memory://bucket/out", beta=1.0)
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def denied(*_: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", denied)
+    engine = ScriptedEngine()
+    with pytest.raises(UserError, match=r"^memory://bucket/out: Access Denied$"):
+        run(URL, "memory://bucket/out", engine)
+    assert engine.asked == []
+
+
 def test_a_web_page_is_fetched_again_unless_its_server_marks_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -204,9 +217,14 @@ def test_the_command_line(
     done = run("clean", URL, "--out", there, "--detector", "paper")
     assert done.status == 0
     assert f"{there}: at work in" in done.err
-    assert (tmp_path / "there/manifest.json").exists()
+    assert f"{there}: holds the files now" in done.err
+    assert "manifest.json" in (left := sorted(one.name for one in (tmp_path / "there").iterdir()))
+    assert ".robustft" not in left
     other = f"file://{tmp_path}/other"
     assert run("clean", URL, "--out", other, "--estimate").status == 0
     assert not (tmp_path / "other").exists()
+    (tmp_path / "there/manifest.json").unlink()
+    assert run("clean", URL, "--out", there, "--estimate").status == 0
+    assert not (tmp_path / "there/manifest.json").exists()
     refused = run.refused("clean", URL, "--out", there, "--shard", "0/2")
     assert "a folder that all of them share" in refused

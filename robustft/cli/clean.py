@@ -31,7 +31,8 @@ def run_clean(options: argparse.Namespace) -> int:
             f"--out {options.out}: shards work in a folder that all of them share; choose one on a "
             "mounted file system"
         )
-    with output_folder(options.out, options.input, exchange=options.dataset_info) as folder:
+    exchange, writes = options.dataset_info, not options.estimate
+    with output_folder(options.out, options.input, exchange=exchange, writes=writes) as folder:
         options.out = str(folder)
         return _clean_into_folder(options)
 
