@@ -17,17 +17,18 @@ _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 # A sign counts only where no operand stands before it: "-5", "$-5", "(-5)" but not "10-5".
 _NUMBER = re.compile(
-    r"""(?<![\w.])
+    r"""(?:(?<![\w.])(?P<minus>(?<![)\]}])[-−–])?(?P<units>\d{1,9})?)?
+    \\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}
+    |(?<![\w.])
     (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d]))?
     [$€£¥]?(?P<inner>[-−](?=[.\d]))?
     (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d))?
-    (?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?
+    (?P<whole>\d{1,3}(?:(?:,|\{,\}|,?\\[,!])\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?
     (?(whole)|(?(part)|(?!)))
     (?:[eE](?P<exponent>[-+−]?\d{1,4})(?!\w))?
     (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
     (?:\s(?P<scale>thousand|million|billion|trillion)\b)?
-    (?:\s?%)?
-    |\\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}""",
+    (?:\s?%)?""",
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
@@ -41,8 +42,11 @@ def value(match: re.Match[str]) -> Fraction | None:
     """The number's exact value; None where it is too long to convert or divides by zero."""
     if match["top"]:
         bottom = int(match["bottom"])
-        return Fraction(int(match["top"]), bottom) if bottom else None
-    whole = (match["whole"] or "").replace(",", "")
+        if bottom == 0:
+            return None
+        result = int(match["units"] or 0) + Fraction(int(match["top"]), bottom)
+        return -result if match["minus"] else result
+    whole = "".join(filter(str.isdigit, match["whole"] or ""))
     part = (match["part"] or ".")[1:]
     exponent = int((match["exponent"] or "0").replace("−", "-"))
     if len(whole) + len(part) > _MAX_DIGITS or abs(exponent) > _MAX_EXPONENT:
