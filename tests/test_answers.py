@@ -336,6 +336,33 @@ def test_issue_cases_span() -> None:
     assert matches("Obama Barack", "Barack Obama", kind="span")
 
 
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("vitamin A", "vitamin B"),
+        ("blood type A", "blood type B"),
+        ("3:2", "2:3"),
+        ("2020-01-02", "2020-02-01"),
+        ("won 2-1", "won 2"),
+        ("1998-1999", "1998"),
+        ("can't swim", "swim"),
+        ("doesn’t rise", "rise"),
+        ("10²", "102"),
+        ("1½", "11/2"),
+    ],
+)
+def test_spans_that_differ_in_little(a: str, b: str) -> None:
+    assert not matches(a, b, kind="span")
+    assert not matches(b, a, kind="span")
+
+
+def test_vulgar_fractions() -> None:
+    assert matches("1½ cups", "1 1/2 cups", kind="span")
+    assert matches("½", "1/2", kind="span")
+    assert normalise("1½", "number") == "1.5"
+    assert normalise("½", "number") == "0.5"
+
+
 def test_gold_answer_list_is_a_list_of_answers() -> None:
     gold = ["NYC", "New York"]
     assert matches("new york", gold, kind="span")

@@ -49,10 +49,14 @@ SPAN_WORDS = 6
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _NEGATIONS = frozenset(("no", "not", "non", "never", "none", "neither", "nor", "without", "cannot"))
+_NEGATED = re.compile(
+    r"(?:ai|are|ca|could|did|do|does|had|has|have|is|must|need|should|was|were|wo|would)nt"
+)
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:[.,]\d+)*|\.\d+)(?!\w)")
 # Scripts written without spaces split by character.
 _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-_PLAIN = str.maketrans({"−": "-", "⁄": "/", "_": " "})
+_PLAIN = str.maketrans({"−": "-", "_": " "})
+_RAISED = re.compile(r"(?<=\d)(?=[²³¹¼-¾⁰-⁹₀-₉⅐-⅞])")  # NFKC would make "1½" 11/2 and "10²" 102
 _JOINED = frozenset("'’.")  # "U.S." is "us", "don't" is "dont"; other punctuation separates
 
 
@@ -108,16 +112,21 @@ def normalise(text: str, kind: Kind) -> str:
 
     `choice`: the upper-case letter. `number`: the value, units dropped ("1,000" -> "1000",
     "50%" -> "50", "007" -> "7"); text without a number is read as a span. `span` and `text`: NFKC,
-    case folded, articles and punctuation dropped, one space between words, numbers canonical but
-    leading zeros kept ("007" is neither "7" nor "008"). Text of nothing but punctuation stays.
+    case folded, articles (but a last word) and punctuation dropped, one space between words,
+    numbers canonical but leading zeros kept ("007" is neither "7" nor "008"). Text of nothing but
+    punctuation stays.
     """
     if kind == "choice":
         return text.strip(" \t\r\n()[]{}.:*_\"'`").upper()
     if kind == "number":
-        parsed = parse_number(unicodedata.normalize("NFKC", text))
+        parsed = parse_number(_nfkc(text))
         if parsed.answer is not None:
             return parsed.answer
     return " ".join(_words(text)) or unicodedata.normalize("NFKC", text).casefold().strip()
+
+
+def _nfkc(text: str) -> str:
+    return unicodedata.normalize("NFKC", _RAISED.sub(" ", text)).replace("⁄", "/")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -131,7 +140,7 @@ def _role(ch: str) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def _words(text: str) -> tuple[str, ...]:
-    folded = unicodedata.normalize("NFKC", text).casefold().translate(_PLAIN)
+    folded = _nfkc(text).casefold().translate(_PLAIN)
     folded = _UNSPACED.sub(r" \1 ", folded)
     pieces: list[str] = []
     end = 0
@@ -140,8 +149,8 @@ def _words(text: str) -> tuple[str, ...]:
         end = match.end()
     pieces += map(_role, folded[end:])
     words = "".join(pieces).split()
-    kept = tuple(word for word in words if word not in _ARTICLES)
-    return kept or tuple(words)
+    # The last word is no article: "vitamin A".
+    return (*(word for word in words[:-1] if word not in _ARTICLES), *words[-1:])
 
 
 def _plain_number(text: str) -> str:
@@ -199,15 +208,18 @@ def _span_agreement(a: str, b: str) -> float:
     first, second = Counter(_words(a)), Counter(_words(b))
     if not first or not second or not (first <= second or second <= first):
         return 0.0
-    for guarded in (_is_number, _NEGATIONS.__contains__):
-        one, two = {w for w in first if guarded(w)}, {w for w in second if guarded(w)}
-        if bool(one) != bool(two):
-            return 0.0
+    numbers = [[word for word in _words(text) if _is_number(word)] for text in (a, b)]
+    if numbers[0] != numbers[1] or any(map(_negates, first)) != any(map(_negates, second)):
+        return 0.0
     return token_f1(a, b)
 
 
 def _is_number(word: str) -> bool:
     return word.lstrip("-")[:1].isdigit()
+
+
+def _negates(word: str) -> bool:
+    return word in _NEGATIONS or _NEGATED.fullmatch(word) is not None
 
 
 def matches(
