@@ -60,6 +60,7 @@ _TEXT_MARKER = re.compile(
     r"(?:[ \t]*:|[ \t]is\b[:]?)[*_]*",
     re.IGNORECASE,
 )
+_ASKS = re.compile(r"\?[ \t*_]*$", re.MULTILINE)
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
 _LIST = re.compile(r"\s*1[.)]\s.*\n\s*2[.)]\s")
@@ -135,13 +136,19 @@ def parse_final_number(reply: str) -> Parsed:
 def parse_text(reply: str) -> Parsed:
     """Free text without its wrapping: "Answer:", a code fence, bold marks, quotes, white space.
 
-    A refusal or an empty reply is no answer.
+    What stands before "Answer:" goes too, unless it asks for that answer. A refusal or an empty
+    reply is no answer.
     """
     start, stop = _trimmed(reply, body_start(reply), len(reply))
     if is_refusal(reply[start : start + 200]):
         return NOTHING
     body = reply[start:stop]  # a copy: ^ is where the text begins, not the white space before it
-    marker = next(iter(deque(_TEXT_MARKER.finditer(body), maxlen=1)), None)
+    markers = [*_TEXT_MARKER.finditer(body)]
+    marker = markers[-1] if markers else None
+    asks = marker and (len(markers) > 1 or _ASKS.search(body, 0, marker.start()))
+    if marker and asks and "final" not in marker[0].lower():
+        # A quiz, say: its questions and answers are the text.
+        marker = markers[0] if markers[0].start() == 0 else None
     if marker and body[marker.end() :].strip():
         start, stop = _trimmed(reply, start + marker.end(), stop)
     elif marker:  # "Answer:", and then the tokens were used up
