@@ -117,6 +117,9 @@ def test_choice_found(reply: str, answer: str, characters: str) -> None:
         "Can't say.",
         "!!!",
         "Answer: B. positive",
+        "A) Incorrect, since profits fell.",
+        "A) No, profits fell.\nB) Yes, nothing changed.\nC) No.",
+        "**A) negative** – too strong\n**B) neutral** – that is it",
     ],
 )
 def test_choice_never_guessed(reply: str) -> None:

@@ -43,7 +43,8 @@ _LINE = re.compile(
     re.VERBOSE,
 )
 _SUBJECT = re.compile(
-    r"(?:is|are|was|were|has|have|can|could|would|does|do|and|or|says|seems)(?:n['’]t)?\b",
+    r"(?:is|are|was|were|has|have|can|could|would|does|do|and|or|says|seems)(?:n['’]t)?\b"
+    r"|(?:wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
 _PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation", "in", "it"))
@@ -209,8 +210,12 @@ def _by_line(text: str, start: int, choices: _Options) -> Parsed | None:
                 stated[own] = _found(own, *line.span("letter"), choices)
             elif own:
                 return NOTHING
-            elif first and _opens_reply(line, rest):
-                opening = _found(line["letter"], *line.span("letter"), choices)
+            elif _opens_reply(line, rest):
+                named = _found(line["letter"], *line.span("letter"), choices)
+                if first:
+                    opening = named
+                elif opening and named.answer and named.answer != opening.answer:
+                    opening = NOTHING  # a line about every option
         elif own := choices.exactly(match[0]):
             whole = choices.prefix(text, _skip_decoration(text, match.start()))
             stated[own] = Parsed(*whole) if whole else Parsed(own, *match.span())
