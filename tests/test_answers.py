@@ -184,6 +184,10 @@ def test_choice_more_than_26_options_and_one_option() -> None:
         ("2.5 million people", "2500000", "2.5 million"),
         ("<think>3</think> 4", "4", "4"),
         ("first 3, then 4", "4", "4"),
+        ("The answer is 18. The answer is not 12.", "18", "18"),
+        ("The answer is not 12 but 18.", "18", "18"),
+        ("The answer is １，２３４．", "1234", "１，２３４"),
+        ("－１８", "-18", "－１８"),
     ],
 )
 def test_number_found(reply: str, answer: str, characters: str) -> None:

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from robustft.answers.replies import MARKER, NOTHING, QUOTES, Parsed, body_start
+from robustft.answers.replies import MARKER, NOTHING, QUOTES, Parsed, body_start, same_width
 
 _DECORATION = re.compile(
     r"""(?:[\s*_"'`“”‘’(\[{<$:>]|\\(?:text|mathrm|mathbf|boxed|\()|\#|-\s
@@ -97,14 +97,6 @@ class _Options:
         return None
 
 
-def _same_width_nfkc(reply: str) -> str:
-    """Full-width letters and brackets become ASCII while every character keeps its place."""
-    if reply.isascii():
-        return reply
-    single = {ch: unicodedata.normalize("NFKC", ch) for ch in set(reply)}
-    return "".join(single[ch] if len(single[ch]) == 1 else ch for ch in reply)
-
-
 def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     r"""The one option a reply decides for, as a letter; None rather than a guess.
 
@@ -114,7 +106,7 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     option's exact text in a short reply. Two different letters at one level, or a letter beyond
     the options, give None. Negated sentences ("not (A)") name nothing.
     """
-    text = _same_width_nfkc(reply)
+    text = same_width(reply)
     start = body_start(text)
     choices = _Options(options)
     decided = _by_marker(text, start, choices)

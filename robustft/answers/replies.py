@@ -7,6 +7,7 @@ answer's tokens, not over template words such as "Answer:". Every pattern is lin
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import deque
 from dataclasses import dataclass
 
@@ -76,6 +77,19 @@ def body_start(reply: str) -> int:
     return len(reply) if reply.lstrip().startswith("<think>") else 0
 
 
+def same_width(reply: str) -> str:
+    """Full-width letters, digits and brackets become ASCII while every character keeps its place.
+
+    Raised digits stay: "10²" is not 102.
+    """
+    if reply.isascii():
+        return reply
+    plain = {ch: unicodedata.normalize("NFKC", ch) for ch in set(reply)}
+    return "".join(
+        ch if len(plain[ch]) != 1 or unicodedata.category(ch) == "No" else plain[ch] for ch in reply
+    )
+
+
 def is_refusal(text: str) -> bool:
     """Whether the text begins with a refusal to answer or an admission of not knowing."""
     return _REFUSAL.match(text) is not None
@@ -88,6 +102,7 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     reply opens with where it continues `begun`, "Answer:"; otherwise the last number of the reply,
     unless that was cut off. Of "9 * 2 = 18" after a marker the right-hand side counts.
     """
+    reply = same_width(reply)
     marked = parse_final_number(reply)
     if marked.answer is not None or is_refusal(reply):
         return marked
@@ -112,7 +127,11 @@ def _opening_number(reply: str, begun: str) -> Parsed:
 
 
 def parse_final_number(reply: str) -> Parsed:
-    """The number right after the last final-answer marker; no answer where there is no marker."""
+    """The number right after the last final-answer marker; no answer where there is no marker.
+
+    What the answer is said not to be does not count.
+    """
+    reply = same_width(reply)
     start = body_start(reply)
     marks = [match.end() for match in MARKER.finditer(reply, start)]
     marks += [match.end() for match in _A_COLON.finditer(reply, start)]
@@ -120,6 +139,8 @@ def parse_final_number(reply: str) -> Parsed:
         begin = position
         while begin < len(reply) and reply[begin].isspace():
             begin += 1
+        if reply[begin : begin + 4].lower() == "not ":
+            continue
         stop = reply.find("\n", begin)
         stop = min(len(reply) if stop < 0 else stop, begin + 400)
         number = next(find_numbers(reply, begin, stop), None)
