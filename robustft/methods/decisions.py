@@ -112,5 +112,5 @@ def _action(record: Record, decision: Decision) -> str:
     if decision.answer is None:
         return "drop"
     kind = answer_kind(record.answer, record.options)
-    same = matches(record.answer, decision.answer, kind=kind, options=record.options)
+    same = matches(record.answer, decision.answer, kind=kind, options=record.options, threshold=1.0)
     return "keep" if same else "relabel"

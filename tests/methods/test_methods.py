@@ -92,6 +92,19 @@ def test_self_label_gives_the_models_own_answers(made: Callable[..., object]) ->
     assert [record.answer for record in records] == truth
 
 
+def test_self_label_takes_nothing_from_a_given_answer_that_is_half_right(tmp_path: Path) -> None:
+    given = "The capital city of France is Lyon, in the south."
+    own = "The capital city of France is Paris, in the north."
+    path = tmp_path / "noisy.jsonl"
+    path.write_text(json.dumps({"question": "Where is it?", "answer": given}) + "\n")
+    engine = ScriptedEngine(reply=lambda prompt: own)
+    prepare = METHODS["self-label"].prepare
+    assert prepare is not None
+    config = CleanConfig(input=str(path), out=tmp_path / "out")
+    result = prepare(Setting(config, engine, LetterEmbedder()))
+    assert json.loads(result.cleaned.read_text())["answer"] == own
+
+
 def test_self_select_keeps_what_the_model_trusts(made: Callable[..., object]) -> None:
     records, _ = made("self-select")
     assert len(records) == 90 - round(90 * 0.25)
