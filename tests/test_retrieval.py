@@ -432,6 +432,11 @@ def two_rows() -> CosineKNN:
             "embeddings must be float32 like the index, got float64",
         ),
         (lambda: two_rows().add(gaussian(2, 3), ids=[1, 2]), ValueError, "ids must not be given"),
+        (
+            lambda: CosineKNN(gaussian(0, 3), ids=[]).add(gaussian(2, 3)),
+            ValueError,
+            "ids must be given",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, error: type[Exception], message: str) -> None:

@@ -194,7 +194,7 @@ class CosineKNN:
             raise ValueError(f"embeddings must be [M, {self._dim}], got {list(rows.shape)}")
         names = None if ids is None else _as_ids(ids, len(rows))
         with self._lock:
-            if len(self) and (names is not None) != self._named:
+            if (len(self) or self._named) and (names is not None) != self._named:
                 expected = "must" if self._named else "must not"
                 raise ValueError(f"ids {expected} be given: the index was built that way")
             self._core.check(rows, self._threads)  # all first: none is added if one is bad
