@@ -66,6 +66,8 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("so we get $\\boxed{\\text{B}}$.", "B", "B"),
         ('{"answer": "B"}', "B", "B"),
         ("<answer>B</answer>", "B", "B"),
+        ("<answer>B</answer> A is wrong.", "B", "B"),
+        ("<answer>B</answer>\nA. negative was too strong", "B", "B"),
         ("The answer is A. No, wait: the answer is C.", "C", "C"),
         ("A is tempting and so is C. Final answer: B", "B", "B"),
         ("The correct option is B", "B", "B"),
@@ -186,6 +188,7 @@ def test_choice_more_than_26_options_and_one_option() -> None:
         ("first 3, then 4", "4", "4"),
         ("The answer is 18. The answer is not 12.", "18", "18"),
         ("The answer is not 12 but 18.", "18", "18"),
+        ("<answer>18</answer> after 3 steps", "18", "18"),
         ("The answer is １，２３４．", "1234", "１，２３４"),
         ("－１８", "-18", "－１８"),
     ],
@@ -318,6 +321,29 @@ def test_span_takes_what_follows_the_marker() -> None:
     assert parsed.answer == "Paris"
     assert reply[parsed.start : parsed.stop] == "Paris"
     assert parse_span("Paris.").answer == "Paris"
+    for between in (": ", ":\n\n", ":** ", " - ", ": **"):
+        for wrapped in ("Paris", "**Paris**"):
+            assert parse_span(f"The answer is{between.rstrip('*')}{wrapped}").answer == "Paris"
+    assert parse_span("**The answer is:** Paris").answer == "Paris"
+    assert parse_span("The answer is -5 °C.").answer == "-5 °C"
+    assert parse_span("The answer is:").answer is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "**Answer: Paris**",
+        "**Final answer: Paris.**",
+        "\\boxed{Paris}",
+        "so $\\boxed{\\text{Paris}}$.",
+        "<answer>Paris</answer>",
+        "<answer>\nParis\n</answer>\nIt lies on the Seine.",
+        '{"answer": "Paris"}',
+    ],
+)
+def test_span_takes_no_mark_that_was_opened_before_it(reply: str) -> None:
+    parsed = parse_span(reply)
+    assert parsed.answer == reply[parsed.start : parsed.stop] == "Paris"
 
 
 def test_kind_of_the_given_answer() -> None:

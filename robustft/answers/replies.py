@@ -37,7 +37,7 @@ NOTHING = Parsed(None, 0, 0)
 QUOTES = "\"'`“”‘’"
 # "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####".
 MARKER = re.compile(
-    r"""\b(?:answers?|(?:correct|right|best|final|my)\s(?:option|choice|letter))\b
+    r"""\b(?<!</)(?:answers?|(?:correct|right|best|final|my)\s(?:option|choice|letter))\b
         (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
         [ \t*_"'`)\]]{0,8}
         (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
@@ -61,6 +61,9 @@ _TEXT_MARKER = re.compile(
     r"(?:[ \t]*:|[ \t]is\b[:]?)[*_]*",
     re.IGNORECASE,
 )
+# What may stand between "the answer is" and a short answer: ":", ":**" from "**The answer is:**".
+_LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf|mathrm|mathbf)\{)*")
+_CLOSERS = {"**": "**", "__": "__", "$": "$", "}": "{", "</answer>": "<answer>"}
 _ASKS = re.compile(r"\?[ \t*_]*$", re.MULTILINE)
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
@@ -181,13 +184,31 @@ def parse_span(reply: str) -> Parsed:
     """A short answer: what follows the last "answer is" on its line, or else the whole text."""
     start, end = body_start(reply), len(reply)
     for marker in [*MARKER.finditer(reply, start)][-50:][::-1]:
-        begin, _ = _trimmed(reply, marker.end(), end)
+        lead = _LEAD.match(reply, marker.end())
+        begin = lead.end() if lead else marker.end()
         stop = reply.find("\n", begin)
-        parsed = _unwrapped(reply, begin, end if stop < 0 else stop, sentence=True)
+        stop = _unclosed(reply, begin, end if stop < 0 else stop)
+        parsed = _unwrapped(reply, begin, stop, sentence=True)
         if parsed.answer is not None:
             return parsed
     parsed = parse_text(reply)
     return _unwrapped(reply, parsed.start, parsed.stop, sentence=True) if parsed.answer else NOTHING
+
+
+def _unclosed(reply: str, start: int, stop: int) -> int:
+    """Where the text ends without what closes marks from before it: "**Answer: Paris**"."""
+    text = reply[start:stop]
+    for _ in range(8):  # one within another
+        whole = text.rstrip(" \t.")
+        for closer, opener in _CLOSERS.items():
+            count = whole.count(closer)
+            open_here = count // 2 * 2 if closer == opener else whole.count(opener)
+            if whole.endswith(closer) and count > open_here:
+                text = whole.removesuffix(closer)
+                break
+        else:
+            break
+    return start + len(text)
 
 
 def _trimmed(reply: str, start: int, stop: int) -> tuple[int, int]:
