@@ -91,6 +91,12 @@ def parse(
     """
     if body_start(reply):  # it thinks first, whatever it was begun with
         begun = ""
+    # A model without a chat template goes on with questions of its own, and answers these, too.
+    head, _, more = reply.partition("\n\n")
+    if begun and f"\n{begun}" in more:
+        first = parse(head, kind=kind, options=options, begun=begun)
+        if first.answer is not None:
+            return first
     if kind == "choice":
         if not options:
             raise ValueError("options must hold at least one text for kind='choice', got none")
