@@ -217,6 +217,7 @@ def test_hostile_numbers_are_neither_evaluated_nor_expanded() -> None:
     [
         ("Answer: Paris", "Paris"),
         ("**Answer:** Paris\n", "Paris"),
+        ("**Answer: Paris, I think.**", "Paris, I think."),
         ('"Paris"', "Paris"),
         ("“Paris”", "Paris"),
         ("```\nprint(1)\n```", "print(1)"),
@@ -330,6 +331,7 @@ def test_span_takes_what_follows_the_marker() -> None:
             assert parse_span(f"The answer is{between.rstrip('*')}{wrapped}").answer == "Paris"
     assert parse_span("**The answer is:** Paris").answer == "Paris"
     assert parse_span("The answer is -5 °C.").answer == "-5 °C"
+    assert parse_span("The answer is 5$").answer == "5$"
     assert parse_span("The answer is:").answer is None
 
 

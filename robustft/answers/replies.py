@@ -63,7 +63,7 @@ _TEXT_MARKER = re.compile(
 )
 # What may stand between "the answer is" and a short answer: ":", ":**" from "**The answer is:**".
 _LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf|mathrm|mathbf)\{)*")
-_CLOSERS = {"**": "**", "__": "__", "$": "$", "}": "{", "</answer>": "<answer>"}
+_CLOSERS = {"**": "**", "__": "__", "}$": "{", "}": "{", "</answer>": "<answer>"}
 _ASKS = re.compile(r"\?[ \t*_]*$", re.MULTILINE)
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
@@ -175,6 +175,8 @@ def parse_text(reply: str) -> Parsed:
         marker = markers[0] if markers[0].start() == 0 else None
     if marker and body[marker.end() :].strip():
         start, stop = _trimmed(reply, start + marker.end(), stop)
+        if marker[0].count("**") % 2:
+            stop = _unclosed(reply, start, stop)
     elif marker:  # "Answer:", and then the tokens were used up
         start, stop = _trimmed(reply, start, start + marker.start())
     return _unwrapped(reply, start, stop)
