@@ -224,6 +224,8 @@ def test_hostile_numbers_are_neither_evaluated_nor_expanded() -> None:
         ("```python\nprint(1)\n```", "print(1)"),
         ("**Paris**", "Paris"),
         ("Two\nlines", "Two\nlines"),
+        ("Dear John,\nthe answer is no.\nYours", "Dear John,\nthe answer is no.\nYours"),
+        ("It is late.\n**The answer is:** Paris", "Paris"),
         ('"a" and "b"', '"a" and "b"'),
         ("Let me think.\nFinal answer: Paris", "Paris"),
         ("Which city?\nAnswer: Rome\nFinal answer: Paris", "Paris"),

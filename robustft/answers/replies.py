@@ -58,7 +58,7 @@ _REFUSAL = re.compile(
 )
 _TEXT_MARKER = re.compile(
     r"(?:^|\n)[ \t]*[#*_]*[ \t]*(?:the\s)?(?:(?:final|correct)\s)?answer[*_]*"
-    r"(?:[ \t]*:|[ \t]is\b[:]?)[*_]*",
+    r"(?:[ \t]is)?[ \t]*:[*_]*",
     re.IGNORECASE,
 )
 # What may stand between "the answer is" and a short answer: ":", ":**" from "**The answer is:**".
