@@ -25,6 +25,7 @@ from robustft_kernels.answer_consistency_reference import (
     pair_agreement,
     vote,
 )
+from robustft_kernels.answer_inputs import Library, _integers
 from robustft_kernels.answer_text import normalise
 
 METRICS = ("exact", "token_f1", "lcs", "edit")
@@ -172,6 +173,7 @@ def test_normalisation() -> None:
     assert normalise(texts) == [
         "us army", "full", "strasse", "-5.0 °c", "1000", "a", "a", "?!", "", "東 京",
     ]  # fmt: skip
+    assert normalise(["1½ cups", "1 1/2 cups", "½", "10²"]) == ["1 1 2 cups"] * 2 + ["1 2", "10 2"]
     assert normalise([]) == []
     assert normalise(["x\ue002y", "z"]) == ["x y", "z"]
 
@@ -326,6 +328,18 @@ def test_cosine() -> None:
 
 def test_no_threshold_is_too_small_to_tell_answers_apart() -> None:
     assert answer_consistency([["a", "b"]], threshold=1e-50).cluster.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+)
+def test_token_ids_of_any_integer_dtype(dtype: str) -> None:
+    ids = np.array([[[1, 2], [1, 3]]], dtype)
+    assert answer_consistency(ids, metric="token_f1").agreement[0, 0, 1] == 0.5
+    tensor = torch.from_numpy(ids.astype(np.int64)).to(getattr(torch, dtype))
+    found = _integers(Library(tensor, triton=True), "answers", tensor)
+    assert found.dtype == torch.int32
+    assert found.tolist() == ids.tolist()
 
 
 def test_tensors_in_tensors_out() -> None:

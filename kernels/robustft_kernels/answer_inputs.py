@@ -189,10 +189,12 @@ def _integers(xp: Library, name: str, value: Any) -> Any:
         "uint8",
         "uint16",
         "uint32",
+        "uint64",
     }:
         raise TypeError(f"{name} must be strings or integer token ids, got {ids.dtype}")
     if str(ids.dtype).endswith(("int64", "uint32")) and 0 not in ids.shape:
-        low, high = int(ids.min()), int(ids.max())
+        wide = xp.cast(ids, "int64") if xp.triton else ids  # torch has no min of unsigned ones
+        low, high = int(wide.min()), int(wide.max())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must hold ids within int32, got {low if low < 0 else high}")
     return xp.cast(ids, "int32")
