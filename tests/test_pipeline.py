@@ -25,10 +25,11 @@ from scripted import LetterEmbedder, ScriptedEngine
 
 from robustft.cleaning import clean, run_clean
 from robustft.config import ABLATIONS, CleanConfig, ExpertConfig
+from robustft.detection.rule import Asked, paper_rule
 from robustft.engines import Generation, Prompt
 from robustft.errors import UserError
 from robustft.prompts import context_prompt
-from robustft.records import Record
+from robustft.records import Record, open_records
 from robustft.relabeling import relabel
 from robustft.store import Opinion, unpack
 
@@ -226,6 +227,16 @@ def test_one_record(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", choice_rows(1))
     assert run(source, tmp_path / "a", ScriptedEngine(choose=all_trust)).counts["keep"] == 1
     assert run(source, tmp_path / "b", ScriptedEngine(choose=all_doubt)).counts["noisy"] == 1
+
+
+def test_an_option_that_stands_twice_is_one_answer(tmp_path: Path) -> None:
+    row = {"question": "q?", "options": ["yes", "no", "yes"], "answer": "A"}
+    [record] = open_records(str(write_jsonl(tmp_path / "in.jsonl", [row])))
+    assert isinstance(record, Record)
+    said = Opinion("C", probabilities=(0.1, 0.2, 0.7))
+    found = paper_rule(Asked(record, said, None, None))
+    assert not found.noisy
+    assert found.noise_score == pytest.approx(0.2)
 
 
 def test_k_larger_than_the_clean_set(tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def doubt(record: Record, opinion: Opinion) -> float:
     if opinion.answer is None:
         return 0.5
     if record.options is not None and opinion.probabilities is not None:
-        return 1.0 - opinion.probabilities[LETTERS.index(record.answer)]
+        given = record.options[LETTERS.index(record.answer)]
+        pairs = zip(record.options, opinion.probabilities, strict=True)
+        return max(1.0 - sum(share for option, share in pairs if option == given), 0.0)
     kind = record_kind(record)
     agreement = answers.agreement(record.answer, opinion.answer, kind=kind, options=record.options)
     return min(max(1.0 - agreement, 0.0), 1.0)
