@@ -320,6 +320,16 @@ def test_keys_tell_content_apart(tmp_path: Path) -> None:
     assert len({record.question_key for record in found}) == 3
 
 
+def test_copies_that_differ_in_white_space_or_case_ask_the_same(tmp_path: Path) -> None:
+    rows = [
+        {"question": question, "options": ["x", option], "answer": "A"}
+        for question, option in (("Is it so?", "y"), ("is  it so? ", "Y"), ("Isit so?", "y"))
+    ]
+    found = records(open_records(save(tmp_path / "d.jsonl", jsonl(rows))))
+    assert found[0].question_key == found[1].question_key != found[2].question_key
+    assert len({record.key for record in found}) == 3
+
+
 def test_duplicate_ids_get_a_number(tmp_path: Path) -> None:
     ids: list[Any] = [None, "a", "a", "a#2", "a", 7, "7", "0", 7.5, "", "8"]
     rows = [{"id": own, "question": "q", "answer": "a"} for own in ids]

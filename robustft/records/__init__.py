@@ -68,7 +68,10 @@ class Record:
 
     @property
     def question_key(self) -> bytes:
-        """16 bytes that tell what is asked: question, options and context."""
+        """16 bytes that tell what is asked: question, options and context.
+
+        The same for copies that differ in case or white space alone.
+        """
         return _digest(self, None)
 
 
@@ -81,7 +84,8 @@ def _digest(record: Record, answer: str | None) -> bytes:
     for size in sizes:
         digest.update(size.to_bytes(4, "little", signed=True))
     for part in parts if answer is None else [*parts, answer]:
-        data = part.encode(errors="surrogatepass")
+        plain = " ".join(part.split()).casefold() if answer is None else part
+        data = plain.encode(errors="surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()
 
