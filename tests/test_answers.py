@@ -65,6 +65,8 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("\\boxed{B}", "B", "B"),
         ("so we get $\\boxed{\\text{B}}$.", "B", "B"),
         ('{"answer": "B"}', "B", "B"),
+        ("A: B", "B", "B"),
+        ("A: (b).", "B", "b"),
         ("<answer>B</answer>", "B", "B"),
         ("<answer>B</answer> A is wrong.", "B", "B"),
         ("<answer>B</answer>\nA. negative was too strong", "B", "B"),

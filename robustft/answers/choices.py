@@ -38,7 +38,7 @@ _NEGATION = re.compile(
     re.IGNORECASE,
 )
 _LINE = re.compile(
-    r"""[\s*_>\#"'`“‘-]*+(?P<open>[(\[{]?)(?P<letter>[A-Za-z])(?![\w'’])
+    r"""[\s*_>\#"'`“‘-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{]?)(?P<letter>[A-Za-z])(?![\w'’])
         (?P<close>[)\]}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
     re.VERBOSE,
 )
