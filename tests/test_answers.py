@@ -336,6 +336,7 @@ def test_span_takes_what_follows_the_marker() -> None:
     assert parse_span("**The answer is:** Paris").answer == "Paris"
     assert parse_span("The answer is -5 °C.").answer == "-5 °C"
     assert parse_span("The answer is 5$").answer == "5$"
+    assert parse_span("The answer is the U.S.").answer == "the U.S."
     assert parse_span("The answer is:").answer is None
 
 
@@ -346,6 +347,8 @@ def test_span_takes_what_follows_the_marker() -> None:
         "**Final answer: Paris.**",
         "\\boxed{Paris}",
         "so $\\boxed{\\text{Paris}}$.",
+        "Answer: ```\nParis\n```\nIt lies on the Seine.",
+        "Q: Which city?\nA: Paris",
         "<answer>Paris</answer>",
         "<answer>\nParis\n</answer>\nIt lies on the Seine.",
         '{"answer": "Paris"}',

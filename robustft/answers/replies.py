@@ -64,6 +64,7 @@ _TEXT_MARKER = re.compile(
 # What may stand between "the answer is" and a short answer: ":", ":**" from "**The answer is:**".
 _LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf|mathrm|mathbf)\{)*")
 _CLOSERS = {"**": "**", "__": "__", "}$": "{", "}": "{", "</answer>": "<answer>"}
+_INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}\Z")  # "U.S."
 _ASKS = re.compile(r"\?[ \t*_]*$", re.MULTILINE)
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
@@ -185,10 +186,13 @@ def parse_text(reply: str) -> Parsed:
 def parse_span(reply: str) -> Parsed:
     """A short answer: what follows the last "answer is" on its line, or else the whole text."""
     start, end = body_start(reply), len(reply)
-    for marker in [*MARKER.finditer(reply, start)][-50:][::-1]:
-        lead = _LEAD.match(reply, marker.end())
-        begin = lead.end() if lead else marker.end()
-        stop = reply.find("\n", begin)
+    marks = [match.end() for match in MARKER.finditer(reply, start)]
+    marks += [match.end() for match in _A_COLON.finditer(reply, start)]
+    for position in sorted(marks)[-50:][::-1]:
+        lead = _LEAD.match(reply, position)
+        begin = lead.end() if lead else position
+        fence = reply.find("```", begin + 3) if reply.startswith("```", begin) else -1
+        stop = fence + 3 if fence >= 0 else reply.find("\n", begin)
         stop = _unclosed(reply, begin, end if stop < 0 else stop)
         parsed = _unwrapped(reply, begin, stop, sentence=True)
         if parsed.answer is not None:
@@ -230,7 +234,8 @@ def _unwrapped(reply: str, start: int, stop: int, *, sentence: bool = False) -> 
     pairs = ["**", "__", '"', "“”", "‘’", "'", "`", "*", "$"]
     while True:
         before = (start, stop)
-        if sentence and stop > start and reply[stop - 1] in ".;," and reply[stop - 2] != ".":
+        ends = sentence and stop > start and reply[stop - 1] in ".;," and reply[stop - 2] != "."
+        if ends and not _INITIALS.search(reply, max(start, stop - 20), stop):
             stop -= 1
         for pair in pairs:
             opened, closed = (pair[0], pair[1]) if pair in ("“”", "‘’") else (pair, pair)
