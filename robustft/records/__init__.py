@@ -70,7 +70,7 @@ class Record:
     def question_key(self) -> bytes:
         """16 bytes that tell what is asked: question, options and context.
 
-        The same for copies that differ in case or white space alone.
+        The same for copies that differ in case, white space or the options' order alone.
         """
         return _digest(self, None)
 
@@ -79,15 +79,19 @@ def _digest(record: Record, answer: str | None) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     options = record.options
     # Every list is preceded by its length, every text by its size: no two contents collide.
-    parts = [record.question, *(part for turn in record.context for part in turn), *(options or ())]
+    told = (options or ()) if answer is not None else sorted(options or (), key=_plain)
+    parts = [record.question, *(part for turn in record.context for part in turn), *told]
     sizes = (-1 if options is None else len(options), len(record.context), answer is not None)
     for size in sizes:
         digest.update(size.to_bytes(4, "little", signed=True))
     for part in parts if answer is None else [*parts, answer]:
-        plain = " ".join(part.split()).casefold() if answer is None else part
-        data = plain.encode(errors="surrogatepass")
+        data = (_plain(part) if answer is None else part).encode(errors="surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 class RecordSource:
