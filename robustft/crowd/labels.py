@@ -31,7 +31,9 @@ from scipy.optimize import minimize
 from robustft.crowd.judgement import Floats, Judgement, rate_estimate
 from robustft.crowd.learners import Labels, Learners, Progress, label_frequencies, softmax
 
-_SIGNIFICANT = 2.6  # standard deviations above chance; 0.5 % of the experts at chance pass
+# Standard deviations above chance: 0.5 % of the experts at chance pass, and learners on 3 % of the
+# corpora that teach nothing (their tries are several, and each label is in others' predictions).
+_SIGNIFICANT = 2.6
 _CONTRARY = 5.0  # so far below chance, an expert tells that most given answers are wrong
 # Least probability an expert is taken to mean. A language model is surer than it should be: how
 # much surer of one answer than of another must not be cut off with it.
@@ -204,7 +206,8 @@ def skill(opinions: Floats, given: _Given) -> float:
     """How far an expert predicts the given labels beyond their frequencies, in standard deviations.
 
     The score test (Rao 1948) of w = 0 in p(y | x) ~ exp(b[y]) p_m(y | x)^w, b free: under chance it
-    is standard normal, whatever the expert's calibration. Its liking for one option, the same in
+    is standard normal, whatever the expert's calibration (a learner's deviation is up to the square
+    root of 2: of two records each predicts the other). Its liking for one option, the same in
     every record, tells nothing and is taken out: it would drown what it knows.
     """
     had = ~given.lacking
