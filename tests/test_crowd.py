@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from robustft import crowd
 from robustft.crowd import learners, open_answers
+from robustft.crowd.judgement import Floats
 from robustft.crowd.labels import _Given, skill, transition
 
 
@@ -175,6 +176,27 @@ def test_random_labels_teach_nothing(seed: int) -> None:
     rows, _, _ = corpus(seed, 300)
     labels = rng.integers(3, size=300)
     assert crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3)).powerless
+
+
+def test_learners_that_fall_silent_have_spoken() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=300)
+    labels = np.where(rng.random(300) < 0.3, (truth + 1) % 3, truth)
+    votes = np.eye(3)[truth] * 0.6 + 0.4 / 3
+    replies = [{"neighbours": votes}] * 2
+
+    class Neighbours(crowd.Learners):
+        names = ("neighbours",)
+
+        def __init__(self) -> None:
+            """Learn nothing."""
+
+        def predict(self, transition: Floats) -> dict[str, Floats]:
+            return replies.pop() if replies else {}
+
+    judged = crowd.judge_labels({}, labels, 3, Neighbours())
+    assert judged.weights == {"neighbours": 1.0}
+    assert np.mean((judged.wrong > 0.5) == (labels != truth)) > 0.95
 
 
 @settings(max_examples=20, deadline=None)
