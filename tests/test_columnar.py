@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
         pa.field("answer", pa.int8(), metadata={"note": "kept"}),
         pa.field("when", pa.timestamp("ns", tz="UTC")),
         pa.field("cost", pa.decimal128(10, 3)),
-        pa.field("kind", pa.dictionary(pa.int8(), pa.string())),
+        pa.field("kind", pa.dictionary(pa.int32(), pa.string())),
         pa.field("extra", pa.struct([("blob", pa.binary()), ("day", pa.date32())])),
         pa.field("pairs", pa.map_(pa.string(), pa.int16())),
         pa.field("half", pa.float16()),
@@ -44,7 +44,8 @@ def table(count: int) -> pa.Table:
         when,
         pa.array([decimal.Decimal(n) / 8 for n in range(count)], SCHEMA[4].type),
         pa.DictionaryArray.from_arrays(
-            pa.array([None if n % 5 == 0 else n % 2 for n in range(count)], pa.int8()), ["k0", "k1"]
+            pa.array([None if n % 5 == 0 else n % 2 for n in range(count)], pa.int32()),
+            ["k0", "k1"],
         ),
         pa.array([{"blob": b"\xff\0", "day": datetime.date(2020, 1, 1)}] * count, SCHEMA[6].type),
         pa.array([[("a", n % 100)] for n in range(count)], SCHEMA[7].type),
@@ -93,6 +94,25 @@ def test_parquet_keeps_types_schema_and_codec(tmp_path: Path) -> None:
     rest = [name for name in SCHEMA.names if name != "answer"]
     assert after.select(rest).equals(before.select(rest).take(kept), check_metadata=True)
     assert after.schema.equals(before.schema, check_metadata=True)
+
+
+def categories(names: list[str]) -> pa.DictionaryArray:
+    """As pandas writes them: each its own, with an index of 8 bits."""
+    return pa.DictionaryArray.from_arrays(pa.array(range(len(names)), pa.int8()), names)
+
+
+def test_categories_have_room_for_new_answers_and_other_files(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        words = [f"{part}{n}" for n in range(100)]
+        columns = {"question": words, "answer": categories(words), "topic": categories(words)}
+        pq.write_table(pa.table(columns), tmp_path / f"{part}.parquet")
+    source = open_records(str(tmp_path))
+    answers = {n: f"new {n}" for n in range(0, 200, 2)}
+    after = rewrite(source, tmp_path / "o.parquet", answers, set())
+    given = [f"{part}{n}" for part in "ab" for n in range(100)]
+    assert after["topic"].to_pylist() == given
+    assert after["answer"].to_pylist() == [answers.get(n, given[n]) for n in range(200)]
+    assert pa.types.is_dictionary(after.schema.field("answer").type)
 
 
 def test_parquet_chat_turns(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ class ColumnWriter:
     def __init__(self, file: IO[bytes], schema: Any, compression: str) -> None:
         import pyarrow.parquet as pq
 
-        self._schema = schema
-        self._parquet = pq.ParquetWriter(file, schema, compression=compression)
+        self._schema = _roomy(schema)
+        self._parquet = pq.ParquetWriter(file, self._schema, compression=compression)
         self._batch: _Batch | None = None
         self._rows: list[tuple[int, Mapping[str, Any]]] = []  # of self._batch: position, changes
         self._group: list[Any] = []
@@ -190,6 +190,8 @@ class ColumnWriter:
         if self._batch is None or not self._rows:
             return
         arrow = self._batch.arrow
+        if arrow.schema != self._schema:
+            arrow = arrow.cast(self._schema)
         start = 0
         for end in range(1, len(self._rows) + 1):  # slices of rows that follow one another
             run_goes_on = end < len(self._rows) and self._rows[end][0] == self._rows[end - 1][0] + 1
@@ -230,11 +232,24 @@ class ColumnWriter:
 
         if self._group:
             table = pa.Table.from_batches(self._group)
-            if table.schema != self._schema:
-                table = table.cast(self._schema)
             self._parquet.write_table(table.replace_schema_metadata(self._schema.metadata))
         self._group.clear()
         self._held = 0
+
+
+def _roomy(schema: Any) -> Any:
+    """The schema with indexes of 32 bits in columns of categories.
+
+    Of 8 or 16 bits they have no room for new answers, nor for the categories of several files.
+    """
+    import pyarrow as pa
+
+    for at, column in enumerate(schema):
+        kind = column.type
+        if pa.types.is_dictionary(kind) and kind.index_type.bit_width < 32:
+            wide = pa.dictionary(pa.int32(), kind.value_type, ordered=kind.ordered)
+            schema = schema.set(at, column.with_type(wide))
+    return schema
 
 
 def open_parquet(files: tuple[Path, ...], names: tuple[str, ...]) -> ColumnReader:
