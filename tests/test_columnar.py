@@ -183,6 +183,20 @@ def test_parquet_cell_that_is_no_text_is_one_reject(tmp_path: Path) -> None:
     assert items[1].line == 2
 
 
+def test_a_date_beyond_pythons_does_no_harm(tmp_path: Path) -> None:
+    days = pa.array([2**30] * 2, pa.int32()).view(pa.date32())
+    before = pa.table({"question": ["q", "r"], "answer": ["a", None], "day": days})
+    pq.write_table(before, tmp_path / "d.parquet")
+    source = open_records(str(tmp_path / "d.parquet"))
+    record, bad = source
+    assert isinstance(record, Record)
+    assert isinstance(bad, Reject)
+    assert bad.data == b'{"question":"r","answer":null}'
+    with RecordWriter(tmp_path / "o.parquet", source) as writer:
+        writer.write(record, record.answer)
+    assert pq.read_table(tmp_path / "o.parquet").equals(before.slice(0, 1))
+
+
 @pytest.mark.parametrize("empty", [0, 2000])
 def test_parquet_of_one_long_text_many_times_is_held_in_small_parts(
     tmp_path: Path, empty: int

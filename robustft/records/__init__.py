@@ -181,7 +181,7 @@ def _as_bytes(row: Mapping[str, Any]) -> bytes:
         with contextlib.suppress(BadRowError):
             value = row[name]
             values[name] = (
-                value if isinstance(value, (str, int, float, list, dict)) else repr(value)
+                value if isinstance(value, str | int | float | list | dict | None) else repr(value)
             )
     try:
         return dump_json(values)

@@ -23,6 +23,7 @@ BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
 GROUP_BYTES = 16 << 20  # a row group is written when it holds this much, or this many rows
 GROUP_ROWS = 16 << 10
+_UNREADABLE = (ValueError, TypeError, OverflowError)  # the last for a year that Python has not
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class _Batch:
             column = self.arrow.column(name)
             try:
                 self.columns[name] = column.to_pylist()
-            except (ValueError, TypeError):  # one bad cell (invalid UTF-8) fails them all
+            except _UNREADABLE:  # one bad cell (invalid UTF-8) fails them all
                 self.columns[name] = [_cell(scalar) for scalar in column]
         return self.columns[name]
 
@@ -46,7 +47,7 @@ class _Batch:
 def _cell(scalar: Any) -> Any:
     try:
         return scalar.as_py()
-    except (ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         return BadRowError(f"cannot be decoded: {error}")
 
 
