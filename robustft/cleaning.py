@@ -185,6 +185,11 @@ def _conclude(
 
 def open_source(config: CleanConfig) -> RecordSource:
     """The input of a configuration, once it is certain that no output will land on it."""
+    for name in (config.input, str(config.out)):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{name}: the name is not UTF-8, as a manifest is; rename it") from None
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )

@@ -24,7 +24,7 @@ from robustft.records import RecordSource
 from robustft.report.run import next_steps, write_run_report
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
-from robustft.terminal import counted
+from robustft.terminal import counted, printable
 from robustft.verdicts import CleanResult, write_outputs
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
@@ -159,7 +159,7 @@ def _manifest(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
     return {
         **identity(config, METHOD, content_hash),
-        "command": sys.argv,
+        "command": list(map(printable, sys.argv)),
         "dataset_info": config.dataset_info,
         "versions": versions,
         "platform": platform.platform(),

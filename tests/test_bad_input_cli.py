@@ -96,6 +96,17 @@ def test_wrong_extension(clean: Status) -> None:
     refused(clean("data.docx", lines(GOOD)), "data.docx", ".jsonl")
 
 
+def test_a_name_that_is_not_utf8(
+    clean: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(clean("caf\udce9.jsonl", lines(GOOD)), "is not UTF-8")
+    refused(clean("d.jsonl", lines(GOOD), out=tmp_path / "caf\udce9"), "is not UTF-8")
+    monkeypatch.setattr(sys, "argv", ["robustft", "--config", "caf\udce9.toml"])
+    assert clean("d.jsonl", lines(GOOD))[0] == 0
+    command = json.loads((tmp_path / "out/manifest.json").read_text())["command"]
+    assert command[-1] == r"caf\udce9.toml"
+
+
 def test_unknown_schema(clean: Status) -> None:
     refused(clean("d.jsonl", lines({"alpha": 1, "beta": 2})), "alpha")
     refused(clean("d.jsonl", lines(GOOD), "--schema", "nonsense"), "nonsense", "choice")

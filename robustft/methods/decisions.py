@@ -18,6 +18,7 @@ from robustft.files import atomic_file
 from robustft.outputs import claim, identity, made_by, write_manifest
 from robustft.records import Record, RecordWriter, Reject, output_name
 from robustft.store import Stopwatch, folder_lock
+from robustft.terminal import printable
 from robustft.verdicts import CleanResult
 
 _CHUNK = 512
@@ -98,7 +99,7 @@ def write_decisions(
         )
     result.seconds["total"] = round(watch.seconds(), 3)
     manifest = {
-        **whose, "command": sys.argv, "dataset_info": config.dataset_info,
+        **whose, "command": list(map(printable, sys.argv)), "dataset_info": config.dataset_info,
         "counts": dict(result.counts),
         "unanswered": result.unanswered, "warnings": result.warnings, "seconds": result.seconds,
     }  # fmt: skip
