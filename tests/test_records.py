@@ -250,6 +250,7 @@ ARC = {"text": ["up", "down"], "label": ["1", "2"]}
         ({"text": ["up", "down"], "label": ["x", "2"]}, 2, "B", "A", "x"),
         ({"A": "up", "B": "down"}, "B", "B", "A", "A"),
         ({"A": "up", "B": "down"}, "down", "B", "A", "up"),
+        ({"A": "up", "B": "down", "C": None}, "B", "B", "A", "A"),
     ],
 )
 def test_choice_answers_keep_their_form(

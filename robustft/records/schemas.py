@@ -266,7 +266,8 @@ class ChoiceSchema:
         if isinstance(value, Mapping):
             if set(value) == {"text", "label"}:
                 labels, value = value["label"], value["text"]
-            else:
+            else:  # Arrow gives every row the keys of all, with null where it has none
+                value = {label: option for label, option in value.items() if option is not None}
                 labels, value = list(value), list(value.values())
         if not isinstance(value, (list, tuple)) or not isinstance(labels, (list, tuple)):
             raise BadRowError(f"field {name!r}: expected a list, found {type_name(value)}")
