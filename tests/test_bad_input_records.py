@@ -282,6 +282,21 @@ def test_bad_json(tmp_path: Path, suffix: str, bad: bytes, reason: str) -> None:
     assert reason in rejected(tmp_path, bad, suffix).reason
 
 
+@pytest.mark.parametrize("more", [b"", b', "big": 123456789012345678901234567890'])
+def test_what_is_nested_deeply_is_written_or_rejected(tmp_path: Path, more: bytes) -> None:
+    for depth, kinds in ((499, [Record, Record]), (500, [Record, Reject])):
+        nested = b'{"question": "q", "answer": "a", "x": ' + b"[" * depth + b"]" * depth
+        data = orjson.dumps({"question": "[" * 600, "answer": "a"})
+        source = open_records(save(tmp_path / "d.jsonl", data + b"\n" + nested + more + b"}\n"))
+        items = list(source)
+        assert [type(item) for item in items] == kinds
+        with RecordWriter(tmp_path / "o.jsonl", source) as writer:
+            for item in items:
+                if isinstance(item, Record):
+                    writer.write(item, "b")
+    assert "at most 500 levels" in items[1].reason
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_ten_megabyte_line(tmp_path: Path, suffix: str) -> None:
     bad = b'{"question": "' + b"q" * 10_000_000 + b'"}'

@@ -138,6 +138,8 @@ def hash_files(files: Iterable[Path]) -> str:
 
 _DIGITS = bytes(ord("0") if chr(byte) in "0123456789" else ord(".") for byte in range(256))
 _LONG_NUMBER = b"0" * 19
+_LEVELS = 500  # half of Python's stack: what is read must also be written, wherever that is called
+_TOO_DEEP = f"nested too deeply: at most {_LEVELS} levels are read"
 
 
 def parse_json(number: int, data: bytes) -> tuple[int, TextRow] | Reject:
@@ -146,11 +148,22 @@ def parse_json(number: int, data: bytes) -> tuple[int, TextRow] | Reject:
         value = orjson.loads(data)
         if _LONG_NUMBER in data.translate(_DIGITS):
             value = json.loads(data)  # orjson turns integers beyond 64 bits into floats
+        if data.count(b"[") + data.count(b"{") > _LEVELS and _is_deep(value):
+            return reject(number, _TOO_DEEP, data)
     except (ValueError, RecursionError) as error:
         return reject(number, _json_reason(data, str(error)), data)
     if not isinstance(value, dict):
         return reject(number, f"expected a JSON object, found {type_name(value)}", data)
     return number, TextRow(value, data)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a JSON value nests in more than `_LEVELS` levels."""
+    level = [value]
+    for _ in range(_LEVELS):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+    return bool(level)
 
 
 def type_name(value: object) -> str:
@@ -178,7 +191,7 @@ def _json_reason(data: bytes, error: str) -> str:
     if has_nan(data):
         return "not valid JSON: NaN and Infinity are no JSON numbers"
     if "depth" in error.lower() or "recursion" in error.lower():
-        return "nested too deeply: at most 1024 levels are read"
+        return _TOO_DEEP
     return f"not valid JSON: {error}"
 
 
