@@ -229,6 +229,17 @@ def test_chat_turns_in_a_csv_cell(tmp_path: Path) -> None:
     assert json.loads(again.row["messages"]) == [*MESSAGES[:-1], MESSAGES[-1] | {"content": "5"}]
 
 
+def test_json_in_a_csv_cell_keeps_long_numbers_and_depth(tmp_path: Path) -> None:
+    deep = json.loads("[" * 300 + "]" * 300)
+    turns = [*MESSAGES[:-1], MESSAGES[-1] | {"number": 2**70, "deep": deep}]
+    text = io.StringIO()
+    csv.writer(text).writerows([["messages"], [json.dumps(turns)]])
+    source = open_records(save(tmp_path / "d.csv", text.getvalue().encode()))
+    rewrite(source, tmp_path / "o.csv", {0: "5"})
+    (again,) = records(open_records(str(tmp_path / "o.csv")))
+    assert json.loads(again.row["messages"])[-1] == turns[-1] | {"content": "5"}
+
+
 ARC = {"text": ["up", "down"], "label": ["1", "2"]}
 
 

@@ -142,15 +142,21 @@ _LEVELS = 500  # half of Python's stack: what is read must also be written, wher
 _TOO_DEEP = f"nested too deeply: at most {_LEVELS} levels are read"
 
 
+def load_json(data: bytes) -> Any:
+    """Parse JSON strictly; integers keep every digit. Raises ValueError."""
+    value = orjson.loads(data)
+    if data.count(b"[") + data.count(b"{") > _LEVELS and _is_deep(value):
+        raise ValueError(_TOO_DEEP)
+    if _LONG_NUMBER in data.translate(_DIGITS):
+        value = json.loads(data)  # orjson turns integers beyond 64 bits into floats
+    return value
+
+
 def parse_json(number: int, data: bytes) -> tuple[int, TextRow] | Reject:
-    """Parse one JSON object strictly; anything else is a reject that says what is wrong."""
+    """Parse one JSON object; anything else is a reject that says what is wrong."""
     try:
-        value = orjson.loads(data)
-        if _LONG_NUMBER in data.translate(_DIGITS):
-            value = json.loads(data)  # orjson turns integers beyond 64 bits into floats
-        if data.count(b"[") + data.count(b"{") > _LEVELS and _is_deep(value):
-            return reject(number, _TOO_DEEP, data)
-    except (ValueError, RecursionError) as error:
+        value = load_json(data)
+    except ValueError as error:
         return reject(number, _json_reason(data, str(error)), data)
     if not isinstance(value, dict):
         return reject(number, f"expected a JSON object, found {type_name(value)}", data)
@@ -190,7 +196,7 @@ def _json_reason(data: bytes, error: str) -> str:
         return reason
     if has_nan(data):
         return "not valid JSON: NaN and Infinity are no JSON numbers"
-    if "depth" in error.lower() or "recursion" in error.lower():
+    if any(word in error.lower() for word in ("deep", "depth", "recursion")):
         return _TOO_DEEP
     return f"not valid JSON: {error}"
 

@@ -17,10 +17,8 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, NamedTuple, Protocol
 
-import orjson
-
 from robustft.errors import UserError
-from robustft.records.formats import BadRowError, has_nan, type_name
+from robustft.records.formats import BadRowError, dump_json, has_nan, load_json, type_name
 from robustft.records.framing import MAX_LINE_BYTES, field_names, short
 from robustft.terminal import printable
 
@@ -143,7 +141,7 @@ class OpenSchema:
 def _json_list(value: str, name: str) -> Any:
     """Parse JSON in a cell; raises `BadRowError`."""
     try:
-        return orjson.loads(value)
+        return load_json(value.encode())
     except ValueError:
         hint = " with NaN, which is no JSON" if has_nan(value.encode()) else ""
         raise BadRowError(
@@ -371,7 +369,7 @@ class ChatSchema:
         last = {**turns[-1], name: [{**given[0], "text": answer}] if _parts(given) else answer}
         value: Any = [*turns[:-1], last]
         return {
-            self.turns: orjson.dumps(value).decode() if isinstance(row[self.turns], str) else value
+            self.turns: dump_json(value).decode() if isinstance(row[self.turns], str) else value
         }
 
     def _turns(self, row: Mapping[str, Any]) -> Sequence[Any]:
