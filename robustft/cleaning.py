@@ -103,8 +103,14 @@ def _rows_file(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
     digest = hashlib.blake2b(digest_size=8)
     draft = folder / f".input.{secrets.token_hex(6)}.jsonl"
     with atomic_file(draft) as handle:
-        for row in rows:
-            line = dump_json(dict(row)) + b"\n"
+        for number, row in enumerate(rows):
+            try:
+                line = dump_json(dict(row)) + b"\n"
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"data: row {number} must be a mapping of values that JSON has, got "
+                    f"{row!r:.200} ({error})"
+                ) from None
             digest.update(line)
             handle.write(line)
     return draft.replace(folder / f"input-{digest.hexdigest()}.jsonl")

@@ -91,6 +91,14 @@ def test_rows_of_one_call_do_not_replace_those_of_another(tmp_path: Path) -> Non
     assert [path.read_bytes().count(b"\n") for path in inputs if path.stat().st_size > 4] == [6]
 
 
+@pytest.mark.parametrize("bad", ["question", ROWS[0] | {"x": {1j}}, ROWS[0] | {"x": "\ud800"}])
+def test_a_row_that_is_none_is_named(tmp_path: Path, bad: Any) -> None:
+    models = {"engine": ScriptedEngine(), "embedder": LetterEmbedder()}
+    with pytest.raises(UserError, match="data: row 1 must be a mapping of values that JSON has"):
+        rft.clean([ROWS[0], bad], out=tmp_path, **models)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_exchange_files_name_the_records_as_verdicts_do_and_never_go_stale(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     rows = [{**row, "answer": "AB"[number % 2]} for number, row in enumerate(ROWS * 5)]
