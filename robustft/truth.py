@@ -54,21 +54,24 @@ class Comparison:
 def check(truth: str, source: Iterable[Record | Reject] = ()) -> None:
     """Raise UserError where `compare` could not read the truth, or it is that of another input.
 
-    `source` is the input: of its first records without ids of their own most questions must be
-    those of the truth, but for spaces and case.
+    `source` is the input: its first records must be those of the truth by id and given answer, and
+    of those without ids of their own most by question too, but for spaces and case.
     """
     records = (item for item in source if isinstance(item, Record))
     different = []
     pairs = list(itertools.islice(itertools.zip_longest(_known(truth), records), _CHECKED))
-    for known, record in pairs:
-        if known is not None and record is not None and record.id == str(record.index):
+    for number, (found, record) in enumerate(pairs, 1):
+        if record is None:
+            break
+        known = _same_record(truth, number, {"id": record.id, "given": record.answer}, found)
+        if record.id == str(record.index):
             asked = known.question
             if asked is not None and _plain(asked) != _plain(record.question):
                 different.append((record.question, asked))
     if len(different) > len(pairs) / 2:
-        expected, found = map(short, different[0])
+        expected, other = map(short, different[0])
         raise UserError(
-            f"{truth}: expected the question {expected!r}, found {found!r}: the truth of another "
+            f"{truth}: expected the question {expected!r}, found {other!r}: the truth of another "
             "input?"
         )
 
@@ -87,19 +90,12 @@ def compare(out: Path, truth: str) -> Comparison:
     """
     scores, errors = array("d"), array("b")
     noisy = hits = kept = corrected = 0
-    for number, (verdict, known) in enumerate(
+    for number, (verdict, found) in enumerate(
         itertools.zip_longest(_lines(out / "verdicts.jsonl"), _known(truth)), 1
     ):
         if verdict is None:
             break
-        expected, found = _difference(verdict, known)
-        if expected:
-            raise UserError(
-                f"{truth}, record {number}: expected the {expected}, found {found}: the truth of "
-                "another input?"
-            )
-        assert known is not None
-        right = known.answer
+        right = _same_record(truth, number, verdict, found).answer
         wrong = not _same(right, verdict["given"])
         flagged = verdict.get("verdict") == "noisy"  # baselines give no verdict and no score
         noisy += flagged
@@ -115,13 +111,22 @@ def compare(out: Path, truth: str) -> Comparison:
     return Comparison(len(scores), int(is_wrong.sum()), noisy, hits, ranked, kept, corrected)
 
 
-def _difference(verdict: Mapping[str, Any], known: _Known | None) -> tuple[str, str]:
-    """What a line of the truth should have, and has, to be that of a verdict; empty: it is."""
+def _same_record(
+    truth: str, number: int, verdict: Mapping[str, Any], known: _Known | None
+) -> _Known:
+    """What the truth says of the record of a verdict; raises UserError where it is of another."""
     if known is None or known.id != verdict["id"]:
-        return f"id {verdict['id']!r}", "nothing" if known is None else repr(known.id)
-    if known.given is not None and not _same(known.given, verdict["given"]):
-        return f"given answer {short(verdict['given'])!r}", repr(short(known.given))
-    return "", ""
+        expected = f"id {verdict['id']!r}"
+        found = "nothing" if known is None else repr(known.id)
+    elif known.given is not None and not _same(known.given, verdict["given"]):
+        expected = f"given answer {short(verdict['given'])!r}"
+        found = repr(short(known.given))
+    else:
+        return known
+    raise UserError(
+        f"{truth}, record {number}: expected the {expected}, found {found}: the truth of another "
+        "input?"
+    )
 
 
 def _same(truth: str, answer: str) -> bool:

@@ -85,13 +85,20 @@ def test_what_was_corrupted_otherwise_is_another_input(tmp_path: Path) -> None:
     path.write_text(json.dumps({"id": "a", "truth": "B", "given": "C"}) + "\n")
     with pytest.raises(UserError, match="record 1: expected the given answer 'A', found 'C'"):
         compare(tmp_path, str(path))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "question": "?", "answer": "A"}))
+    with pytest.raises(UserError, match="record 1: expected the given answer 'A', found 'C'"):
+        check(str(path), open_records(str(tmp_path / "in.jsonl")))
 
 
 def test_a_truth_of_another_input_is_refused(tmp_path: Path) -> None:
+    rows = [{"id": id_, "question": "?", "answer": "A"} for id_ in "ab"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for truth, said in (({"x": "B"}, "'x'"), ({"a": "B"}, "nothing")):
         path = write(tmp_path, VERDICTS[:2], truth)
         with pytest.raises(UserError, match=rf"expected the id '[ab]', found {said}"):
             compare(tmp_path, path)
+        with pytest.raises(UserError, match=rf"expected the id '[ab]', found {said}"):
+            check(path, open_records(str(tmp_path / "in.jsonl")))
 
 
 @pytest.mark.parametrize(
