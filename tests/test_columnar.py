@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import math
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,21 @@ def test_parquet_tells_beforehand_what_a_column_holds(
         assert told.endswith(f"does not fit the column's type ({kind})")
         with pytest.raises(UserError, match="does not fit the column's type"):
             rewrite(source, tmp_path / "o.parquet", {0: answer}, set())
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_fractions_of_every_width_read_as_they_are_written(tmp_path: Path, kind: Any) -> None:
+    cells = pa.array([0.1, 12.0, None, math.inf, 3.7]).cast(kind)
+    before = pa.table({"question": list("abcde"), "answer": cells})
+    pq.write_table(before, tmp_path / "d.parquet")
+    source = open_records(str(tmp_path / "d.parquet"))
+    first, second, *bad, last = source
+    assert [one.answer for one in (first, second, last)] == ["0.1", "12.0", "3.7"]
+    assert all(isinstance(one, Reject) for one in bad)
+    with RecordWriter(tmp_path / "o.parquet", source) as writer:
+        writer.write(first, "3.7")
+        writer.write(last, last.answer)
+    assert pq.read_table(tmp_path / "o.parquet")["answer"].to_pylist() == [cells[4].as_py()] * 2
 
 
 def test_parquet_cell_that_is_no_text_is_one_reject(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from math import isfinite
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 from robustft.errors import UserError
 from robustft.records.formats import BadRowError, RowWriter, hash_files, refuse_twins
 from robustft.records.framing import Place, Reject
@@ -23,6 +25,8 @@ BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
 GROUP_BYTES = 16 << 20  # a row group is written when it holds this much, or this many rows
 GROUP_ROWS = 16 << 10
+# Python's floats are longer: 0.1 would become 0.10000000149011612, which is no expert's answer.
+_SHORT_FLOATS = {"halffloat": np.float16, "float": np.float32}
 _UNREADABLE = (ValueError, TypeError, OverflowError)  # the last for a year that Python has not
 
 
@@ -41,6 +45,11 @@ class _Batch:
                 self.columns[name] = column.to_pylist()
             except _UNREADABLE:  # one bad cell (invalid UTF-8) fails them all
                 self.columns[name] = [_cell(scalar) for scalar in column]
+            if short := _SHORT_FLOATS.get(str(column.type)):
+                self.columns[name] = [
+                    None if value is None else float(str(short(value)))
+                    for value in self.columns[name]
+                ]
         return self.columns[name]
 
 
