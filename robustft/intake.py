@@ -87,21 +87,13 @@ def _read(source: RecordSource, folder: Path) -> dict[str, Any]:
                 if len(written) == UNIT_ROWS or held >= _BLOCK_BYTES:
                     flush()
             else:
-                refused.write(_reject_line(item))
+                refused.write(orjson.dumps(item.told) + b"\n")
                 numbers.write(number.to_bytes(8, "little"))
                 rejects += 1
                 known = item.reason in reasons or len(reasons) < _REASONS
                 reasons[item.reason if known else "other reasons"] += 1
         flush()
     return {"records": records, "rejects": rejects, "reasons": dict(reasons)}
-
-
-def _reject_line(reject: Reject) -> bytes:
-    text = reject.data.decode("utf-8", "backslashreplace")
-    body = {
-        **reject.place.told, "reason": reject.reason, "bytes": reject.size, "data": text,
-    }  # fmt: skip
-    return orjson.dumps(body) + b"\n"
 
 
 class Intake:

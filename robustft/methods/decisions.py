@@ -88,8 +88,7 @@ def write_decisions(
             for item in items:
                 if isinstance(item, Reject):
                     result.counts["rejected"] += 1
-                    told = {**item.place.told, "reason": item.reason}
-                    rejects.write(orjson.dumps(told) + b"\n")
+                    rejects.write(orjson.dumps(item.told) + b"\n")
         source.require_unchanged()
     result.counts["input"] = sum(result.counts.values())
     if result.unanswered:

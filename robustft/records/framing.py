@@ -64,6 +64,12 @@ class Reject:
         """Where it stands in the input."""
         return Place(self.line, self.file)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """The same as a line of rejects.jsonl tells it."""
+        text = self.data.decode("utf-8", "backslashreplace")
+        return {**self.place.told, "reason": self.reason, "bytes": self.size, "data": text}
+
 
 class DamagedError(Exception):
     """A compressed stream that breaks off or cannot be decoded any further."""

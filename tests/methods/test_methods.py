@@ -163,6 +163,7 @@ def test_rejects_of_several_files_name_theirs(tmp_path: Path) -> None:
     prepare(setting(str(tmp_path / "in"), tmp_path / "out"))
     rejects = [json.loads(x) for x in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert [(one["file"], one["line"]) for one in rejects] == [("a.jsonl", 2), ("b.jsonl", 2)]
+    assert [(one["bytes"], one["data"]) for one in rejects] == [(7, "{broken")] * 2
 
 
 def test_a_label_that_the_column_does_not_hold_drops_its_record(tmp_path: Path) -> None:
