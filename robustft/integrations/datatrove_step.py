@@ -74,7 +74,8 @@ class ResponseFilter(BaseFilter):  # type: ignore[misc]
             doc.metadata.update(
                 {f"response_{name}": value for name, value in dataclasses.asdict(score).items()}
             )
-            self.stat_update("nll", value=score.nll)
+            if score.tokens:  # one NaN would make NaN of the pipeline's mean
+                self.stat_update("nll", value=score.nll)
             above = self.max_nll is not None and not score.nll <= self.max_nll
             kept.append((False, "unlikely") if above else True)
         return kept

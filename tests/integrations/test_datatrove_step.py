@@ -52,3 +52,15 @@ def test_cleaned_records_stream_through(cleaned: Path, tiny_model: Path, tmp_pat
         assert line["metadata"]["response_nll"] <= median
     assert all(line["metadata"]["response_nll"] > median for line in dropped)
     assert {line["metadata"]["filter_reason"] for line in dropped} == {"unlikely"}
+
+
+def test_an_empty_document_leaves_the_mean_as_it_is(tiny_model: Path) -> None:
+    from datatrove.data import Document
+
+    from robustft.integrations.datatrove_step import ResponseFilter
+
+    step = ResponseFilter(str(tiny_model), device="cpu")
+    full, empty = (Document(text=text, id=text) for text in ("four, I believe", ""))
+    assert step.filter_batch([full, empty]) == [True, True]
+    nll = step.stats.stats["nll"]
+    assert (nll.n, nll.mean) == (1, full.metadata["response_nll"])
