@@ -168,7 +168,8 @@ def written_by_corrupt(path: str | Path) -> bool:
     """Whether a file is a truth that `corrupt` wrote beside its copy."""
     try:
         with Path(path).open("rb") as file:
-            first = orjson.loads(file.readline())
+            # An array may be one line as long as the file.
+            first = orjson.loads(file.readline() if file.peek(1).startswith(b"{") else b"")
     except (OSError, ValueError):  # not JSON lines; `open_records` says what is wrong, if anything
         return False
     return isinstance(first, dict) and "truth" in first

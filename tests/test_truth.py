@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from robustft.errors import UserError
 from robustft.records import open_records
-from robustft.truth import check, compare
+from robustft.truth import check, compare, written_by_corrupt
 
 VERDICTS = [  # id, verdict, score, given, answer
     ("a", "noisy", 0.9, "A", "B"),
@@ -99,6 +100,16 @@ def test_a_truth_of_another_input_is_refused(tmp_path: Path) -> None:
             compare(tmp_path, path)
         with pytest.raises(UserError, match=rf"expected the id '[ab]', found {said}"):
             check(path, open_records(str(tmp_path / "in.jsonl")))
+
+
+def test_an_array_on_one_line_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "labeled.json"
+    path.write_bytes(b"[" + b" " * (8 << 20))
+    tracemalloc.start()
+    assert not written_by_corrupt(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize(
