@@ -23,7 +23,8 @@ import numpy.typing as npt
 from robustft.answers import Kind, answer_kind, matches, normalise
 from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
-from robustft.records import Record, RecordSource, RecordWriter
+from robustft.progress import Progress
+from robustft.records import Record, RecordSource, RecordWriter, Reject
 from robustft.records.formats import dump_json
 from robustft.terminal import counted
 from robustft.truth import written_by_corrupt
@@ -72,8 +73,10 @@ def _hash(seed: int, purpose: str, text: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _records(source: RecordSource) -> Iterator[Record]:
-    return (item for item in source if isinstance(item, Record))
+def _items(source: RecordSource, progress: Progress) -> Iterator[Record | Reject]:
+    for item in source:
+        progress.update(1)
+        yield item
 
 
 def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> CorruptionReport:
@@ -92,15 +95,19 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
     truth = out.with_name(out.name + ".truth.jsonl")
     if not written_by_corrupt(truth):  # else they are an earlier output, or what was left of one
         spare_others([out, truth])
-    kinds, ranks, donors, rejected = _survey(source, seed)
+    with Progress("read", source.reader.size, unit="records") as progress:
+        kinds, ranks, donors, rejected = _survey(source, seed, progress)
     count = round(rate * len(kinds))
     chosen = _choose(kinds, ranks, count)
     with (
+        Progress("write", len(kinds) + rejected, unit="records") as progress,
         RecordWriter(out, source) as writer,
         replacing(truth) as temporary,
         temporary.open("wb") as lines,
     ):
-        for record in _records(source):
+        for record in _items(source, progress):
+            if not isinstance(record, Record):
+                continue
             given = record.answer
             if chosen[record.index]:
                 given = _wrong_answer(record, source, seed, donors)
@@ -117,14 +124,14 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
 
 
 def _survey(
-    source: RecordSource, seed: int
+    source: RecordSource, seed: int, progress: Progress
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64], dict[Kind, list[_Donor]], int]:
     """Return kind [N], rank [N], the donors of each kind and the number of rejects."""
     kinds, ranks, rejected = bytearray(), array("Q"), 0
     # Negated ranks: heapq keeps the smallest on top, the donors wanted are those of least rank.
     heaps: dict[Kind, list[tuple[int, str, str]]] = {kind: [] for kind in KINDS[1:]}
     held: set[tuple[Kind, str]] = set()
-    for item in source:
+    for item in _items(source, progress):
         if not isinstance(item, Record):
             rejected += 1
             continue

@@ -167,3 +167,14 @@ def test_output_must_have_the_format_and_not_be_the_input(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="is the input itself"):
         corrupt(source, 0.5, 0, tmp_path / "d.jsonl")
     assert len(answers(tmp_path / "d.jsonl")) == 4
+
+
+def test_progress_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("robustft.progress._SECONDS_BETWEEN_LINES", 0.0)
+    source = open_records(str(write(tmp_path / "d.jsonl", choices(4), junk=b"{\n")))
+    corrupt(source, 0.5, 0, tmp_path / "n.jsonl")
+    said = capsys.readouterr().err
+    assert "robustft: read: " in said
+    assert "robustft: write: 100%" in said
