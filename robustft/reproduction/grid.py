@@ -35,11 +35,13 @@ def reproduce(config: ReproduceConfig) -> str:
         UserError: a name is unknown, there is no folder of data, or none can be written; the test
             records have no categories, or matplotlib is missing.
     """
-    if config.data is not None and not Path(config.data).is_dir():
-        raise UserError(
-            f"--data {config.data}: expected a folder with one folder a task, found none"
-        )
     study = STUDIES[config.what](config)
+    tasks = dict.fromkeys(plan.task for plan in study.rows)
+    if config.data is not None and not any((Path(config.data) / task).is_dir() for task in tasks):
+        raise UserError(
+            f"--data {config.data}: expected a folder with one folder a task, found none of "
+            f"{', '.join(tasks)}"
+        )
     if config.dry_run:
         return estimate(study, config)
     # What the last step needs, before the first takes hours.

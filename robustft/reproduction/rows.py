@@ -196,10 +196,15 @@ def to_markdown(
     lines = [f"# {title}", ""]
     lines.append("| | " + " | ".join(_heading(task, noise) for task, noise in columns) + " |")
     lines.append("| --- |" + " --- |" * len(columns))
+    reasons: dict[str, int] = {}  # why cells were not run -> their number below the table
+    for row in rows:
+        if not row.values and row.reason:
+            reasons.setdefault(row.reason, len(reasons) + 1)
     for name in names:
-        cells = [_cell(at.get((name, *column)), best, deviation) for column in columns]
+        cells = [_cell(at.get((name, *column)), best, reasons, deviation) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *notes, ""]
+    told = [f"[{number}] {reason}\n" for reason, number in reasons.items()]
+    lines += ["", *told, *notes]
     return "\n".join(lines)
 
 
@@ -221,12 +226,15 @@ def _best(rows: Iterable[Row]) -> dict[object, float]:
     return {rivals: max(found) for rivals, found in means.items() if min(found) < max(found)}
 
 
-def _cell(row: Row | None, best: Mapping[object, float], deviation: bool) -> str:
+def _cell(
+    row: Row | None, best: Mapping[object, float], reasons: Mapping[str, int], deviation: bool
+) -> str:
     if row is None:
         return ""
     printed = "" if row.paper is None else f" ({row.paper:g})"
     if not row.values:
-        return f"{row.reason or 'not run'}{printed}".replace("|", "/")
+        why = f" [{reasons[row.reason]}]" if row.reason else ""
+        return f"not run{why}{printed}"
     if row.name.startswith(CHANGE):
         return f"{row.mean:+.1f} %"
     star = r"\*" if any(outcome.powerless for outcome in row.outcomes) else ""

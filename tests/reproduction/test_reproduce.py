@@ -393,9 +393,24 @@ def test_missing_data_is_told_and_nothing_is_made_up(tmp_path: Path) -> None:
     )
     assert outcome.reason.startswith("not run: no data")
     row = Row.of("Vanilla", "drop", 30, [outcome], 87.2)
-    assert "not run: no data" in to_markdown([row], "t", [])
+    again = Row.of("SFT", "drop", 30, [outcome], None)
+    table = to_markdown([row, again], "t", [])
+    assert "| Vanilla | not run [1] (87.2) |\n| SFT | not run [1] |\n\n" in table
+    assert "\n[1] not run: no data" in table
+    assert table.count("no data") == 1
     (line,) = csv.DictReader(to_csv([row]).splitlines())
     assert (line["accuracy"], line["paper"]) == ("", "87.2")
+
+
+def test_a_folder_without_any_of_the_tasks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "fpb").mkdir(parents=True)
+    command = ["reproduce", "table1", "--out", str(tmp_path / "out"), "--tasks", "arc,drop"]
+    for folder in ("data", "nothing"):
+        assert main([*command, "--data", str(tmp_path / folder)]) == 2
+        assert "a folder with one folder a task, found none of arc, drop" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 Right = Callable[[Cell], dict[str, tuple[int, int]]]  # category -> (right, of how many)
