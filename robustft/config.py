@@ -59,6 +59,10 @@ class EngineConfig:
             raise UserError("--engine openai needs --base-url, such as http://localhost:8000/v1")
         if self.base_url is not None and not served:
             raise UserError(f"--base-url belongs to --engine openai, not to {self.engine}")
+        if self.tokenizer is not None and not served:
+            raise UserError(f"--tokenizer belongs to --engine openai, not to {self.engine}")
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise UserError(f"--tensor-parallel belongs to --engine vllm, not to {self.engine}")
         _require(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}", self.engine)
         _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         warm = math.isfinite(self.temperature) and self.temperature >= 0

@@ -18,13 +18,15 @@ SERVER = ("--engine", "openai", "--base-url", "http://localhost:1/v1")
 def test_every_option_of_the_engine_arrives() -> None:
     options = (
         "--tokenizer", "t", "--key-variable", "MY_KEY", "--concurrency", "3", "--timeout", "1.5",
-        "--retries", "0", "--tensor-parallel", "2", "--model", "m",
+        "--retries", "0", "--model", "m",
     )  # fmt: skip
     for command in (("clean", "x", "--out", "o"), ("score", "x", "--out", "o"), ("eval", "x")):
         assert engine_config(parse([*command, *SERVER, *options])) == EngineConfig(
             model="m", engine="openai", base_url="http://localhost:1/v1", tokenizer="t",
-            key_variable="MY_KEY", concurrency=3, timeout=1.5, retries=0, tensor_parallel=2,
+            key_variable="MY_KEY", concurrency=3, timeout=1.5, retries=0,
         )  # fmt: skip
+        shared = parse([*command, "--engine", "vllm", "--tensor-parallel", "2"])
+        assert engine_config(shared) == EngineConfig(engine="vllm", tensor_parallel=2)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,8 @@ def test_every_option_of_the_engine_arrives() -> None:
     [
         (("--engine", "openai"), "needs --base-url"),
         (("--base-url", "http://localhost:1/v1"), "belongs to --engine openai"),
+        (("--tokenizer", "t"), "--tokenizer belongs to --engine openai, not to transformers"),
+        ((*SERVER, "--tensor-parallel", "2"), "belongs to --engine vllm, not to openai"),
         (("--engine", "elsewhere"), "engine must be one of transformers, openai, vllm"),
         ((*SERVER, "--timeout", "0"), "expected a number above 0"),
         ((*SERVER, "--concurrency", "0"), "expected a whole number from 1"),
