@@ -80,7 +80,7 @@ class ScoreSummary:
             f"{counted(self.records, 'response')} scored, "
             f"{counted(self.rejects, 'unreadable line')}{failed}\n{cut}"
             f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
-            f"took        {self.seconds:.1f} s, {fresh} response tokens{rate}{before}\n"
+            f"took        {self.seconds:.1f} s, {counted(fresh, 'response token')}{rate}{before}\n"
             f"statistics  {self.path}"
         )
 
