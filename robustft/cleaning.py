@@ -59,8 +59,9 @@ def clean(
     engine: a `robustft.EngineConfig` (a server, a device, …) or a ready `robustft.engines.Engine`,
         instead of `model`.
     embedder: a sentence-embedding model by name, or a ready one; None is the embedded MiniLM.
-    experts, settings: the other fields of `robustft.CleanConfig`, and those of
-        `robustft.ExpertConfig` (rounds, samples, temperature, …).
+    experts, settings: the other fields of `robustft.CleanConfig`, those of `robustft.ExpertConfig`
+        (rounds, samples, …) and, without `engine`, of `robustft.EngineConfig` (device,
+        temperature, …).
 
     Raises:
     ------
@@ -72,8 +73,12 @@ def clean(
         raise UserError("give model or engine, not both; EngineConfig has a model of its own")
     own = {one.name for one in dataclasses.fields(ExpertConfig)}
     asked = {name: settings.pop(name) for name in own & settings.keys()}
+    means = {one.name for one in dataclasses.fields(EngineConfig)} - {"engine", "model"}
+    run_by = {name: settings.pop(name) for name in sorted(means & settings.keys())}
+    if engine is not None and run_by:
+        raise UserError(f"give {', '.join(run_by)} or engine, not both: an engine has its own")
     named = {"input", "out", "engine", "embedder", "experts"}
-    known = sorted({one.name for one in dataclasses.fields(CleanConfig)} - named | own)
+    known = sorted({one.name for one in dataclasses.fields(CleanConfig)} - named | own | means)
     for name in settings.keys() - set(known):
         near = difflib.get_close_matches(name, known, 1)
         meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
@@ -81,6 +86,7 @@ def clean(
     if "without" in settings:
         parts = settings["without"]
         settings["without"] = frozenset([parts] if isinstance(parts, str) else parts)
+    described = engine if isinstance(engine, EngineConfig) else EngineConfig(model, **run_by)
     exchange = bool(settings.get("dataset_info"))
     with output_folder(out, data, exchange=exchange) as folder:
         if not isinstance(data, str | Path):
@@ -88,7 +94,7 @@ def clean(
         config = CleanConfig(
             input=str(data),
             out=folder,
-            engine=engine if isinstance(engine, EngineConfig) else EngineConfig(model=model),
+            engine=described,
             embedder=embedder if isinstance(embedder, str) else None,
             experts=dataclasses.replace(experts or ExpertConfig(), **asked),
             **settings,

@@ -28,6 +28,19 @@ def test_settings_of_the_experts_are_settings(tmp_path: Path) -> None:
     assert (config["experts.rounds"], config["experts.reasoning_tokens"]) == (3, 50)
 
 
+def test_settings_of_the_engine_are_settings_where_none_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[rft.CleanConfig] = []
+    monkeypatch.setattr("robustft.cleaning.run_clean", lambda config, **_: asked.append(config))
+    rft.clean(ROWS, out=tmp_path, model="m", device="cpu", samples=3, temperature=0.7)
+    (config,) = asked
+    assert config.engine == rft.EngineConfig(model="m", device="cpu", temperature=0.7)
+    assert config.experts.samples == 3
+    with pytest.raises(UserError, match="give device, temperature or engine, not both"):
+        clean(tmp_path, temperature=0.7, device="cpu")
+
+
 def test_an_engine_is_one_or_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(
         TypeError, match="engine must be an EngineConfig or an Engine, got 'openai'"
