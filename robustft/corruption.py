@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -23,8 +22,7 @@ import numpy.typing as npt
 from robustft.answers import Kind, answer_kind, matches, normalise
 from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
-from robustft.progress import Progress
-from robustft.records import Record, RecordSource, RecordWriter, Reject
+from robustft.records import Record, RecordSource, RecordWriter, watched
 from robustft.records.formats import dump_json
 from robustft.terminal import counted
 from robustft.truth import written_by_corrupt
@@ -73,12 +71,6 @@ def _hash(seed: int, purpose: str, text: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _items(source: RecordSource, progress: Progress) -> Iterator[Record | Reject]:
-    for item in source:
-        progress.update(1)
-        yield item
-
-
 def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> CorruptionReport:
     """Write `source` to `out` with a share `rate` in [0, 1] of its answers made wrong.
 
@@ -95,17 +87,15 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
     truth = out.with_name(out.name + ".truth.jsonl")
     if not written_by_corrupt(truth):  # else they are an earlier output, or what was left of one
         spare_others([out, truth])
-    with Progress("read", source.reader.size, unit="records") as progress:
-        kinds, ranks, donors, rejected = _survey(source, seed, progress)
+    kinds, ranks, donors, rejected = _survey(source, seed)
     count = round(rate * len(kinds))
     chosen = _choose(kinds, ranks, count)
     with (
-        Progress("write", len(kinds) + rejected, unit="records") as progress,
         RecordWriter(out, source) as writer,
         replacing(truth) as temporary,
         temporary.open("wb") as lines,
     ):
-        for record in _items(source, progress):
+        for record in watched(source, "write"):
             if not isinstance(record, Record):
                 continue
             given = record.answer
@@ -124,14 +114,14 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
 
 
 def _survey(
-    source: RecordSource, seed: int, progress: Progress
+    source: RecordSource, seed: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64], dict[Kind, list[_Donor]], int]:
     """Return kind [N], rank [N], the donors of each kind and the number of rejects."""
     kinds, ranks, rejected = bytearray(), array("Q"), 0
     # Negated ranks: heapq keeps the smallest on top, the donors wanted are those of least rank.
     heaps: dict[Kind, list[tuple[int, str, str]]] = {kind: [] for kind in KINDS[1:]}
     held: set[tuple[Kind, str]] = set()
-    for item in _items(source, progress):
+    for item in watched(source, "read"):
         if not isinstance(item, Record):
             rejected += 1
             continue

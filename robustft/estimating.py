@@ -16,7 +16,7 @@ from robustft.config import CleanConfig, TunedConfig
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.files import atomic_file
-from robustft.records import Record, RecordSource, open_records
+from robustft.records import Record, RecordSource, open_records, watched
 from robustft.store import Stopwatch, Store
 from robustft.terminal import counted
 
@@ -76,7 +76,7 @@ def estimate(
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
-    kinds = Counter(isinstance(item, Record) for item in source)
+    kinds = Counter(isinstance(item, Record) for item in watched(source, "count"))
     records, rejects = kinds[True], kinds[False]
     engine, embedder = load(config, engine, embedder)
     with tempfile.TemporaryDirectory(prefix="robustft-") as name:
@@ -132,7 +132,11 @@ def _unheard() -> Iterator[None]:
 def _spread(source: RecordSource, records: int, sample: int) -> list[Record]:
     """`sample` records at even distances."""
     wanted = {(2 * number + 1) * records // (2 * sample) for number in range(sample)}
-    return [item for item in source if isinstance(item, Record) and item.index in wanted]
+    return [
+        item
+        for item in watched(source, "sample")
+        if isinstance(item, Record) and item.index in wanted
+    ]
 
 
 def _copy(source: RecordSource, path: Path, chosen: Sequence[Record]) -> None:

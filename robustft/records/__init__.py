@@ -298,12 +298,15 @@ def open_records(
 
 def count_records(source: RecordSource) -> int:
     """The number of records, by reading them all."""
-    with Progress("count", source.reader.size, unit="records") as progress:
-        found = 0
+    return sum(isinstance(item, Record) for item in watched(source, "count"))
+
+
+def watched(source: RecordSource, doing: str) -> Iterator[Record | Reject]:
+    """What a source holds, with its progress shown."""
+    with Progress(doing, source.reader.size, unit="records") as progress:
         for item in source:
-            found += isinstance(item, Record)
             progress.update(1)
-    return found
+            yield item
 
 
 class RecordWriter:
