@@ -204,7 +204,7 @@ def to_markdown(
         cells = [_cell(at.get((name, *column)), best, reasons, deviation) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     told = [f"[{number}] {reason}\n" for reason, number in reasons.items()]
-    lines += ["", *told, *notes]
+    lines += ["", *told, *notes, ""]
     return "\n".join(lines)
 
 
