@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from robustft.config import CleanConfig, EngineConfig, ExpertConfig
+from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
 from robustft.corpus import Corpus
 from robustft.detection import Conclusion
 from robustft.embedding import Embedder, TextEmbedder
@@ -59,9 +59,9 @@ def clean(
     engine: a `robustft.EngineConfig` (a server, a device, …) or a ready `robustft.engines.Engine`,
         instead of `model`.
     embedder: a sentence-embedding model by name, or a ready one; None is the embedded MiniLM.
-    experts, settings: the other fields of `robustft.CleanConfig`, those of `robustft.ExpertConfig`
-        (rounds, samples, …) and, without `engine`, of `robustft.EngineConfig` (device,
-        temperature, …).
+    experts, settings: by the names of the command line, the other fields of `robustft.CleanConfig`,
+        those of `robustft.ExpertConfig` (rounds, samples, …), of `robustft.config.TunedConfig`
+        (folds, …) and, without `engine`, of `robustft.EngineConfig` (device, temperature, …).
 
     Raises:
     ------
@@ -71,23 +71,30 @@ def clean(
         raise TypeError(f"engine must be an EngineConfig or an Engine, got {engine!r:.80}")
     if engine is not None and model is not None:
         raise UserError("give model or engine, not both; EngineConfig has a model of its own")
-    own = {one.name for one in dataclasses.fields(ExpertConfig)}
-    asked = {name: settings.pop(name) for name in own & settings.keys()}
-    means = {one.name for one in dataclasses.fields(EngineConfig)} - {"engine", "model"}
-    run_by = {name: settings.pop(name) for name in sorted(means & settings.keys())}
+    known: set[str] = set()
+
+    def fields_of(kind: type[Any], *but: str) -> dict[str, Any]:
+        names = {one.name for one in dataclasses.fields(kind)}.difference(but)
+        known.update(names)
+        return {name: settings.pop(name) for name in sorted(names & settings.keys())}
+
+    asked, folds = fields_of(ExpertConfig), fields_of(TunedConfig)
+    run_by = fields_of(EngineConfig, "engine", "model")
+    rest = fields_of(CleanConfig, "input", "out", "engine", "embedder", "experts", "tuned")
+    for name in settings:
+        near = difflib.get_close_matches(name, known, 1)
+        meant = (
+            f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+        )
+        raise UserError(f"clean has no setting {name!r}{meant}")
     if engine is not None and run_by:
         raise UserError(f"give {', '.join(run_by)} or engine, not both: an engine has its own")
-    named = {"input", "out", "engine", "embedder", "experts"}
-    known = sorted({one.name for one in dataclasses.fields(CleanConfig)} - named | own | means)
-    for name in settings.keys() - set(known):
-        near = difflib.get_close_matches(name, known, 1)
-        meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-        raise UserError(f"clean has no setting {name!r}{meant}")
-    if "without" in settings:
-        parts = settings["without"]
-        settings["without"] = frozenset([parts] if isinstance(parts, str) else parts)
+    if "without" in rest:
+        parts = rest["without"]
+        rest["without"] = frozenset([parts] if isinstance(parts, str) else parts)
     described = engine if isinstance(engine, EngineConfig) else EngineConfig(model, **run_by)
-    exchange = bool(settings.get("dataset_info"))
+    tuned = TunedConfig(**folds)
+    exchange = bool(rest.get("dataset_info"))
     with output_folder(out, data, exchange=exchange) as folder:
         if not isinstance(data, str | Path):
             data = _rows_file(data, folder)
@@ -97,7 +104,8 @@ def clean(
             engine=described,
             embedder=embedder if isinstance(embedder, str) else None,
             experts=dataclasses.replace(experts or ExpertConfig(), **asked),
-            **settings,
+            tuned=tuned,
+            **rest,
         )
         ready = None if isinstance(embedder, str) else embedder
         loaded = None if isinstance(engine, EngineConfig) else engine

@@ -104,18 +104,18 @@ class TunedConfig:
     """One more expert: the model itself, fine-tuned on what the crowd is surest of, out of fold."""
 
     folds: int = 0  # parts of the corpus, each judged by an adapter trained on the others; 0: none
-    epochs: int = 3
-    learning_rate: float = 1e-4
-    batch_size: int = 8
-    top_layers: int | None = None  # adapt only the last N layers; None: all
+    fold_epochs: int = 3
+    fold_learning_rate: float = 1e-4
+    fold_batch_size: int = 8
+    fold_top_layers: int | None = None  # adapt only the last N layers; None: all
 
     def __post_init__(self) -> None:
         _require(self.folds == 0 or self.folds >= 2, "folds", "0 (none) or at least 2", self.folds)
-        for name in ("epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, f"fold_{name}", "at least 1", getattr(self, name))
-        top = self.top_layers
+        for name in ("fold_epochs", "fold_batch_size"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        top = self.fold_top_layers
         _require(top is None or top >= 1, "fold_top_layers", "at least 1", top)
-        rate = self.learning_rate
+        rate = self.fold_learning_rate
         _require(math.isfinite(rate) and rate > 0, "fold_learning_rate", "above 0", rate)
 
 
@@ -207,8 +207,7 @@ def by_option(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _option(name: str) -> str:
-    outer, _, inner = name.rpartition(".")
-    option = ("fold-" if outer == "tuned" and inner != "folds" else "") + inner.replace("_", "-")
+    option = name.rpartition(".")[2].replace("_", "-")
     if " " in option or option == "shards":
         return name  # what no option names
     return "-k" if option == "k" else f"--{option}"

@@ -146,8 +146,9 @@ def _trained(config: CleanConfig, path: Path, title: str) -> Path:
     train(
         TrainConfig(
             input=str(path), out=folder, schema="choice", seed=config.seed,
-            epochs=settings.epochs, learning_rate=settings.learning_rate,
-            batch_size=settings.batch_size, top_layers=settings.top_layers, engine=config.engine,
+            epochs=settings.fold_epochs, learning_rate=settings.fold_learning_rate,
+            batch_size=settings.fold_batch_size, top_layers=settings.fold_top_layers,
+            engine=config.engine,
         ),
         title=title,
     )  # fmt: skip

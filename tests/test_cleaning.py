@@ -10,6 +10,7 @@ import pytest
 from scripted import LetterEmbedder, ScriptedEngine
 
 import robustft as rft
+from robustft.config import TunedConfig
 from robustft.errors import UserError
 from robustft.methods import clean_by
 from robustft.store import folder_lock
@@ -33,9 +34,13 @@ def test_settings_of_the_engine_are_settings_where_none_is_given(
 ) -> None:
     asked: list[rft.CleanConfig] = []
     monkeypatch.setattr("robustft.cleaning.run_clean", lambda config, **_: asked.append(config))
-    rft.clean(ROWS, out=tmp_path, model="m", device="cpu", samples=3, temperature=0.7)
+    rft.clean(
+        ROWS, out=tmp_path, model="m", device="cpu", samples=3, temperature=0.7, folds=2,
+        fold_epochs=5,
+    )  # fmt: skip
     (config,) = asked
     assert config.engine == rft.EngineConfig(model="m", device="cpu", temperature=0.7)
+    assert config.tuned == TunedConfig(folds=2, fold_epochs=5)
     assert config.experts.samples == 3
     with pytest.raises(UserError, match="give device, temperature or engine, not both"):
         clean(tmp_path, temperature=0.7, device="cpu")

@@ -370,5 +370,11 @@ def test_the_commands(run: CommandLine, tmp_path: Path, source: Path) -> None:
     assert done.status == 0
     assert f"next:\n  robustft merge {out}" in done.out
     assert f"{ROWS + 2:,} records" in run("merge", out).out
+    assert "--truth belongs to robustft merge" in run.refused(
+        *arguments, "--shard", "0/2", "--truth", source
+    )
+    told = run("merge", out, "--truth", source).out  # as if every given answer were right
+    assert f"0 of {ROWS:,} given answers are wrong" in told
+    assert told.index("truth  ") < told.index("next:")
     for wrong in ("2/2", "x", "1", "a/2", "0/0"):
         assert "expected I/N" in run.refused(*arguments, "--shard", wrong)

@@ -48,7 +48,7 @@ def config_for(corpus: Path, model: Path, out: Path) -> CleanConfig:
         out=out,
         without=frozenset({"rel", "checker"}),
         engine=EngineConfig(model=str(model), device="cpu"),
-        tuned=TunedConfig(folds=2, epochs=12, learning_rate=2e-2),
+        tuned=TunedConfig(folds=2, fold_epochs=12, fold_learning_rate=2e-2),
     )
 
 

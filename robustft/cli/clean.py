@@ -26,6 +26,8 @@ def run_clean(options: argparse.Namespace) -> int:
     from robustft.remote import is_remote, output_folder
 
     many = options.ray or options.shard or options.processes > 1 or options.gpus > 1
+    if options.shard and options.truth:
+        raise UserError("--truth belongs to robustft merge, which writes the outputs of all shards")
     if is_remote(options.out) and many:
         raise UserError(
             f"--out {options.out}: shards work in a folder that all of them share; choose one on a "
@@ -52,9 +54,8 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
         refuse_folds(config, f"--method {options.method}")
         _refuse_options_of_robustft(options)
         result = clean_by(options.method, config)
-        print_baseline_summary(result, options.method)
+        print_baseline_summary(result, options.method, _compared(result, options))
         tell_small_model(config.engine)
-        _print_truth(result, options)
         return DONE
     if options.estimate:
         from robustft.estimating import estimate
@@ -91,16 +92,15 @@ def _refuse_options_of_robustft(options: argparse.Namespace) -> None:
 
 def _conclude(result: Any, options: argparse.Namespace) -> int:
     """Print what was done; the exit status."""
-    print_clean_summary(result)
-    _print_truth(result, options)
+    print_clean_summary(result, _compared(result, options))
     return POWERLESS if result.powerless else DONE
 
 
-def _print_truth(result: Any, options: argparse.Namespace) -> None:
+def _compared(result: Any, options: argparse.Namespace) -> str:
+    """The verdicts beside the truth, where that is given."""
     from robustft.truth import compare
 
-    if getattr(options, "truth", None):  # `merge` has no such option
-        print(compare(result.out, options.truth))
+    return str(compare(result.out, options.truth)) if options.truth else ""
 
 
 def _run_shards(options: argparse.Namespace, config: CleanConfig) -> int:
@@ -136,6 +136,10 @@ def run_merge(options: argparse.Namespace) -> int:
     """`robustft merge`; the exit status."""
     from robustft.distributed import merge
 
+    if options.truth:
+        from robustft.truth import check
+
+        check(options.truth)
     out = optional_path(options.out)
     return _conclude(merge(list(map(Path, options.folders)), out, data=options.input), options)
 
@@ -148,13 +152,7 @@ def _clean_config(options: argparse.Namespace) -> CleanConfig:
         without=frozenset(options.without),
         engine=engine_config(options),
         experts=config_of(ExpertConfig, options),
-        tuned=TunedConfig(
-            folds=options.folds or 0,
-            epochs=options.fold_epochs,
-            learning_rate=options.fold_learning_rate,
-            batch_size=options.fold_batch_size,
-            top_layers=options.fold_top_layers,
-        ),
+        tuned=config_of(TunedConfig, options, folds=options.folds or 0),
     )
 
 

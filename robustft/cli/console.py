@@ -51,8 +51,8 @@ def print_small_model() -> None:
     )
 
 
-def print_clean_summary(result: CleanResult) -> None:
-    """What happened, where the files are and what to run next."""
+def print_clean_summary(result: CleanResult, compared: str = "") -> None:
+    """What happened, where the files are, how it compares with a truth and what to run next."""
     counts, out = result.counts, result.out
     judged = f"{counts['clean']:,} found clean, {counts['noisy']:,} noisy"
     if counts["unjudged"]:
@@ -80,6 +80,8 @@ def print_clean_summary(result: CleanResult) -> None:
     took = result.seconds["total"]
     before = sum(seconds for name, seconds in result.seconds.items() if name != "total") - took
     print(f"took          {took:.0f} s" + _earlier(before))
+    if compared:
+        print(compared)
     if result.next_steps:
         print("next:")
         for command in result.next_steps:
@@ -93,8 +95,8 @@ def _earlier(seconds: float) -> str:
     return f", and {seconds:.0f} s in earlier sessions or other shards" if seconds >= 1 else ""
 
 
-def print_baseline_summary(result: CleanResult, method: str) -> None:
-    """What a baseline did, where the files are and what to run next."""
+def print_baseline_summary(result: CleanResult, method: str, compared: str = "") -> None:
+    """What a baseline did, as `print_clean_summary`."""
     counts = result.counts
     done = ", ".join(
         f"{counts[name]:,} {word}"
@@ -109,6 +111,8 @@ def print_baseline_summary(result: CleanResult, method: str) -> None:
     print(f"training set  {result.cleaned}")
     print(f"verdicts      {result.out / 'verdicts.jsonl'}")
     print(f"took          {result.seconds['total']:.0f} s")
+    if compared:
+        print(compared)
     if result.left:
         train = ["robustft", "train", str(result.cleaned), "--out", str(result.out / "adapter")]
         print(f"next:\n  {shlex.join(train)}")

@@ -322,11 +322,7 @@ def _add_clean(commands: Any) -> None:
         choices=("robustft", "self-label", "self-select", "noiseal"),
         help="robustft, or a baseline of the paper's table 1, which writes no report",
     )  # fmt: skip
-    parser.add_argument(
-        "--truth", metavar="FILE",
-        help="compare the verdicts with the truth, in input order: what robustft corrupt writes, "
-        "or the records with right answers; nothing else reads it (default: not compared)",
-    )  # fmt: skip
+    _add_truth(parser)
     _add_model(parser)
     _add_engine(parser)
     _add_expert_options(parser)
@@ -337,6 +333,14 @@ def _add_clean(commands: Any) -> None:
         "and write nothing (default: off)",
     )  # fmt: skip
     _add_scale(parser)
+
+
+def _add_truth(parser: Parser) -> None:
+    parser.add_argument(
+        "--truth", metavar="FILE",
+        help="compare the verdicts with the truth, in input order: what robustft corrupt writes, "
+        "or the records with right answers; nothing else reads it (default: not compared)",
+    )  # fmt: skip
 
 
 def _add_scale(parser: Parser) -> None:
@@ -379,6 +383,7 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument(
         "--input", metavar="INPUT", help="the input, if it has moved (default: where it was)"
     )
+    _add_truth(parser)
 
 
 def _add_demo(commands: Any) -> None:

@@ -18,11 +18,19 @@ from robustft.config import (
     ExpertConfig,
     ReproduceConfig,
     TrainConfig,
+    TunedConfig,
 )
 from robustft.errors import UserError
 
 _Config = TypeVar(
-    "_Config", CleanConfig, EngineConfig, EvalConfig, ExpertConfig, ReproduceConfig, TrainConfig
+    "_Config",
+    CleanConfig,
+    EngineConfig,
+    EvalConfig,
+    ExpertConfig,
+    ReproduceConfig,
+    TrainConfig,
+    TunedConfig,
 )
 
 

@@ -88,7 +88,7 @@ def read_plan(out: Path) -> Plan:
             "without": frozenset(config["without"]),
             "engine": EngineConfig(**config["engine"]),
             "experts": ExpertConfig(**config["experts"]),
-            "tuned": TunedConfig(**config.get("tuned", {})),
+            "tuned": TunedConfig(),  # shards have no folds
         }
         can = facts["models"]["abilities"]
         abilities = Abilities(**{**can, "found": tuple(can["found"])})
