@@ -98,6 +98,8 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
         for record in watched(source, "write"):
             if not isinstance(record, Record):
                 continue
+            if record.index >= len(kinds):
+                raise source.changed()
             given = record.answer
             if chosen[record.index]:
                 given = _wrong_answer(record, source, seed, donors)

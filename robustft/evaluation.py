@@ -251,11 +251,11 @@ def predict(
 def _choose(
     records: Sequence[Record], prompts: Sequence[Prompt], engine: Engine
 ) -> list[Prediction]:
-    """The likeliest option; of equally likely ones the first."""
+    """The likeliest option; of equally likely ones the first. Options of one text are one."""
     options = [record.options or () for record in records]
     chosen = engine.choose(prompts, [letters(texts) for texts in options])
     predictions = []
-    for record, choice in zip(records, chosen, strict=True):
+    for record, texts, choice in zip(records, options, chosen, strict=True):
         if isinstance(choice, Failure):
             predictions.append(Prediction(record, None, False, failure=choice.reason))
             continue
@@ -265,7 +265,7 @@ def _choose(
             Prediction(
                 record,
                 answer,
-                answer == record.answer,
+                texts[best] == texts[LETTERS.index(record.answer)],
                 probability=float(choice.probabilities[best]),
                 category=category_of(record.row),
             )

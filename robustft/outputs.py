@@ -57,7 +57,8 @@ def read_manifest(out: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     # What `identity` names.
-    ours = isinstance(found, dict) and {"method", "input", "config"} <= found.keys()
+    ours = isinstance(found, dict) and {"method", "config"} <= found.keys()
+    ours = ours and isinstance(found.get("input"), dict) and "blake2b" in found["input"]
     return found if ours else {}
 
 

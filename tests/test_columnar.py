@@ -141,6 +141,9 @@ def test_parquet_number_column_takes_numbers_only(tmp_path: Path) -> None:
         rewrite(source, tmp_path / "o.parquet", {0: "many"}, set())
 
 
+HALF = decimal.Decimal("0.50")
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "answer", "fits"),
     [
@@ -150,7 +153,8 @@ def test_parquet_number_column_takes_numbers_only(tmp_path: Path) -> None:
         (pa.uint8(), 12, "-3", False), (pa.int64(), 12, "9" * 40, False),
         (pa.float64(), 0.5, "0.1", True), (pa.float64(), 0.5, "1/3", False),
         (pa.float32(), 0.5, "0.1", True), (pa.float32(), 0.5, "1e300", False),
-        (pa.float16(), 0.5, "0.25", True),
+        (pa.float16(), 0.5, "0.25", True), (pa.decimal128(5, 2), HALF, "1.1", True),
+        (pa.decimal128(5, 2), HALF, "1.125", False), (pa.decimal128(5, 2), HALF, "many", False),
         (pa.string(), "12", "1/3", True), (pa.dictionary(pa.int8(), pa.string()), "a", "b", True),
     ],
 )  # fmt: skip
@@ -162,11 +166,14 @@ def test_parquet_tells_beforehand_what_a_column_holds(
     columns = [pa.array(["q", "r"]), cells.cast(kind)]
     pq.write_table(pa.table(columns, schema=schema), tmp_path / "d.parquet")
     source = open_records(str(tmp_path / "d.parquet"))
-    told = source.refusal(records(source)[0].row, answer)
+    first = records(source)[0]
+    assert first.answer == str(given)
+    told = source.refusal(first.row, answer)
     assert (told is None) == fits
     if fits:
         after = rewrite(source, tmp_path / "o.parquet", {0: answer}, set())["answer"].to_pylist()
-        expected = answer if isinstance(given, str) else pytest.approx(float(answer))
+        exact = isinstance(given, str | decimal.Decimal)
+        expected = type(given)(answer) if exact else pytest.approx(float(answer))
         assert after == [expected, given]
     else:
         assert told is not None

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robustft.answers import answer_kind, normalise
-from robustft.corruption import corrupt
+from robustft.corruption import _choose, corrupt
 from robustft.errors import UserError
 from robustft.records import Record, open_records
 
@@ -167,6 +167,22 @@ def test_output_must_have_the_format_and_not_be_the_input(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="is the input itself"):
         corrupt(source, 0.5, 0, tmp_path / "d.jsonl")
     assert len(answers(tmp_path / "d.jsonl")) == 4
+
+
+def test_an_input_that_grows_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "d.jsonl", choices(4))
+    source = open_records(str(path))
+
+    def choose(*arguments: Any) -> Any:
+        write(path, choices(5))
+        return _choose(*arguments)
+
+    monkeypatch.setattr("robustft.corruption._choose", choose)
+    with pytest.raises(UserError, match="has changed since"):
+        corrupt(source, 0.5, 0, tmp_path / "n.jsonl")
+    assert [one.name for one in tmp_path.iterdir()] == ["d.jsonl"]
 
 
 def test_progress_is_shown(

@@ -68,6 +68,12 @@ def test_choices_are_scored_and_written_in_input_order(tmp_path: Path) -> None:
     assert "  art: 1.0000 (2 of 2" in text
 
 
+def test_options_of_one_text_are_one(tmp_path: Path) -> None:
+    row = {"question": "B is it", "options": ["x", "x", "z"], "answer": "A"}
+    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", [row])), engine=oracle())
+    assert result.overall.correct == 1
+
+
 def test_options_that_differ_have_no_macro_f1(tmp_path: Path) -> None:
     rows = [choice("A", "A"), {**choice("B", "B"), "options": ["p", "q"]}]
     result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())

@@ -11,7 +11,13 @@ from robustft.outputs import MANIFEST, claim, made_by, read_manifest, write_mani
 FACTS = {"method": "self-label", "config": {}, "input": {"blake2b": "c0ffee"}}
 
 
-@pytest.mark.parametrize("body", [None, b"", b"{broken", b"[]", b'{"method": "mine"}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        None, b"", b"{broken", b"[]", b'{"method": "mine"}',
+        b'{"method": "self-label", "config": {}, "input": "in.jsonl"}',
+    ],
+)  # fmt: skip
 def test_a_manifest_of_somebody_else_is_none(tmp_path: Path, body: bytes | None) -> None:
     if body is not None:
         (tmp_path / MANIFEST).write_bytes(body)

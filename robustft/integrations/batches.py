@@ -97,7 +97,7 @@ class ResponseScorer(_Lazy):
 
         `response_tokens` is int64, else 0, and `response_truncated` bool, else false.
         """
-        scores = self.score(list(batch[self.prompt]), list(batch[self.response]))
+        scores = self.score(list(column(batch, self.prompt)), list(column(batch, self.response)))
         added = {
             f"response_{field.name}": np.array(
                 [getattr(score, field.name) for score in scores],
@@ -119,6 +119,13 @@ def as_prompt(value: Any) -> Prompt | None:
     if any(_is_null(turn["content"]) for turn in turns):
         return None
     return Prompt(tuple(Message(str(turn["role"]), str(turn["content"])) for turn in turns))
+
+
+def column(batch: Batch, name: str) -> Any:
+    """A column of a batch; a KeyError that says which there are."""
+    if name not in batch:
+        raise KeyError(f"no column {name!r}, only {', '.join(map(str, batch))}")
+    return batch[name]
 
 
 def _is_null(value: Any) -> bool:
@@ -151,10 +158,10 @@ class AgreeingAnswers:
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The batch with its agreement."""
-        answers = [[] if _is_null(row) else list(row) for row in batch[self.answers]]
+        answers = [[] if _is_null(row) else list(row) for row in column(batch, self.answers)]
         given = None
         if self.given is not None:
-            given = [None if _is_null(one) else one for one in batch[self.given]]
+            given = [None if _is_null(one) else one for one in column(batch, self.given)]
         found = answer_consistency(
             answers, metric=self.metric, threshold=self.threshold, given=given, threads=1
         )
@@ -236,8 +243,8 @@ class NearestNeighbours(_Lazy):
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The batch with its neighbours."""
-        vectors, null = _embed(self.embedder, batch[self.text])
-        own = None if self.own is None else np.asarray(batch[self.own], np.int64)
+        vectors, null = _embed(self.embedder, column(batch, self.text))
+        own = None if self.own is None else np.asarray(column(batch, self.own), np.int64)
         ids, cosines = self.index.search(vectors, self.k, exclude=own)
         ids[null], cosines[null] = -1, _NAN
         close = (cosines >= self.duplicate) & (ids >= 0)

@@ -27,6 +27,7 @@ GROUP_BYTES = 16 << 20  # a row group is written when it holds this much, or thi
 GROUP_ROWS = 16 << 10
 # Python's floats are longer: 0.1 would become 0.10000000149011612, which is no expert's answer.
 _SHORT_FLOATS = {"halffloat": np.float16, "float": np.float32}
+_DAMAGED = (OSError, ValueError, NotImplementedError)  # Arrow's errors are one of these
 _UNREADABLE = (ValueError, TypeError, OverflowError)  # the last for a year that Python has not
 
 
@@ -275,7 +276,7 @@ def open_parquet(files: tuple[Path, ...], names: tuple[str, ...]) -> ColumnReade
         try:
             with pq.ParquetFile(path) as file:
                 found, metadata = file.schema_arrow, file.metadata
-        except (OSError, ValueError) as error:
+        except _DAMAGED as error:
             raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
         size += metadata.num_rows
         if schema is None:
@@ -316,7 +317,7 @@ def _parquet_batches(files: tuple[Path, ...], names: tuple[str, ...]) -> Iterato
                     for batch in file.iter_batches(rows, row_groups=[number], use_threads=False):
                         left -= batch.num_rows
                         yield batch
-                except (OSError, ValueError) as error:  # Arrow's errors are one or the other
+                except _DAMAGED as error:
                     yield _Damage(left, _first_line(error))
 
 
@@ -372,7 +373,7 @@ def open_arrow(folder: Path, files: tuple[Path, ...]) -> ColumnReader:
         try:
             with _arrow_stream(path) as stream:
                 schema = schema or stream.schema
-        except (OSError, ValueError) as error:
+        except _DAMAGED as error:
             raise UserError(f"{path}: not a readable Arrow file: {_first_line(error)}") from None
     if schema is None:
         raise UserError(f"{folder}: the saved dataset holds no data files")
@@ -391,7 +392,7 @@ def _arrow_batches(files: tuple[Path, ...]) -> Iterator[Any]:
         try:
             with _arrow_stream(path) as stream:
                 yield from stream
-        except (OSError, ValueError) as error:
+        except _DAMAGED as error:
             yield _Damage(1, f"{path.name} breaks off: {_first_line(error)}")
 
 

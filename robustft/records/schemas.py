@@ -14,6 +14,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from math import isfinite
 from typing import Any, NamedTuple, Protocol
 
@@ -62,13 +63,15 @@ def field(row: Mapping[str, Any], name: str) -> Any:
 
 
 def text(value: Any, name: str) -> str:
-    """Return text as it stands, numbers as their shortest digits; anything else is a bad row."""
+    """Return text as it stands, numbers as their digits; anything else is a bad row."""
     if type(value) is str and len(value) <= MAX_LINE_BYTES and "\0" not in value:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if isinstance(value, float) and not isfinite(value):
             raise BadRowError(f"field {name!r}: expected a finite number, found {value}")
         value = str(value)
+    elif isinstance(value, Decimal):
+        value = f"{value:f}"
     if not isinstance(value, str):
         raise BadRowError(f"field {name!r}: expected text, found {type_name(value)}")
     if "\0" in value:
@@ -98,9 +101,11 @@ _PLAIN_NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]
 
 def _like(given: Any, answer: str) -> Any:
     """Give `answer` the type of the value it replaces, where it can be written that way."""
-    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    number = isinstance(given, (int, float, Decimal)) and not isinstance(given, bool)
     if not number or _PLAIN_NUMBER.fullmatch(answer) is None:
         return answer
+    if isinstance(given, Decimal):
+        return Decimal(answer.strip())
     if isinstance(given, int):
         with contextlib.suppress(ValueError):  # a fraction, or beyond Python's limit of digits
             return int(answer)

@@ -95,6 +95,8 @@ def test_agreement() -> None:
     np.testing.assert_allclose(found["given_support"], [1 / 3, 0.5, 0, 1, 0, 0], rtol=1e-6)
     assert found["semantic_entropy"][1] == pytest.approx(math.log(2))
     assert "given_support" not in AgreeingAnswers()(batch)
+    with pytest.raises(KeyError, match="no column 'replies', only answers, given"):
+        AgreeingAnswers("replies")(batch)
 
 
 @pytest.fixture(scope="module")
