@@ -174,6 +174,7 @@ def test_normalisation() -> None:
         "us army", "full", "strasse", "-5.0 °c", "1000", "a", "a", "?!", "", "東 京",
     ]  # fmt: skip
     assert normalise(["1½ cups", "1 1/2 cups", "½", "10²"]) == ["1 1 2 cups"] * 2 + ["1 2", "10 2"]
+    assert normalise(["C#", "F♯ minor", "#5"]) == ["c♯", "f♯ minor", "5"]
     assert normalise([]) == []
     assert normalise(["x\ue002y", "z"]) == ["x y", "z"]
 

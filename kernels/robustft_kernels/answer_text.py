@@ -20,6 +20,7 @@ Unit = Literal["answer", "word", "character"]
 _END, _POINT, _MINUS = "\ue002", "\ue000", "\ue001"
 _RESERVED = str.maketrans(dict.fromkeys((_END, _POINT, _MINUS), " "))
 _RAISED = re.compile(r"(?<=\d)(?=[²³¹¼-¾⁰-⁹₀-₉⅐-⅞])")  # NFKC would make "1½" 11/2 and "10²" 102
+_SHARP = re.compile(r"(?<=[^\W\d_])#(?!\w)")  # "C#" is not "C"
 _DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<!\w)\.(?=\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SIGN = re.compile(r"(?<![\w)\]])[-−](?=[\d.$€£¥])")
@@ -51,7 +52,8 @@ def normalise(texts: Sequence[str]) -> list[str]:
     spaces split into characters. A text of nothing but punctuation is kept (case folded).
     """
     joined = _END.join(text.translate(_RESERVED) for text in texts)
-    folded = unicodedata.normalize("NFKC", _RAISED.sub(" ", joined)).replace("⁄", "/").casefold()
+    apart = _SHARP.sub("♯", _RAISED.sub(" ", joined))
+    folded = unicodedata.normalize("NFKC", apart).replace("⁄", "/").casefold()
     plain = _SIGN.sub(_MINUS, _DECIMAL_POINT.sub(_POINT, _THOUSANDS.sub("", folded)))
     plain = plain.translate(_ROLES)
     if not plain.isascii():

@@ -18,6 +18,7 @@ from robustft.answers.choices import parse_choice
 from robustft.answers.numerals import canonical, find_numbers, whole_number
 from robustft.answers.replies import (
     NOTHING,
+    SPACED,
     Parsed,
     body_start,
     is_refusal,
@@ -57,6 +58,7 @@ _NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:[.,]\d+)*|\.\d+)(?!\w)")
 _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 _PLAIN = str.maketrans({"−": "-", "_": " "})
 _RAISED = re.compile(r"(?<=\d)(?=[²³¹¼-¾⁰-⁹₀-₉⅐-⅞])")  # NFKC would make "1½" 11/2 and "10²" 102
+_SHARP = re.compile(r"(?<=[^\W\d_])#(?!\w)")  # "C#" is not "C"
 _JOINED = frozenset("'’.")  # "U.S." is "us", "don't" is "dont"; other punctuation separates
 
 
@@ -132,7 +134,8 @@ def normalise(text: str, kind: Kind) -> str:
 
 
 def _nfkc(text: str) -> str:
-    return unicodedata.normalize("NFKC", _RAISED.sub(" ", text)).replace("⁄", "/")
+    text = _SHARP.sub("♯", SPACED.sub(",", _RAISED.sub(" ", text)))
+    return unicodedata.normalize("NFKC", text).replace("⁄", "/")
 
 
 @functools.lru_cache(maxsize=4096)

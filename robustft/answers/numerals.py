@@ -25,7 +25,8 @@ _NUMBER = re.compile(
     (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d))?
     (?P<whole>\d{1,3}(?:(?:,|\{,\}|,?\\[,!])\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?
     (?(whole)|(?(part)|(?!)))
-    (?:[eE](?P<exponent>[-+−]?\d{1,4})(?!\w))?
+    (?:[eE](?P<exponent>[-+−]?\d{1,4})(?!\w)
+      |\s?(?:[×·*x]|\\times|\\cdot)\s?10\^\{?(?P<power>[-−]?\d{1,4})\b\}?)?
     (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
     (?:\s(?P<scale>thousand|million|billion|trillion)\b)?
     (?:\s?%)?""",
@@ -48,7 +49,7 @@ def value(match: re.Match[str]) -> Fraction | None:
         return -result if match["minus"] else result
     whole = "".join(filter(str.isdigit, match["whole"] or ""))
     part = (match["part"] or ".")[1:]
-    exponent = int((match["exponent"] or "0").replace("−", "-"))
+    exponent = int((match["exponent"] or match["power"] or "0").replace("−", "-"))
     if len(whole) + len(part) > _MAX_DIGITS or abs(exponent) > _MAX_EXPONENT:
         return None
     result = Fraction(int(whole + part or "0"), 10 ** len(part)) * Fraction(10) ** exponent

@@ -44,16 +44,17 @@ MARKER = re.compile(
       |\\boxed\{|\#\#\#\#|\bI\s(?:would\s)?(?:choose|pick|select|go\swith)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
+SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 _REFUSAL = re.compile(
     r"""\W*(?:unfortunately,?\s|sorry,\sbut\s|i\sapologi[sz]e,?\s(?:but\s)?)?
         (?:i['’]?(?:\sa)?m\s(?:very\s|so\s|really\s)?sorry,?\s(?:but\b|i\b)|sorry,?\s(?:but\s)?i\b
         |(?:as|i['’]?(?:\sa)?m)\san\sai\b|as\sa\s(?:large\s)?language\smodel\b
-        |i\s(?:do\snot|don['’]t)\sknow\b|i['’]?(?:\sa)?m\snot\s(?:sure|able\sto)\b
+        |i\s(?:do\snot|don['’]t)\sknow\b(?!\sabout\syou)|i['’]?(?:\sa)?m\snot\s(?:sure|able\sto)\b
         |i['’]?(?:\sa)?m\sunable\sto\b|i\s(?:have\sto|must)\sdecline\b
         |i\s(?:cannot|can\snot|can['’]t|could\snot|couldn['’]t|won['’]t|will\snot)
          (?:\s*(?:\.|…|$)|\s(?:\w+\s){0,2}?(?:answer|help(?!\sbut)|assist|provide|determine|comply
          |fulfil|fulfill|do|give|create|write|generate|engage|discuss|support|access|complete
-         |respond|say|tell|fully)\b))""",
+         |respond|say|tell|fully)\b(?!\s(?:enough|without|you\show)\b)))""",
     re.VERBOSE | re.IGNORECASE,
 )
 _TEXT_MARKER = re.compile(
@@ -84,10 +85,11 @@ def body_start(reply: str) -> int:
 def same_width(reply: str) -> str:
     """Full-width letters, digits and brackets become ASCII while every character keeps its place.
 
-    Raised digits stay: "10²" is not 102.
+    Raised digits stay: "10²" is not 102. Unbreakable spaces between thousands become commas.
     """
     if reply.isascii():
         return reply
+    reply = SPACED.sub(",", reply)
     plain = {ch: unicodedata.normalize("NFKC", ch) for ch in set(reply)}
     return "".join(
         ch if len(plain[ch]) != 1 or unicodedata.category(ch) == "No" else plain[ch] for ch in reply
