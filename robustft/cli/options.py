@@ -7,6 +7,7 @@ import math
 from typing import Any, NoReturn
 
 from robustft import __version__
+from robustft.config import ABLATIONS, DETECTORS, DTYPES, ENGINES, RETRIEVERS, TRACKERS
 from robustft.errors import UserError
 
 _MODEL_DEFAULT = "(default: the small embedded model)"
@@ -29,6 +30,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=_Help, allow_abbrev=False, **settings)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"expected one of {known}, found {value!r}")
 
     def error(self, message: str) -> NoReturn:
         """Raise the one line that `main` prints."""
@@ -162,7 +168,7 @@ def _add_model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"hub id, local folder or .gguf file {_MODEL_DEFAULT}")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="type of its weights")
     group.add_argument(
         "--attention", metavar="NAME",
         help="attention implementation of transformers, such as sdpa or eager (default: its own "
@@ -182,8 +188,8 @@ def _add_engine(parser: Parser) -> None:
         "OpenAI-compatible server (openai), which is first asked what it can really do.",
     )
     group.add_argument(
-        "--engine", default="transformers", metavar="NAME", help="transformers, openai or vllm",
-    )  # fmt: skip
+        "--engine", default="transformers", choices=ENGINES, help="who runs the model"
+    )
     group.add_argument(
         "--base-url", metavar="URL",
         help="the server, such as http://localhost:8000/v1; --model is then the name it serves "
@@ -219,8 +225,9 @@ def _add_engine(parser: Parser) -> None:
 def _add_expert_options(parser: Parser) -> None:
     group = parser.add_argument_group("method")
     group.add_argument(
-        "--detector", default="crowd", metavar="NAME",
-        help="what splits clean from noisy: crowd (experts weighted by what they know) or paper",
+        "--detector", default="crowd", choices=DETECTORS,
+        help="what splits clean from noisy: experts as a crowd, each weighted by what it knows, "
+        "or the paper's rule",
     )  # fmt: skip
     group.add_argument(
         "-k", type=_positive, default=3, help="clean neighbours shown when a record is answered "
@@ -258,7 +265,7 @@ def _add_expert_options(parser: Parser) -> None:
         "question (default: off)",
     )  # fmt: skip
     group.add_argument(
-        "--without", action="append", metavar="PART", default=[],
+        "--without", action="append", metavar="PART", choices=ABLATIONS, default=[],
         help="leave a part out, as in the paper's table 3: selection, checker, reviewer, cer "
         "(context-enhanced relabeling) or rel (reasoning); may be repeated (default: nothing)",
     )  # fmt: skip
@@ -271,8 +278,8 @@ def _add_expert_options(parser: Parser) -> None:
         help="sentence-embedding model, hub id or folder (default: the embedded MiniLM)",
     )  # fmt: skip
     group.add_argument(
-        "--retriever", default="exact", metavar="NAME",
-        help="how neighbours are found: exact, or approximate (faiss HNSW: may miss some, and the "
+        "--retriever", default="exact", choices=RETRIEVERS,
+        help="how neighbours are found (approximate is faiss HNSW: may miss some, and the "
         "ones it misses may differ from run to run)",
     )  # fmt: skip
     group.add_argument(
@@ -462,7 +469,7 @@ def _add_train(commands: Any) -> None:
         "--seed", type=_count, default=0, metavar="N", help="order of records and initial weights"
     )
     group.add_argument(
-        "--report-to", action="append", metavar="NAME", default=[],
+        "--report-to", action="append", metavar="NAME", choices=TRACKERS, default=[],
         help="send loss, token entropy and noise score of every step to tensorboard, trackio or "
         "wandb; may be repeated (default: nowhere)",
     )  # fmt: skip
