@@ -377,6 +377,13 @@ def test_kind_of_the_given_answer() -> None:
     assert answer_kind("She has 16 - 3 = 13 eggs left to sell.\nA: 26", None) == "text"
 
 
+def test_a_short_first_paragraph_is_the_span() -> None:
+    for reply in ("Paris.\n\nIt is the capital.", "<think>hm</think>**Paris**\n\nExplanation: …"):
+        assert parse(reply, kind="span").answer == "Paris"
+    long = "The capital of France is the city of Paris\n\nIndeed"
+    assert parse(long, kind="span").answer == long
+
+
 def test_issue_cases_span() -> None:
     assert matches("New York", "new york", kind="span")
     assert matches("the New York", "New York.", kind="span")

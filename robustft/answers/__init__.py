@@ -19,6 +19,7 @@ from robustft.answers.numerals import canonical, find_numbers, whole_number
 from robustft.answers.replies import (
     NOTHING,
     SPACED,
+    SPAN_WORDS,
     Parsed,
     body_start,
     is_refusal,
@@ -46,7 +47,6 @@ __all__ = [
 ]
 
 Kind = Literal["choice", "number", "span", "text"]
-SPAN_WORDS = 6
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _NEGATIONS = frozenset(("no", "not", "non", "never", "none", "neither", "nor", "without", "cannot"))

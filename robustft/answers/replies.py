@@ -34,6 +34,7 @@ class Parsed:
 
 
 NOTHING = Parsed(None, 0, 0)
+SPAN_WORDS = 6  # a short answer has at most so many
 QUOTES = "\"'`“”‘’"
 # "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####".
 MARKER = re.compile(
@@ -186,7 +187,10 @@ def parse_text(reply: str) -> Parsed:
 
 
 def parse_span(reply: str) -> Parsed:
-    """A short answer: what follows the last "answer is" on its line, or else the whole text."""
+    """A short answer: what follows the last "answer is" on its line, or else the text.
+
+    Of a text in paragraphs that is the first, where it is short: the rest explains it.
+    """
     start, end = body_start(reply), len(reply)
     marks = [match.end() for match in MARKER.finditer(reply, start)]
     marks += [match.end() for match in _A_COLON.finditer(reply, start)]
@@ -200,7 +204,11 @@ def parse_span(reply: str) -> Parsed:
         if parsed.answer is not None:
             return parsed
     parsed = parse_text(reply)
-    return _unwrapped(reply, parsed.start, parsed.stop, sentence=True) if parsed.answer else NOTHING
+    if parsed.answer is None:
+        return NOTHING
+    first = parsed.answer.partition("\n\n")[0]
+    stop = parsed.start + len(first) if len(first.split()) <= SPAN_WORDS else parsed.stop
+    return _unwrapped(reply, parsed.start, stop, sentence=True)
 
 
 def _unclosed(reply: str, start: int, stop: int) -> int:
