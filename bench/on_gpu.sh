@@ -65,9 +65,9 @@ if [ "$device" = cuda ]; then
     else
         say "tests: not run (pytest or hypothesis is not installed)"
     fi
-    step token-stats 70 "$python" bench/token_stats.py --out "$out/token_stats.csv"
+    step token-stats 90 "$python" bench/token_stats.py --out "$out/token_stats.csv"
     step token-gradients 40 "$python" bench/token_gradients.py --out "$out/token_gradients.csv"
-    step linear-token-stats 90 "$python" bench/linear_token_stats.py \
+    step linear-token-stats 100 "$python" bench/linear_token_stats.py \
         --out "$out/linear_token_stats.csv"
 else
     step token-stats 70 "$python" bench/token_stats.py --quick --out "$out/token_stats.csv"

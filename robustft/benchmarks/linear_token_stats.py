@@ -23,7 +23,7 @@ OURS = "robustft linear_token_stats"
 LIMIT = "limit: hidden @ weight.T alone"
 DESIGNS = {f"robustft, {design}": design for design in ("chunked", "fused")}  # on a GPU
 # Other settings of the fused kernel to compare on a GPU, beside its own choice.
-FUSED_TILES = ({"BLOCK_V": 128, "num_stages": 4}, {"GROUP": 64})
+FUSED_TILES = ({"num_stages": 4}, {"BLOCK_V": 128, "num_stages": 4}, {"GROUP": 64})
 
 
 @dataclass(frozen=True, slots=True)

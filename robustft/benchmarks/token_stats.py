@@ -24,6 +24,7 @@ LIMIT = {"cpu": "limit: reading alone", "cuda": "limit: copying alone"}
 ONE_SUM = "logsumexp alone, same tiles"
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
 PACKAGES = ("robustft", "torch", "triton", *PEERS)
+LOADS = (2, 3, 4)  # 128-bit loads of a thread at a time, to compare on a GPU
 CHECKED = 8  # rows compared with the reference
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -76,6 +77,12 @@ def limit_call(x: Tensor) -> Callable[[], Any]:
     return lambda: whole.amax()
 
 
+def _kernel(x: Tensor, ids: Tensor, loads: int) -> token_peers.Call:
+    from robustft_kernels import token_stats_triton as launch
+
+    return lambda: launch.forward(x, ids, 1.0, 0.0, -100, H=loads)
+
+
 def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, str]]:
     """The rows of one case, and the peers that could not run."""
     x, ids = inputs(case, device)
@@ -84,6 +91,8 @@ def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, 
         from robustft.benchmarks.logsumexp_triton import logsumexp
 
         calls[ONE_SUM] = lambda: logsumexp(x)
+        if not quick:
+            calls |= {f"robustft, kernel alone, H={h}": _kernel(x, ids, h) for h in LOADS}
     calls |= token_peers.torch_calls(x, ids, compiled=not quick)
     packages, refused = token_peers.packages_from_logits(x, ids)
     calls |= packages
