@@ -46,10 +46,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     lists: dict[str, list[str]] = {}
     if path and arguments[0] in parser.commands:
         lists = _take_defaults(Path(path), arguments[0], parser)
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        command = parser.commands[options.command]
-        command.error(f"unknown argument {unknown[0]!r}{_hint(unknown[0], command)}")
+    command = parser.commands.get(arguments[0])
+    required = [action for action in command._actions if action.required] if command else []
+    for needed in (False, True):  # a misspelt option is told before the one that it leaves missing
+        for action in required:
+            action.required = needed
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            asked = parser.commands[options.command]
+            asked.error(f"unknown argument {unknown[0]!r}{_hint(unknown[0], asked)}")
     for field, values in lists.items():
         if not getattr(options, field):  # the command line names none
             setattr(options, field, values)
