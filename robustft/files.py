@@ -37,6 +37,9 @@ def locked(path: Path, *, wait: str | None = None) -> Iterator[int | None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except (FileExistsError, NotADirectoryError):
+        file = next(filter(Path.is_file, path.parents), path.parent)
+        raise UserError(f"{file}: is a file; expected a folder") from None
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written: {error.strerror}") from error
     held: int | None = handle

@@ -275,10 +275,11 @@ def test_damaged_weights(
     refused(clean("d.jsonl", lines(GOOD), "--model", str(folder)), "never run")
 
 
-def test_read_only_output(clean: Status, tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", ["file", "file/out", "file/out/more"])
+def test_a_file_where_the_output_folder_would_be(clean: Status, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").write_text("")
-    result = clean("d.jsonl", lines(GOOD), out=tmp_path / "file" / "out")
-    refused(result, "cannot be written")
+    result = clean("d.jsonl", lines(GOOD), out=tmp_path / out)
+    refused(result, f"{tmp_path}/file: is a file; expected a folder")
 
 
 def test_control_characters_never_reach_the_terminal(clean: Status) -> None:

@@ -137,7 +137,7 @@ def test_a_damaged_or_another_input_is_told(tmp_path: Path) -> None:
         take_in(source, tmp_path / "taken")
     shutil.rmtree(tmp_path / "taken")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="file: is a file; expected a folder"):
         take_in(source, tmp_path / "file" / "taken")
 
 
