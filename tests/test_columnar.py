@@ -327,7 +327,7 @@ def test_saved_dataset(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows, "test": hub_rows(3)}).save_to_disk(tmp_path / "two")
     source = open_records(str(tmp_path / "two"), split="test")
     assert len(records(source)) == 3
-    with pytest.raises(UserError, match=r"expected a split 'dev', found \['train', 'test'\]"):
+    with pytest.raises(UserError, match=r"expected a split 'dev', found train, test"):
         open_records(str(tmp_path / "two"), split="dev")
 
 
@@ -419,7 +419,5 @@ def test_folder_of_text_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c\.csv: expected the layout and columns of a\.csv"):
         open_records(str(tmp_path))
     (tmp_path / "d.jsonl").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"expected files of one kind, found \['\.csv', '\.jsonl'\]"
-    ):
+    with pytest.raises(UserError, match=r"expected files of one kind, found \.csv, \.jsonl: name"):
         open_records(str(tmp_path))

@@ -24,6 +24,7 @@ from robustft.records.framing import (
     without_bom,
 )
 from robustft.remote import fetched, is_remote
+from robustft.terminal import listed
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -90,7 +91,7 @@ def open_folder(folder: Path, split: str, limit: int) -> Reader:
         if (folder / "dataset_dict.json").is_file():
             splits = _json_object(folder / "dataset_dict.json").get("splits", [])
             if split not in splits:
-                raise UserError(f"{folder}: expected a split {split!r}, found {splits}")
+                raise UserError(f"{folder}: expected a split {split!r}, found {listed(splits)}")
             return open_folder(folder / split, split, limit)
         if (folder / "state.json").is_file():
             entries = _json_object(folder / "state.json").get("_data_files", [])
@@ -151,7 +152,8 @@ def open_files(files: tuple[Path, ...], limit: int, names: tuple[str, ...] = ())
         names = ("",)
     kinds = {"".join(split_suffix(path)) for path in files}
     if len(kinds) > 1:
-        raise UserError(f"{files[0].parent}: expected files of one kind, found {sorted(kinds)}")
+        found = listed(sorted(kinds))
+        raise UserError(f"{files[0].parent}: expected files of one kind, found {found}: name one")
     for path in files:
         _check_magic(path)
     if split_suffix(files[0])[0] == ".parquet":
