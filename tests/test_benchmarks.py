@@ -113,6 +113,21 @@ def test_the_knn_gate_judges_the_timed_search(
     assert gates["numpy matmul, argpartition"].startswith("same 1.000")
 
 
+def test_knn_uses_the_cores_that_it_may_and_tells_peers_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(knn.os, "sched_getaffinity", lambda _: {5, 7, 9})
+    case = "--kinds random --rows 50 --dims 4 --queries 2 --budget 0.01 --no-machine --peers numpy"
+    assert knn.main(case.split()) == 0
+    asked = capsys.readouterr().err.splitlines()
+    assert asked == [f"random N=50 d=4 Q=2 k=10 threads={count}" for count in (1, 3)]
+    ours, one, other = (
+        Row("knn", "c", name, 1, 1.0, 1.0, 1.0, rate, "queries/s", "yes", "cpu", "", "", None)
+        for name, rate in (("robustft", 8.0), ("torch matmul, topk", 4.0), ("faiss", 2.0))
+    )
+    assert knn.ratios([ours, one, other]) == "c threads=1: x torch matmul, topk 2.0; faiss 4.0"
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_wrong_neighbours_of_a_mapped_file_end_with_status_1(
     wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

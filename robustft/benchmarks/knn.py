@@ -376,13 +376,15 @@ def ratios(rows: Sequence[Row]) -> str:
         ours = [r.rate for r in timed_rows if r.contender == "robustft"]
         peers = [r for r in timed_rows if not r.contender.startswith("robustft")]
         if ours and peers:
-            text = ", ".join(f"{r.contender} {ours[0] / r.rate:.1f}" for r in peers)
+            text = "; ".join(f"{r.contender} {ours[0] / r.rate:.1f}" for r in peers)
             lines.append(f"{case} threads={threads}: x {text}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table and the ratios, append rows to --out; status 1 when a gate failed."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not everywhere
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small corpus, under a minute")
     parser.add_argument("--out", type=Path, help="append CSV rows to this file")
@@ -391,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dims", type=int, nargs="+", default=[384])
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 4096])
     parser.add_argument("--ks", type=int, nargs="+", default=[10])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, cores])
     parser.add_argument("--embeddings", type=Path, help="[N, d] float32 .npy, for the kind `real`")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds a contender and case")
     parser.add_argument("--peers", nargs="*", choices=_PEERS, default=list(_PEERS))
