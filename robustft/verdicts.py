@@ -78,6 +78,7 @@ class CleanResult:
     dropped_nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
     answers_before: Counter[str] = field(default_factory=Counter)
     answers_after: Counter[str] = field(default_factory=Counter)
+    options: set[tuple[str, ...]] = field(default_factory=set)  # all, where records share them
     reasons: Counter[str] = field(default_factory=Counter)  # action and cause -> records
     reject_reasons: Counter[str] = field(default_factory=Counter)
     # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
@@ -321,6 +322,8 @@ def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
         result.tallies.update({(name, what): counts[name] for name in asked})
     result.unanswered += sum(one.failed for one in judged)
     lettered = [one for one in judged if one.record.options is not None]
+    if len(result.options) < 2:
+        result.options.update(one.record.options or () for one in lettered)
     result.answers_before.update(one.record.answer for one in lettered)
     result.answers_after.update(one.answer for one in lettered if one.action != "drop")
 

@@ -216,6 +216,21 @@ def test_an_all_noisy_corpus_and_so_an_empty_clean_set(tmp_path: Path) -> None:
     assert (tmp_path / "out/report.html").exists()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_report_names_answers_by_their_text_where_options_are_shared(
+    tmp_path: Path, shared: bool
+) -> None:
+    rows = choice_rows(9)
+    rows[0]["options"] = rows[1]["options"] = ["a <b>", "green", "blue"]
+    run(write_jsonl(tmp_path / "in.jsonl", rows[: 2 if shared else 9]), tmp_path / "out")
+    report = (tmp_path / "out/report.html").read_text()
+    answers = report.partition("Answers before and after")[2].partition("</figure>")[0]
+    labels = re.findall('<text class="label"[^>]*>([^<]*)', answers)
+    texts = {"A": "A a &lt;b&gt;", "B": "B green", "C": "C blue"}
+    given = sorted({row["answer"] for row in rows[: 2 if shared else 9]})
+    assert labels == [texts[letter] if shared else letter for letter in given]
+
+
 def test_an_all_clean_corpus_comes_out_as_it_went_in(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", choice_rows(20))
     result = run(source, tmp_path / "out", ScriptedEngine(choose=all_trust))

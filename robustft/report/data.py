@@ -133,9 +133,10 @@ class Suspect:
 class ReportData:
     """Everything `report.html` shows. Mappings keep their order; empty ones are said to be empty.
 
-    `before`/`after` count the answers of the input and of the cleaned set by letter (choice) or
-    kind (number, text …). `scores_*` are histograms of the noise score, `nll_*` of eq. 7 for
-    the denoised records that selection kept or dropped; `nll_threshold` is the highest nll kept.
+    `before`/`after` count the answers of the input and of the cleaned set by letter, with its text
+    where all records share their options. `scores_*` are histograms of the noise score, `nll_*` of
+    eq. 7 for the denoised records that selection kept or dropped; `nll_threshold` is the highest
+    nll kept.
     """
 
     source: str

@@ -108,20 +108,19 @@ def before_after(before: Mapping[str, int], after: Mapping[str, int], limit: int
     )[:limit]
     names.sort()
     largest = max(1, *(max(before.get(name, 0), after.get(name, 0)) for name in names))
-    left, row = 76.0, 40.0
-    plot = WIDTH - left - 84
+    row, plot = 54.0, WIDTH - 84.0
     marks = []
     for index, name in enumerate(names):
-        y = 4 + index * row
-        label = markup.plain(name, 9) + ("…" if len(name) > 9 else "")
-        marks.append(f'<text class="label end" x="{left - 8}" y="{y + 19}">{label}</text>')
-        for offset, tone, numbers in ((0, "before", before), (15, "after", after)):
+        y = index * row
+        label = markup.plain(name, 44) + "…" * (len(name) > 44)
+        marks.append(f'<text class="label" x="0" y="{y + 12}">{label}</text>')
+        for offset, tone, numbers in ((17, "before", before), (32, "after", after)):
             number = numbers.get(name, 0)
             width = max(plot * number / largest, 1.5 if number else 0.0)
             marks.append(
-                f'<rect class="{tone}" x="{left}" y="{y + offset:.1f}" width="{width:.2f}" '
+                f'<rect class="{tone}" x="0" y="{y + offset:.1f}" width="{width:.2f}" '
                 f'height="13" rx="2"><title>{label} {tone}: {number:,}</title></rect>'
-                f'<text class="tick" x="{left + width + 5:.1f}" y="{y + offset + 10.5:.1f}">'
+                f'<text class="tick" x="{width + 5:.1f}" y="{y + offset + 10.5:.1f}">'
                 f"{number:,} · {markup.percent(number, sum(numbers.values()))}</text>"
             )
     return _svg(int(len(names) * row), "".join(marks), "Answers before and after cleaning.")

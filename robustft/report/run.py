@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from robustft.config import CleanConfig, by_option
+from robustft.prompts import LETTERS
 from robustft.report import write_report
 from robustft.report.data import (
     Counts,
@@ -46,6 +47,8 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         (float(values.max()) for values in (result.kept_nll, result.dropped_nll) if len(values)),
         default=1.0,
     )
+    shared = next(iter(result.options)) if len(result.options) == 1 else ()
+    texts = {letter: f" {text}" for letter, text in zip(LETTERS, shared, strict=False)}
     described = _FILES | (_EXCHANGE if config.dataset_info else {})
     files = {
         (result.cleaned.name if name == "cleaned" else name): described[name] for name in described
@@ -58,8 +61,8 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         counts=Counts(**{name: counts[name] for name in Counts.__dataclass_fields__}),
         reasons=result.reasons,
         reject_reasons=result.reject_reasons,
-        before=dict(sorted(result.answers_before.items())),
-        after=dict(sorted(result.answers_after.items())),
+        before={f"{name}{texts.get(name, '')}": n for name, n in result.answers_before.items()},
+        after={f"{name}{texts.get(name, '')}": n for name, n in result.answers_after.items()},
         scores_clean=Histogram(0.0, 1.0, tuple(result.score_counts[0])),
         scores_noisy=Histogram(0.0, 1.0, tuple(result.score_counts[1])),
         nll_kept=Histogram.of(result.kept_nll.tolist(), 0.0, max(top, 1e-6)),
