@@ -73,18 +73,18 @@ class EvalResult:
         low, high = self.overall.interval
         who = self.model if self.adapter is None else f"{self.model} with {self.adapter}"
         lines = [
-            f"{who}: accuracy {self.overall.accuracy:.4f} "
-            f"({self.overall.correct:,} of {self.overall.total:,}; 95 % interval {low:.4f} to "
-            f"{high:.4f}), {self.seconds:,.0f} s"
+            f"{who}: accuracy {self.overall.accuracy:.1%} "
+            f"({self.overall.correct:,} of {self.overall.total:,}; 95% interval {100 * low:.1f} to "
+            f"{100 * high:.1f}), {self.seconds:,.0f} s"
         ]
         if self.macro_f1 is not None and self.majority is not None:
             lines.append(
-                f"macro-F1 {self.macro_f1:.4f}; always the commonest answer: accuracy "
-                f"{self.majority:.4f}"
+                f"macro-F1 {self.macro_f1:.1%}; always the commonest answer: accuracy "
+                f"{self.majority:.1%}"
             )
         if self.credit > self.overall.correct:
             lines.append(
-                f"mean F1 {self.f1:.4f}, in which a part of an answer counts for its share"
+                f"mean F1 {self.f1:.1%}, in which a part of an answer counts for its share"
             )
         if self.unanswered:
             lines.append(f"{self.unanswered:,} replies held no readable answer and count as wrong.")
@@ -101,8 +101,8 @@ class EvalResult:
         for name, tally in sorted(self.categories.items()):
             low, high = tally.interval
             lines.append(
-                f"  {printable(name)}: {tally.accuracy:.4f} ({tally.correct:,} of {tally.total:,}; "
-                f"{low:.4f} to {high:.4f})"
+                f"  {printable(name)}: {tally.accuracy:.1%} ({tally.correct:,} of {tally.total:,}; "
+                f"{100 * low:.1f} to {100 * high:.1f})"
             )
         return "\n".join(lines)
 

@@ -64,8 +64,8 @@ def test_choices_are_scored_and_written_in_input_order(tmp_path: Path) -> None:
         "probability": 0.8, "category": "law",
     }  # fmt: skip
     text = str(result)
-    assert "scripted: accuracy 0.7500 (3 of 4; 95 % interval 0.3006 to 0.9544)" in text
-    assert "  art: 1.0000 (2 of 2" in text
+    assert "scripted: accuracy 75.0% (3 of 4; 95% interval 30.1 to 95.4)" in text
+    assert "  art: 100.0% (2 of 2" in text
 
 
 def test_options_of_one_text_are_one(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_f1_is_told_where_parts_of_an_answer_count(tmp_path: Path) -> None:
         config, engine=oracle("Smith"), judge=lambda record, reply: (reply, False, 0.5)
     )
     assert parts.overall.correct == 0
-    assert "mean F1 0.5000, in which a part of an answer counts for its share" in str(parts)
+    assert "mean F1 50.0%, in which a part of an answer counts for its share" in str(parts)
 
 
 def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
 def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> None:
     rows = [choice("A", "A", Subject="law\x1b[2J\nfaked: 1.0000\u202e")]
     result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
-    assert str(result).splitlines()[-1].startswith(r"  law\x1b[2J\nfaked: 1.0000\u202e: 1.0000 (1")
+    assert str(result).splitlines()[-1].startswith(r"  law\x1b[2J\nfaked: 1.0000\u202e: 100.0% (1")
 
 
 def test_a_category_in_every_record_is_none(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_an_adapter_changes_the_answers(tmp_path: Path, tiny_model: Path) -> Non
     after = evaluate(EvalConfig(path, adapter=adapter, engine=engine))
     assert after.overall.correct == 12
     assert before.overall.correct < 12
-    assert str(after).startswith(f"{tiny_model.name} with {adapter}: accuracy 1.0000 (12 of 12")
+    assert str(after).startswith(f"{tiny_model.name} with {adapter}: accuracy 100.0% (12 of 12")
 
 
 @settings(max_examples=100, deadline=None)
