@@ -109,32 +109,45 @@ def _against_noise(rows: Sequence[Row]) -> Any:
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(row.task for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
+    noises = sorted({row.noise for row in rows if row.noise is not None})
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(4.6 * len(tasks), 3.4), squeeze=False, layout="constrained"
     )
     for axis, task in zip(axes.flat, tasks, strict=True):
-        for index, name in enumerate(dict.fromkeys(row.name for row in rows)):
+        for index, name in enumerate(names):
             mine = sorted(
                 (r for r in rows if r.task == task and r.name == name), key=lambda r: r.noise or 0
             )
             if not mine:
                 continue
-            noise, colour = [row.noise for row in mine], _COLOURS[index % len(_COLOURS)]
+            places = _beside([row.noise or 0 for row in mine], index, len(names))
+            colour = _COLOURS[index % len(_COLOURS)]
             errors = np.hstack([np.array(_whiskers(row)) for row in mine])
             means = [row.mean for row in mine]
-            axis.errorbar(noise, means, yerr=errors, fmt="o-", color=colour, ms=4, lw=1.4,
+            axis.errorbar(places, means, yerr=errors, fmt="o-", color=colour, ms=4, lw=1.4,
                           capsize=2, label=name)  # fmt: skip
-            printed = [(row.noise, row.paper) for row in mine if row.paper is not None]
+            printed = [
+                (place, row.paper)
+                for place, row in zip(places, mine, strict=True)
+                if row.paper is not None
+            ]
             if printed:
                 axis.plot(*zip(*printed, strict=True), "x--", color=colour, ms=5, lw=0.8,
                           alpha=0.6, label=f"{name}, the paper's (Llama-3.1-8B)")  # fmt: skip
         axis.set_xlabel("noise in the training answers (%)")
         axis.set_ylabel("test accuracy (%), 95 % interval")
-        axis.set_xticks(sorted({row.noise for row in rows if row.noise is not None}))
+        axis.set_xticks(noises)
         axis.set_title(task.upper(), fontsize=9)
         axis.grid(lw=0.4, alpha=0.6)
     _legend_below(figure, axes.flat[0])
     return figure
+
+
+def _beside(places: Sequence[float], index: int, count: int) -> list[float]:
+    """Where line `index` of `count` has its points, so that the whiskers stand side by side."""
+    shift = 0.015 * (max(places) - min(places) or 1) * (index - (count - 1) / 2)
+    return [place + shift for place in places]
 
 
 def _legend_below(figure: Any, axis: Any) -> None:
@@ -157,7 +170,7 @@ def _sensitivity(rows: Sequence[Row]) -> Any:
                 label = f"{method}, {_title(row.task, row.noise)}"
                 lines.setdefault(label, []).append((float(value.rstrip("%")), row))
         for index, (label, points) in enumerate(lines.items()):
-            places = [place + 0.01 * index * (points[-1][0] - points[0][0]) for place, _ in points]
+            places = _beside([place for place, _ in points], index, len(lines))
             errors = np.hstack([np.array(_whiskers(row)) for _, row in points])
             axis.errorbar(places, [row.mean for _, row in points], yerr=errors, fmt="o-", ms=4,
                           lw=1.3, capsize=2, color=_COLOURS[index % len(_COLOURS)],

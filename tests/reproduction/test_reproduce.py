@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from scripted import FlakyEngine
@@ -26,7 +27,7 @@ from robustft.errors import UserError
 from robustft.evaluation import EvalResult, judge
 from robustft.methods import METHODS
 from robustft.metrics import Tally, wilson
-from robustft.reproduction import paper
+from robustft.reproduction import paper, plots
 from robustft.reproduction.categories import CATEGORY, by_category
 from robustft.reproduction.cells import Bench, Cell, Outcome
 from robustft.reproduction.grid import reproduce
@@ -109,6 +110,14 @@ def test_table1_is_written_and_read_again(
     monkeypatch.setattr("robustft.training.load_causal_lm", never)
     assert main(command) == 0
     assert (tmp_path / "table1.csv").read_bytes() == before
+
+
+def test_whiskers_of_methods_stand_side_by_side() -> None:
+    rows = [Row(name, "fpb", noise, values=[70.0, 72.0]) for name in "abc" for noise in (0, 30, 50)]
+    (axis,) = plots._against_noise(rows).axes
+    places = [bars.lines[0].get_xdata() for bars in axis.containers]
+    assert np.diff(places, axis=0) == pytest.approx(np.full((2, 3), 0.75))
+    assert places[1] == pytest.approx([0, 30, 50])
 
 
 @pytest.mark.parametrize(
