@@ -39,10 +39,9 @@ class Progress:
     def update(self, amount: float, doing: str | None = None) -> None:
         """Advance by `amount`; `doing` names the step at work."""
         self._done += amount
-        desc = self._desc if doing is None else f"{self._desc} · {doing}"
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_description_str(desc, refresh=False)
+            self._bar.set_postfix_str(doing or "", refresh=False)
             self._bar.update(amount)
         elif (
             self._lines
@@ -50,6 +49,7 @@ class Progress:
             and self._done > self._before
         ):
             self._shown = now
+            desc = self._desc if doing is None else f"{self._desc} · {doing}"
             print(f"robustft: {desc}: {self._said(now - self._start)}", file=sys.stderr, flush=True)
 
     def _said(self, elapsed: float) -> str:
@@ -103,9 +103,12 @@ class Stages(contextlib.ExitStack):
 def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:
     from tqdm import tqdm
 
-    count = "{n:.0f}/{total:.0f} " + unit + " " if unit else ""
-    # The bar comes last: a narrow terminal cuts it, not the time.
-    known = "{percentage:3.0f}% " + count + "[{elapsed} elapsed, {remaining} left] |{bar:20}|"
+    count = ", {n:.0f}/{total:.0f} " + unit if unit else ""
+    # A narrow terminal cuts the end: the bar first, the time that is left last.
+    known = (
+        "{percentage:3.0f}% [{remaining} left, {elapsed} elapsed" + count + "{postfix}] |{bar:20}|"
+    )
+    counted = "{n:.0f} [{elapsed} elapsed{postfix}]"
     return tqdm(
         total=total,
         initial=done,
@@ -114,7 +117,7 @@ def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:
         delay=2.0,
         mininterval=0.2,
         dynamic_ncols=True,
-        bar_format="{desc}: " + ("{n:.0f} [{elapsed} elapsed]" if total is None else known),
+        bar_format="{desc}: " + (counted if total is None else known),
     )
 
 

@@ -527,15 +527,10 @@ def test_nobody_reads_stdout(tmp_path: Path, sink: str, unbuffered: str) -> None
     assert (tmp_path / "n.jsonl").exists()
 
 
-def test_a_terminal_sees_a_bar_and_then_a_clean_line(tmp_path: Path) -> None:
-    code = (
-        "import time\nfrom robustft.progress import Progress\n"
-        "with Progress('detect', 4) as bar:\n"
-        "    for _ in range(4): time.sleep(0.7); bar.update(1, 'base')\n"
-        "import sys; print('after', file=sys.stderr)"
-    )
+def on_terminal(code: str, columns: int) -> bytes:
+    """What a terminal of so many columns gets from `code`."""
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=follower, stdout=follower)
     os.close(follower)
     shown = b""
@@ -546,8 +541,21 @@ def test_a_terminal_sees_a_bar_and_then_a_clean_line(tmp_path: Path) -> None:
         pass
     os.close(leader)
     assert process.wait() == 0
-    # The label once, and the time before the bar, which a narrow terminal cuts.
-    assert re.search(rb"\rdetect \xc2\xb7 base: 100% \[00:0\d elapsed, 00:00 left\] \|", shown)
+    return shown
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_terminal_sees_a_bar_and_then_a_clean_line(columns: int) -> None:
+    shown = on_terminal(
+        "import time\nfrom robustft.progress import Progress\n"
+        "with Progress('shard 12/64 detect', 4) as bar:\n"
+        "    for _ in range(4): time.sleep(0.7); bar.update(1, 'base')\n"
+        "import sys; print('after', file=sys.stderr)",
+        columns,
+    )
+    # The time before the step and the bar, which a narrow terminal cuts.
+    end = rb"00:0\d elapsed, base\] \|.*" if columns == 80 else rb"0?"
+    assert re.search(rb"\rshard 12/64 detect: 100% \[00:00 left, " + end + rb"\r", shown)
     assert shown.endswith(b"\r\nafter\r\n")
 
 
