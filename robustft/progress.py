@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any, Self
 
+_SILENT_SECONDS = 2.0
 _SECONDS_BETWEEN_LINES = 15.0  # where stderr is a file
 
 
@@ -35,6 +37,8 @@ class Progress:
         terminal = sys.stderr.isatty()
         self._lines = not terminal and not quiet
         self._bar: Any = _bar(desc, total, done, unit) if terminal and not quiet else None
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def update(self, amount: float, doing: str | None = None) -> None:
         """Advance by `amount`; `doing` names the step at work."""
@@ -67,7 +71,15 @@ class Progress:
             self._bar.initial += amount
             self._bar.update(amount)
 
+    def _tick(self) -> None:
+        """Show the bar before anything is done, and that time goes by."""
+        while not self._over.wait(_SILENT_SECONDS):
+            self._bar.delay = 0.0
+            self._bar.refresh()
+
     def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._ticker.start()
         return self
 
     def __exit__(
@@ -77,6 +89,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
+            self._over.set()
+            self._ticker.join()
             self._bar.close()
 
 
@@ -114,7 +128,7 @@ def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:
         initial=done,
         desc=desc,
         file=sys.stderr,
-        delay=2.0,
+        delay=_SILENT_SECONDS,
         mininterval=0.2,
         dynamic_ncols=True,
         bar_format="{desc}: " + (counted if total is None else known),

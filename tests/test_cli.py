@@ -559,6 +559,18 @@ def test_a_terminal_sees_a_bar_and_then_a_clean_line(columns: int) -> None:
     assert shown.endswith(b"\r\nafter\r\n")
 
 
+def test_a_terminal_sees_what_has_begun_and_nothing_of_what_is_soon_over() -> None:
+    shown = on_terminal(
+        "import time\nfrom robustft.progress import Progress\n"
+        "with Progress('read', 4) as bar: bar.update(4)\n"
+        "with Progress('detect', 4): time.sleep(2.2)\n"
+        "import sys; print('after', file=sys.stderr)",
+        80,
+    )
+    assert re.search(rb"^\s*detect:   0% \[\? left, 00:02 elapsed\] \|", shown)
+    assert shown.endswith(b"\r\nafter\r\n")
+
+
 # --- what is not robustft's to overwrite -----------------------------------------------------
 
 
