@@ -52,23 +52,25 @@ class TrainResult:
 
     def __str__(self) -> str:
         """The closing summary of the command line."""
+        steps = self.history.step
         losses = ", ".join(f"{loss:.4f}" for loss in self.history.epoch_losses)
+        there = "the adapter was there already; " if self.resumed == steps else ""
+        before = ", earlier sessions included" if self.resumed else ""
         lines = [
-            f"Trained a LoRA adapter of {self.trained_parameters:,} parameters on "
-            f"{counted(self.records, 'record')} ({counted(self.history.step, 'step')}, "
-            f"{self.history.tokens:,} tokens, {self.history.seconds:,.0f} s).",
-            f"Mean loss of each epoch, nats per response token: {losses}",
+            f"{counted(self.records, 'record')}: {there}trained in {counted(steps, 'step')} on "
+            f"{self.history.tokens:,} tokens"
         ]
-        if self.resumed:
-            lines.append(f"Resumed at step {self.resumed:,}.")
         if self.rejected:
-            lines.append(f"Left out, as they could not be read: {counted(self.rejected, 'line')}.")
+            lines.append(f"left out      {counted(self.rejected, 'line')} that could not be read")
         if self.shortened:
-            lines.append(f"Cut to the cutoff: {counted(self.shortened, 'record')}.")
-        model = "" if self.model == DEFAULT_MODEL else f"--model {shlex.quote(self.model)} "
+            lines.append(f"cut           {counted(self.shortened, 'record')}, to the cutoff")
+        model = [] if self.model == DEFAULT_MODEL else ["--model", self.model]
+        evaluate = ["robustft", "eval", "TEST_FILE", *model, "--adapter", str(self.out)]
         lines += [
-            f"Adapter: {self.out}",
-            f"Next: robustft eval TEST_FILE {model}--adapter {shlex.quote(str(self.out))}",
+            f"loss          {losses}  (nats per response token, mean of each epoch)",
+            f"adapter       {self.out}  ({self.trained_parameters:,} parameters)",
+            f"took          {self.history.seconds:,.0f} s{before}",
+            f"next:\n  {shlex.join(evaluate)}",
         ]
         return "\n".join(lines)
 
@@ -154,7 +156,8 @@ def _finished(out: Path, identity: dict[str, Any]) -> TrainResult | None:
     refuse_changes(out, before, identity)
     if result is None or not (out / WEIGHTS).exists():
         return None
-    return TrainResult(**result | {"out": out, "history": History(**result["history"])})
+    history = History(**result["history"])
+    return TrainResult(**result | {"out": out, "history": history, "resumed": history.step})
 
 
 def _write_state(out: Path, identity: dict[str, Any], result: TrainResult | None = None) -> None:
