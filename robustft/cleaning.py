@@ -24,7 +24,7 @@ from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.files import atomic_file, spare_others
 from robustft.finishing import Models, finish
-from robustft.intake import intake_folder, take_in
+from robustft.intake import Intake, intake_folder, take_in
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
@@ -140,6 +140,14 @@ class Announcement:
     models: Models
     resumed: bool
 
+    @classmethod
+    def of(
+        cls, source: RecordSource, intake: Intake, models: Models, *, resumed: bool
+    ) -> Announcement:
+        """What is known of an input that was read."""
+        schema = f"{source.schema} ({', '.join(source.layout.fields)})"
+        return cls(intake.records, intake.rejects, schema, models, resumed)
+
 
 def run_clean(
     config: CleanConfig,
@@ -177,9 +185,7 @@ def run_clean(
         store.claim(models.identity(), name="models")
         store.claim(identity)
         stack.enter_context(long_lived())
-        fields = ", ".join(source.layout.fields)
-        schema = f"{source.schema} ({fields})"
-        announce(Announcement(intake.records, intake.rejects, schema, models, resumed))
+        announce(Announcement.of(source, intake, models, resumed=resumed))
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
         reopen(shard, store, target, alone=True)

@@ -311,6 +311,7 @@ def test_processes_of_one_machine(tmp_path: Path, tiny_model: Path, tiny_encoder
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "600 records" in done.stdout
+    assert done.stderr.count("600 records, read as choice") == 1  # not once for every process
     same(tmp_path / "one", tmp_path / "two")
 
 
@@ -364,10 +365,16 @@ def test_the_commands(run: CommandLine, tmp_path: Path, source: Path) -> None:
     arguments = ("clean", source, "--out", out, "--detector", "paper", "--wait", "0")
     first = run(*arguments, "--shard", "0/2")
     assert first.status == 4
-    assert first.err.splitlines()[-1].endswith("then the same command again")
+    told = first.err.splitlines()
+    assert told[-1].endswith("then the same command again")
+    assert told[0].startswith("robustft: 1,402 records, 2 of them unreadable, read as choice (")
+    assert told[1].startswith("robustft: experts: ")
+    assert told[-2] == "robustft: shard 0/2: records 0 to 512 of 1,400"
+    assert "resuming" not in first.err
     assert "still at work: shard 0" in run(*arguments, "--shard", "1/2").out
     done = run(*arguments, "--shard", "0/2")
     assert done.status == 0
+    assert "robustft: resuming; what was asked before is not asked again\n" in done.err
     assert f"next:\n  robustft merge {out}" in done.out
     assert f"{ROWS + 2:,} records" in run("merge", out).out
     assert "--truth belongs to robustft merge" in run.refused(

@@ -117,7 +117,7 @@ def _run_shards(options: argparse.Namespace, config: CleanConfig) -> int:
         if options.shard:
             return DONE
         return _conclude(merge([config.out], watch=watch), options)
-    missing = run_shard(config, *options.shard, wait=options.wait)
+    missing = run_shard(config, *options.shard, wait=options.wait, announce=print_announcement)
     print_shard_summary(options.shard, missing, config)
     return DONE
 

@@ -11,13 +11,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from robustft.cleaning import identity_of, load, open_source, refuse_runs, spare_folder
+from robustft.cleaning import (
+    Announcement,
+    identity_of,
+    load,
+    open_source,
+    refuse_runs,
+    spare_folder,
+)
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
 from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
@@ -141,6 +148,7 @@ def run_shard(
     wait: float = 600.0,
     engine: Engine | None = None,
     embedder: TextEmbedder | None = None,
+    announce: Callable[[Announcement], None] = lambda announcement: None,
 ) -> list[int]:
     """Detect and relabel shard `number` of `of`; returns the numbers of shards not finished yet.
 
@@ -149,17 +157,22 @@ def run_shard(
     """
     source = open_source(config)
     engine, embedder = load(config, engine, embedder)
-    plan = make_plan(config, source, Models.of(engine, embedder), of)
+    models = Models.of(engine, embedder)
+    plan = make_plan(config, source, models, of)
     shards = plan.shards()
     shard = shards[number]
     filled = [one for one in shards if one.rows]
     if shard.rows:
-        _say(f"shard {shard.name}: records {shard.start} to {shard.stop} of {plan.records}")
+        resumed = (shard.folder / "run.sqlite").exists()
         target = conclusion_folder(config.out)
         with ExitStack() as stack:
             store = stack.enter_context(opened(shard, plan))
-            reopen(shard, store, target, alone=False)
             intake = stack.enter_context(plan.intake())
+            announce(Announcement.of(source, intake, models, resumed=resumed))
+            _say(
+                f"shard {shard.name}: records {shard.start:,} to {shard.stop:,} of {plan.records:,}"
+            )
+            reopen(shard, store, target, alone=False)
             stack.enter_context(long_lived())
             run = ShardRun(config, shard, intake, engine, embedder, store)
             run.detect()
@@ -169,7 +182,7 @@ def run_shard(
     else:
         _say(
             f"shard {shard.name}: nothing to do; shards are whole units of {UNIT_ROWS} records, "
-            f"and there are {plan.records}"
+            f"and there are {plan.records:,}"
         )
     return [one.number for one in filled if not one.phase("relabeled").is_dir()]
 

@@ -25,6 +25,7 @@ class _Child:
     name: str
     command: list[str]
     environment: dict[str, str]
+    told: set[str] = field(default_factory=set)  # by any shard: all announce the same input
     starts: int = 0
     last: str = ""  # line on stderr
     process: subprocess.Popen[str] = field(init=False)
@@ -43,8 +44,10 @@ class _Child:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.last = line.rstrip()
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            if line not in self.told:
+                self.told.add(line)
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
     def end(self) -> int | None:
         """The exit status once it has ended."""
@@ -83,13 +86,14 @@ def run_processes(
     number, of = shard
     end = arguments.index("--") if "--" in arguments else len(arguments)
     children = []
+    told: set[str] = set()
     for index in range(count):
         name = f"{number * count + index}/{of * count}"
         options = ["--shard", name, "--processes", "1", "--gpus", "1"]
         if of == 1:  # all shards are children of this process, which knows when one is lost
             options += ["--wait", "inf"]
         command = [sys.executable, "-m", "robustft", *arguments[:end], *options, *arguments[end:]]
-        children.append(_Child(name, command, _environment(index, count, pinned=pinned)))
+        children.append(_Child(name, command, _environment(index, count, pinned=pinned), told))
     run_children(children)
 
 
