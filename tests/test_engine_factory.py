@@ -36,7 +36,7 @@ def test_every_option_of_the_engine_arrives() -> None:
         (("--base-url", "http://localhost:1/v1"), "belongs to --engine openai"),
         (("--tokenizer", "t"), "--tokenizer belongs to --engine openai, not to transformers"),
         ((*SERVER, "--tensor-parallel", "2"), "belongs to --engine vllm, not to openai"),
-        (("--engine", "elsewhere"), "engine must be one of transformers, openai, vllm"),
+        (("--engine", "elsewhere"), "--engine: expected one of transformers, openai, vllm"),
         ((*SERVER, "--timeout", "0"), "expected a number above 0"),
         ((*SERVER, "--concurrency", "0"), "expected a whole number from 1"),
         ((*SERVER, "--retries", "-1"), "expected a whole number from 0"),
