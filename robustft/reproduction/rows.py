@@ -203,8 +203,8 @@ def to_markdown(
     for name in names:
         cells = [_cell(at.get((name, *column)), best, reasons, deviation) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    told = [f"[{number}] {reason}\n" for reason, number in reasons.items()]
-    lines += ["", *told, *notes, ""]
+    told = [f"[{n}] {reason.removeprefix('not run: ')}\n" for reason, n in reasons.items()]
+    lines += ["", *told, *notes]
     return "\n".join(lines)
 
 

@@ -87,7 +87,7 @@ def test_table1_is_written_and_read_again(
     )  # fmt: skip
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "not run: NousResearch/Hermes-3-Llama-3.1-8B is not here" in said
+    assert "[1] NousResearch/Hermes-3-Llama-3.1-8B is not here" in said
     assert "(84.4)" in said  # the paper's own number
     found = {row["row"]: row for row in rows_of(tmp_path / "table1.csv")}
     for title in ("Vanilla", "SelfLabel", "SFT", "SelfRAG", "RobustFT (ours)"):
@@ -405,7 +405,7 @@ def test_missing_data_is_told_and_nothing_is_made_up(tmp_path: Path) -> None:
     again = Row.of("SFT", "drop", 30, [outcome], None)
     table = to_markdown([row, again], "t", [])
     assert "| Vanilla | not run [1] (87.2) |\n| SFT | not run [1] |\n\n" in table
-    assert "\n[1] not run: no data" in table
+    assert "\n[1] no data" in table
     assert table.count("no data") == 1
     (line,) = csv.DictReader(to_csv([row]).splitlines())
     assert (line["accuracy"], line["paper"]) == ("", "87.2")
