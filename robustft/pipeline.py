@@ -123,6 +123,7 @@ class ShardRun:
         )
         self._effort = Effort(config)
         self._progress: Progress | None = None
+        self._keep_time: Callable[[], None] = lambda: None
 
     # --- detect ----------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class ShardRun:
             EmbeddingWriter(self.shard.folder, self.embedder.dimensions, held) as embeddings,
             self._shown("detect", self.shard.rows * self._effort.detect),
         ):
-            marks = _Marks(self.store, ("corpus", "detect"), embeddings.sync, watch)
+            marks = _Marks(self.store, ("corpus", "detect"), embeddings.sync)
             for unit, chunk in self.intake.units(self.shard):
                 if chunk[-1].index - self.shard.start >= embeddings.rows:
                     embeddings.append(self.embedder.encode([one.question for one in chunk]))
@@ -181,7 +182,7 @@ class ShardRun:
         noisy = np.flatnonzero(conclusion.noisy[self.shard.start : self.shard.stop])
         noisy += self.shard.start
         with self._shown("relabel", len(noisy) * self._effort.relabel):
-            marks = _Marks(self.store, ("relabel",), lambda: None, watch)
+            marks = _Marks(self.store, ("relabel",), lambda: None)
             for unit in self.shard.units:
                 low, high = np.searchsorted(noisy, (unit * UNIT_ROWS, (unit + 1) * UNIT_ROWS))
                 if unit in done:
@@ -194,8 +195,10 @@ class ShardRun:
         publish(target, stacked(list(self.store.arrays("relabel"))), self._facts(watch))
 
     def _watch(self, phase: str) -> Stopwatch:
-        """The time a phase takes, that of killed sessions included."""
-        return Stopwatch(float(self.store.get_meta(f"{phase} seconds") or 0.0))
+        """The time a phase takes, that of killed sessions included up to their last answers."""
+        watch = Stopwatch(float(self.store.get_meta(f"{phase} seconds") or 0.0))
+        self._keep_time = lambda: self.store.set_meta(f"{phase} seconds", watch.seconds())
+        return watch
 
     def _facts(self, watch: Stopwatch) -> dict[str, Any]:
         """What a phase says of itself: its seconds, and the prompts it cut in this session."""
@@ -276,6 +279,7 @@ class ShardRun:
             self._progress.skip(amount)
 
     def _on_answers(self, expert: str, count: int) -> None:
+        self._keep_time()
         if self._progress is not None:
             self._progress.update(count * self._effort.of(expert), expert)
 
@@ -283,10 +287,8 @@ class ShardRun:
 class _Marks:
     """Marks units as finished, a few seconds' worth at a time: `sync`, then one transaction."""
 
-    def __init__(
-        self, store: Store, phases: Sequence[str], sync: Callable[[], None], watch: Stopwatch
-    ) -> None:
-        self._store, self._sync, self._watch, self._phase = store, sync, watch, phases[-1]
+    def __init__(self, store: Store, phases: Sequence[str], sync: Callable[[], None]) -> None:
+        self._store, self._sync = store, sync
         self._waiting: dict[str, list[tuple[int, Arrays]]] = {phase: [] for phase in phases}
         self._due = time.monotonic() + _SECONDS_BETWEEN_MARKS
 
@@ -300,7 +302,6 @@ class _Marks:
         for phase, waiting in self._waiting.items():
             self._store.finish(phase, waiting)
             waiting.clear()
-        self._store.set_meta(f"{self._phase} seconds", self._watch.seconds())
         self._due = time.monotonic() + _SECONDS_BETWEEN_MARKS
 
 
