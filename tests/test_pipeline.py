@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 import os
