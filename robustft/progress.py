@@ -11,6 +11,8 @@ from typing import Any, Self
 
 _SILENT_SECONDS = 2.0
 _SECONDS_BETWEEN_LINES = 15.0  # where stderr is a file
+# tqdm keeps its own lock for good where an interrupt falls into its drawing: tickers take this one.
+_DRAWING = threading.RLock()
 
 
 class Progress:
@@ -45,8 +47,9 @@ class Progress:
         self._done += amount
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix_str(doing or "", refresh=False)
-            self._bar.update(amount)
+            with _DRAWING:
+                self._bar.set_postfix_str(doing or "", refresh=False)
+                self._bar.update(amount)
         elif (
             self._lines
             and now - self._shown >= _SECONDS_BETWEEN_LINES
@@ -68,14 +71,16 @@ class Progress:
         self._done += amount
         self._before += amount
         if self._bar is not None:
-            self._bar.initial += amount
-            self._bar.update(amount)
+            with _DRAWING:
+                self._bar.initial += amount
+                self._bar.update(amount)
 
     def _tick(self) -> None:
         """Show the bar before anything is done, and that time goes by."""
         while not self._over.wait(_SILENT_SECONDS):
-            self._bar.delay = 0.0
-            self._bar.refresh()
+            with _DRAWING:
+                self._bar.delay = 0.0
+                self._bar.refresh(nolock=True)
 
     def __enter__(self) -> Self:
         if self._bar is not None:

@@ -571,6 +571,24 @@ def test_a_terminal_sees_what_has_begun_and_nothing_of_what_is_soon_over() -> No
     assert shown.endswith(b"\r\nafter\r\n")
 
 
+def test_an_interrupt_while_a_bar_is_drawn_ends_the_run() -> None:
+    shown = on_terminal(
+        "import sys, threading, time\nfrom robustft import progress\n"
+        "progress._SILENT_SECONDS = 0.1\n"
+        "def interrupted(*told, **how):\n"
+        "    if threading.current_thread() is threading.main_thread(): raise KeyboardInterrupt\n"
+        "try:\n"
+        "    with progress.Progress('detect', 4) as bar:\n"
+        "        time.sleep(0.3)\n"
+        "        bar._bar.display = interrupted\n"
+        "        try: bar.update(1)\n"
+        "        finally: time.sleep(0.3)\n"  # as long as a run may take to tidy up
+        "except KeyboardInterrupt: print('interrupted', file=sys.stderr)",
+        80,
+    )
+    assert shown.endswith(b"interrupted\r\n")
+
+
 # --- what is not robustft's to overwrite -----------------------------------------------------
 
 
