@@ -140,6 +140,8 @@ def test_choice_by_option_text_is_exact_longest_and_unambiguous() -> None:
     assert parse_choice("Both", CELLS).answer is None
     assert parse_choice("yes", ["yes", "Yes", "no"]).answer is None
     assert parse_choice("no", ["yes", "Yes", "no"]).answer == "C"
+    assert parse_choice("It is 12\u00a0345.", ["12\u00a0345 km", "12\u00a0345"]).answer == "B"
+    assert parse_choice("12\u00a0345", ["12 345", "5"]).answer == "A"
     assert parse_choice("x > 5", ["x < 5", "x > 5"]).answer == "B"
     assert parse_choice("Answer: -5", ["5", "−5"]).answer == "B"
     assert parse_choice("The answer is 10.5 m", ["10", "10.5 m", "5"]).answer == "B"
@@ -484,6 +486,7 @@ def test_normalise() -> None:
         "neutral " * 12_500,
         "*" * 100_000,
         " " * 100_000,
+        "a\n" + " " * 100_000 + "a",
         "\n" * 100_000,
         "1," * 50_000,
         "1" * 100_000,

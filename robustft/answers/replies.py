@@ -59,7 +59,7 @@ _REFUSAL = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _TEXT_MARKER = re.compile(
-    r"(?:^|\n)[ \t]*[#*_]*[ \t]*(?:the\s)?(?:(?:final|correct)\s)?answer[*_]*"
+    r"(?:^|\n)[ \t]*+[#*_]*+[ \t]*+(?:the\s)?(?:(?:final|correct)\s)?answer[*_]*"
     r"(?:[ \t]is)?[ \t]*:[*_]*",
     re.IGNORECASE,
 )
@@ -86,15 +86,19 @@ def body_start(reply: str) -> int:
 def same_width(reply: str) -> str:
     """Full-width letters, digits and brackets become ASCII while every character keeps its place.
 
-    Raised digits stay: "10²" is not 102. Unbreakable spaces between thousands become commas.
+    Raised digits stay: "10²" is not 102.
     """
     if reply.isascii():
         return reply
-    reply = SPACED.sub(",", reply)
     plain = {ch: unicodedata.normalize("NFKC", ch) for ch in set(reply)}
     return "".join(
         ch if len(plain[ch]) != 1 or unicodedata.category(ch) == "No" else plain[ch] for ch in reply
     )
+
+
+def _numeric(reply: str) -> str:
+    """`same_width`, and commas for unbreakable spaces between thousands."""
+    return same_width(SPACED.sub(",", reply))
 
 
 def is_refusal(text: str) -> bool:
@@ -109,7 +113,7 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     reply opens with where it continues `begun`, "Answer:"; otherwise the last number of the reply,
     unless that was cut off. Of "9 * 2 = 18" after a marker the right-hand side counts.
     """
-    reply = same_width(reply)
+    reply = _numeric(reply)
     marked = parse_final_number(reply)
     if marked.answer is not None or is_refusal(reply):
         return marked
@@ -138,7 +142,7 @@ def parse_final_number(reply: str) -> Parsed:
 
     What the answer is said not to be does not count.
     """
-    reply = same_width(reply)
+    reply = _numeric(reply)
     start = body_start(reply)
     marks = [match.end() for match in MARKER.finditer(reply, start)]
     marks += [match.end() for match in _A_COLON.finditer(reply, start)]
