@@ -248,6 +248,8 @@ def test_hostile_numbers_are_neither_evaluated_nor_expanded() -> None:
         ("I'm sorry for your loss. Take your time.", "I'm sorry for your loss. Take your time."),
         ("I don't know about you, but I do.", "I don't know about you, but I do."),
         ("I cannot say enough good things.", "I cannot say enough good things."),
+        ("I can't tell you how happy I am.", "I can't tell you how happy I am."),
+        ("I can't do without coffee.", "I can't do without coffee."),
     ],
 )
 def test_text_found(reply: str, answer: str) -> None:
@@ -273,6 +275,10 @@ def test_text_found(reply: str, answer: str) -> None:
         "Answer: I cannot determine this.",
         "I cannot...",
         '""',
+        "I can't provide enough information to answer that.",
+        "I cannot answer without more information.",
+        "I can't tell you how to pick a lock.",
+        "I don't know about your city.",
     ],
 )
 def test_refusals_and_empty_replies_are_no_answer(reply: str) -> None:

@@ -50,12 +50,13 @@ _REFUSAL = re.compile(
     r"""\W*(?:unfortunately,?\s|sorry,\sbut\s|i\sapologi[sz]e,?\s(?:but\s)?)?
         (?:i['’]?(?:\sa)?m\s(?:very\s|so\s|really\s)?sorry,?\s(?:but\b|i\b)|sorry,?\s(?:but\s)?i\b
         |(?:as|i['’]?(?:\sa)?m)\san\sai\b|as\sa\s(?:large\s)?language\smodel\b
-        |i\s(?:do\snot|don['’]t)\sknow\b(?!\sabout\syou)|i['’]?(?:\sa)?m\snot\s(?:sure|able\sto)\b
+        |i\s(?:do\snot|don['’]t)\sknow\b(?!\sabout\syou\b)|i['’]?(?:\sa)?m\snot\s(?:sure|able\sto)\b
         |i['’]?(?:\sa)?m\sunable\sto\b|i\s(?:have\sto|must)\sdecline\b
         |i\s(?:cannot|can\snot|can['’]t|could\snot|couldn['’]t|won['’]t|will\snot)
          (?:\s*(?:\.|…|$)|\s(?:\w+\s){0,2}?(?:answer|help(?!\sbut)|assist|provide|determine|comply
          |fulfil|fulfill|do|give|create|write|generate|engage|discuss|support|access|complete
-         |respond|say|tell|fully)\b(?!\s(?:enough|without|you\show)\b)))""",
+         |respond|say|tell|fully)\b
+         (?!(?<=say)\senough\b|(?<=do)\swithout\b|(?<=tell)\syou\show\b(?!\s(?:to|many)\b))))""",
     re.VERBOSE | re.IGNORECASE,
 )
 _TEXT_MARKER = re.compile(
