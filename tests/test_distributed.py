@@ -330,6 +330,16 @@ def test_a_process_that_fails_ends_the_others_with_its_own_words() -> None:
     assert slow.process.returncode is not None
 
 
+def test_a_process_may_say_a_line_again_but_not_after_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    twice = child("print('same\\nsame', file=sys.stderr)")
+    told: dict[str, str] = {}
+    for name in ("0/2", "1/2"):
+        run_children([_Child(name, twice.command, twice.environment, told)])
+    assert capsys.readouterr().err == "same\nsame\n"
+
+
 def test_processes_wait_for_each_other_as_long_as_it_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

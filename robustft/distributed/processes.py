@@ -25,7 +25,8 @@ class _Child:
     name: str
     command: list[str]
     environment: dict[str, str]
-    told: set[str] = field(default_factory=set)  # by any shard: all announce the same input
+    # Line -> the shard that said it first: all announce the same input.
+    told: dict[str, str] = field(default_factory=dict)
     starts: int = 0
     last: str = ""  # line on stderr
     process: subprocess.Popen[str] = field(init=False)
@@ -44,8 +45,7 @@ class _Child:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.last = line.rstrip()
-            if line not in self.told:
-                self.told.add(line)
+            if self.told.setdefault(line, self.name) == self.name:
                 sys.stderr.write(line)
                 sys.stderr.flush()
 
@@ -86,7 +86,7 @@ def run_processes(
     number, of = shard
     end = arguments.index("--") if "--" in arguments else len(arguments)
     children = []
-    told: set[str] = set()
+    told: dict[str, str] = {}
     for index in range(count):
         name = f"{number * count + index}/{of * count}"
         options = ["--shard", name, "--processes", "1", "--gpus", "1"]
