@@ -27,6 +27,7 @@ from robustft.answers.replies import (
     parse_number,
     parse_span,
     parse_text,
+    short_opening,
 )
 
 __all__ = [
@@ -93,9 +94,11 @@ def parse(
     """
     if body_start(reply):  # it thinks first, whatever it was begun with
         begun = ""
-    # A model without a chat template goes on with questions of its own, and answers these, too.
-    head, _, more = reply.partition("\n\n")
-    if begun and f"\n{begun}" in more:
+    # A model without a chat template goes on with questions of its own, and answers these, too. A
+    # server that does not continue what was begun may reason first: " 8" goes on, "5 + 3 = 8" not.
+    head = short_opening(reply)
+    continues = head[:1].isspace() or len(head.split()) == 1
+    if begun and continues and f"\n{begun}" in reply[len(head) + 2 :]:
         first = parse(head, kind=kind, options=options, begun=begun)
         if first.answer is not None:
             return first

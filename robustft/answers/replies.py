@@ -211,9 +211,16 @@ def parse_span(reply: str) -> Parsed:
     parsed = parse_text(reply)
     if parsed.answer is None:
         return NOTHING
-    first = parsed.answer.partition("\n\n")[0]
-    stop = parsed.start + len(first) if len(first.split()) <= SPAN_WORDS else parsed.stop
+    first = short_opening(parsed.answer)
+    stop = parsed.start + len(first) if first else parsed.stop
     return _unwrapped(reply, parsed.start, stop, sentence=True)
+
+
+def short_opening(text: str) -> str:
+    """The first paragraph, where it can be a short answer ("Sure!" leads to one), else nothing."""
+    first = text.partition("\n\n")[0]
+    leads = first.rstrip(" *_").endswith((":", "!"))
+    return "" if leads or len(first.split()) > SPAN_WORDS else first
 
 
 def _unclosed(reply: str, start: int, stop: int) -> int:
