@@ -320,7 +320,8 @@ class _Scores:
         self._fixed = self._fixed and record.options is not None
         self._fixed = self._fixed and record.options == self._options
         if self._fixed:
-            self._pairs[record.answer, prediction.answer] += 1
+            predicted = record.answer if prediction.correct else prediction.answer
+            self._pairs[record.answer, predicted] += 1
 
     def finish(self) -> None:
         result = self._result
