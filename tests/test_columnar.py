@@ -329,6 +329,9 @@ def test_saved_dataset(tmp_path: Path) -> None:
     assert len(records(source)) == 3
     with pytest.raises(UserError, match=r"expected a split 'dev', found train, test"):
         open_records(str(tmp_path / "two"), split="dev")
+    (tmp_path / "two" / "dataset_dict.json").write_text('{"splits": []}')
+    with pytest.raises(UserError, match=r"expected a split 'dev', found none"):
+        open_records(str(tmp_path / "two"), split="dev")
 
 
 def test_saved_dataset_reads_no_file_outside_its_folder(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def open_folder(folder: Path, split: str, limit: int) -> Reader:
         if (folder / "dataset_dict.json").is_file():
             splits = _json_object(folder / "dataset_dict.json").get("splits", [])
             if not isinstance(splits, list) or split not in splits:
-                told = listed(splits) if isinstance(splits, list) else "none"
+                told = (listed(splits) if isinstance(splits, list) else "") or "none"
                 raise UserError(f"{folder}: expected a split {split!r}, found {told}")
             return open_folder(folder / split, split, limit)
         if (folder / "state.json").is_file():
