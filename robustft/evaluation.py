@@ -265,7 +265,7 @@ def _choose(
             Prediction(
                 record,
                 answer,
-                texts[best] == texts[LETTERS.index(record.answer)],
+                texts[best] == record.given_option,
                 probability=float(choice.probabilities[best]),
                 category=category_of(record.row),
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import resource
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +17,13 @@ from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.exchange import exchange
-from robustft.outputs import identity, read_manifest, write_manifest
+from robustft.outputs import command, identity, read_manifest, write_manifest
 from robustft.pipeline import select
 from robustft.records import RecordSource
 from robustft.report.run import next_steps, write_run_report
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
-from robustft.terminal import counted, printable
+from robustft.terminal import counted
 from robustft.verdicts import CleanResult, write_outputs
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
@@ -159,7 +158,7 @@ def _manifest(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
     return {
         **identity(config, METHOD, content_hash),
-        "command": list(map(printable, sys.argv)),
+        "command": command(),
         "dataset_info": config.dataset_info,
         "versions": versions,
         "platform": platform.platform(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import orjson
 
 from robustft.config import CleanConfig
 from robustft.files import write_atomically
+from robustft.terminal import printable
 
 MANIFEST = "manifest.json"
 OUTPUTS = ("verdicts.jsonl", "rejects.jsonl", "report.html", MANIFEST)  # and the training set
@@ -29,6 +31,11 @@ def identity(config: CleanConfig, method: str, content_hash: str) -> dict[str, A
         "config": config.fingerprint(),
         "input": {"path": config.input, "blake2b": content_hash},
     }
+
+
+def command() -> list[str]:
+    """The command line as a manifest holds it: what is not UTF-8 or controls as escapes."""
+    return list(map(printable, sys.argv))
 
 
 def write_manifest(out: Path, facts: Mapping[str, Any]) -> None:
@@ -56,10 +63,10 @@ def read_manifest(out: Path) -> dict[str, Any]:
         found = orjson.loads((out / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return {}
-    # What `identity` names.
-    ours = isinstance(found, dict) and {"method", "config"} <= found.keys()
-    ours = ours and isinstance(found.get("input"), dict) and "blake2b" in found["input"]
-    return found if ours else {}
+    match found:
+        case {"method": _, "config": _, "input": {"blake2b": _}}:  # what `identity` names
+            return dict(found)
+    return {}
 
 
 def made_by(out: Path, method: str, content_hash: str) -> bool:

@@ -14,7 +14,7 @@ import orjson
 
 from robustft.answers import answer_kind, matches
 from robustft.errors import UserError
-from robustft.records import Record, Reject, open_records
+from robustft.records import Record, Reject, folded, open_records
 from robustft.records.framing import short
 
 _CHECKED = 100  # records looked at before a run
@@ -66,7 +66,7 @@ def check(truth: str, source: Iterable[Record | Reject] = ()) -> None:
         known = _same_record(truth, number, {"id": record.id, "given": record.answer}, found)
         if record.id == str(record.index):
             asked = known.question
-            if asked is not None and _plain(asked) != _plain(record.question):
+            if asked is not None and folded(asked) != folded(record.question):
                 different.append((record.question, asked))
     if len(different) > len(pairs) / 2:
         expected, other = map(short, different[0])
@@ -74,10 +74,6 @@ def check(truth: str, source: Iterable[Record | Reject] = ()) -> None:
             f"{truth}: expected the question {expected!r}, found {other!r}: the truth of another "
             "input?"
         )
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def compare(out: Path, truth: str) -> Comparison:

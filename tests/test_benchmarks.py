@@ -116,7 +116,7 @@ def test_the_knn_gate_judges_the_timed_search(
 def test_knn_uses_the_cores_that_it_may_and_tells_peers_apart(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(knn.os, "sched_getaffinity", lambda _: {5, 7, 9})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5, 7, 9})
     case = "--kinds random --rows 50 --dims 4 --queries 2 --budget 0.01 --no-machine --peers numpy"
     assert knn.main(case.split()) == 0
     asked = capsys.readouterr().err.splitlines()

@@ -135,7 +135,7 @@ def _check_arguments(
     limit = DEFAULT_THRESHOLD[metric] if threshold is None else float(threshold)
     if not 0.0 < limit <= 1.0:
         raise ValueError(f"threshold must be in (0, 1], got {threshold}")
-    workers = min(_cores(), 16) if threads is None else threads
+    workers = min(cores(), 16) if threads is None else threads
     if workers < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     # Agreement is float32: compare like with like, but no threshold becomes 0.
@@ -143,7 +143,7 @@ def _check_arguments(
     return float(max(np.float32(limit), least)), workers
 
 
-def _cores() -> int:
+def cores() -> int:
     """CPU cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # not everywhere
     return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -125,6 +125,13 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     return Parsed(canonical(last), last.start(), last.end()) if last else NOTHING
 
 
+def _marked(reply: str, start: int) -> list[int]:
+    """Where final-answer markers and "A:" end, the last ones first."""
+    marks = [match.end() for match in MARKER.finditer(reply, start)]
+    marks += [match.end() for match in _A_COLON.finditer(reply, start)]
+    return sorted(marks)[-50:][::-1]
+
+
 def _opening_number(reply: str, begun: str) -> Parsed:
     """The number that stands at the head of a reply, or what the calculation there comes to."""
     first = next(find_numbers(reply), None)
@@ -144,11 +151,7 @@ def parse_final_number(reply: str) -> Parsed:
     What the answer is said not to be does not count.
     """
     reply = _numeric(reply)
-    start = body_start(reply)
-    marks = [match.end() for match in MARKER.finditer(reply, start)]
-    marks += [match.end() for match in _A_COLON.finditer(reply, start)]
-    for position in sorted(marks)[-50:][::-1]:
-        begin = position
+    for begin in _marked(reply, body_start(reply)):
         while begin < len(reply) and reply[begin].isspace():
             begin += 1
         if reply[begin : begin + 4].lower() == "not ":
@@ -197,9 +200,7 @@ def parse_span(reply: str) -> Parsed:
     Of a text in paragraphs that is the first, where it is short: the rest explains it.
     """
     start, end = body_start(reply), len(reply)
-    marks = [match.end() for match in MARKER.finditer(reply, start)]
-    marks += [match.end() for match in _A_COLON.finditer(reply, start)]
-    for position in sorted(marks)[-50:][::-1]:
+    for position in _marked(reply, start):
         lead = _LEAD.match(reply, position)
         begin = lead.end() if lead else position
         fence = reply.find("```", begin + 3) if reply.startswith("```", begin) else -1

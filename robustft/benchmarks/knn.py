@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import os
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from robustft.benchmarks.measure import (
 )
 from robustft.provenance import commit
 from robustft.retrieval import CosineKNN
+from robustft_kernels.answer_consistency import cores
 
 _PACKAGES = ("robustft", "numpy", "torch", "faiss-cpu", "usearch", "scikit-learn")
 _CHUNK = 1 << 28  # bytes of scores a peer that keeps them all may hold at a time
@@ -383,8 +383,6 @@ def ratios(rows: Sequence[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table and the ratios, append rows to --out; status 1 when a gate failed."""
-    allowed = getattr(os, "sched_getaffinity", None)  # not everywhere
-    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small corpus, under a minute")
     parser.add_argument("--out", type=Path, help="append CSV rows to this file")
@@ -393,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dims", type=int, nargs="+", default=[384])
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 4096])
     parser.add_argument("--ks", type=int, nargs="+", default=[10])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, cores])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, cores()])
     parser.add_argument("--embeddings", type=Path, help="[N, d] float32 .npy, for the kind `real`")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds a contender and case")
     parser.add_argument("--peers", nargs="*", choices=_PEERS, default=list(_PEERS))

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
+import inspect
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from robustft.cli.options import Parser, build_parser
-from robustft.config import (
-    CleanConfig,
-    EngineConfig,
-    EvalConfig,
-    ExpertConfig,
-    ReproduceConfig,
-    TrainConfig,
-    TunedConfig,
-)
+from robustft.config import EngineConfig
 from robustft.errors import UserError
 
-_Config = TypeVar(
-    "_Config",
-    CleanConfig,
-    EngineConfig,
-    EvalConfig,
-    ExpertConfig,
-    ReproduceConfig,
-    TrainConfig,
-    TunedConfig,
-)
+_Config = TypeVar("_Config")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -131,10 +114,10 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
-def config_of(kind: type[_Config], options: argparse.Namespace, **given: Any) -> _Config:
+def config_of(kind: Callable[..., _Config], options: argparse.Namespace, **given: Any) -> _Config:
     """A configuration whose fields are the options of their names, but for those `given`."""
     named = vars(options)
-    names = {field.name for field in dataclasses.fields(kind)} & named.keys() - given.keys()
+    names = inspect.signature(kind).parameters.keys() & named.keys() - given.keys()
     return kind(**{name: named[name] for name in names}, **given)
 
 

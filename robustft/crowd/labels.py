@@ -155,10 +155,10 @@ def judge_labels(
         if able and number:
             taught = teach(rate)
         if able and (number or not (anchors or heard)):
-            found = {name: taught[name] for name in able if name in taught}
-            if number and not (anchors or heard or found):
+            found = anchors | heard | {name: taught[name] for name in able if name in taught}
+            if not found:
                 break  # the learners fell silent: what they said before counts
-            experts = anchors | heard | found
+            experts = found
         if not experts:
             break
         kinds = {name: "panel" for name in anchors} | {name: "tuned" for name in heard}

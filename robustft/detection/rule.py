@@ -72,8 +72,7 @@ def agrees(record: Record, opinion: Opinion) -> bool:
         return False
     options = record.options
     if options is not None and opinion.answer in LETTERS[: len(options)]:
-        said, given = (LETTERS.index(letter) for letter in (opinion.answer, record.answer))
-        return options[said] == options[given]
+        return options[LETTERS.index(opinion.answer)] == record.given_option
     kind = record_kind(record)
     return answers.matches(record.answer, opinion.answer, kind=kind, options=record.options)
 
@@ -87,7 +86,7 @@ def doubt(record: Record, opinion: Opinion) -> float:
     if opinion.answer is None:
         return 0.5
     if record.options is not None and opinion.probabilities is not None:
-        given = record.options[LETTERS.index(record.answer)]
+        given = record.given_option
         pairs = zip(record.options, opinion.probabilities, strict=True)
         return max(1.0 - sum(share for option, share in pairs if option == given), 0.0)
     kind = record_kind(record)

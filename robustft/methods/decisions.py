@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from robustft.cleaning import open_source, refuse_runs, spare_folder
 from robustft.config import CleanConfig
 from robustft.exchange import exchange
 from robustft.files import atomic_file
-from robustft.outputs import claim, identity, made_by, write_manifest
+from robustft.outputs import claim, command, identity, made_by, write_manifest
 from robustft.records import Record, RecordWriter, Reject, output_name
 from robustft.store import Stopwatch, folder_lock
-from robustft.terminal import printable
 from robustft.verdicts import CleanResult
 
 _CHUNK = 512
@@ -98,7 +96,7 @@ def write_decisions(
         )
     result.seconds["total"] = round(watch.seconds(), 3)
     manifest = {
-        **whose, "command": list(map(printable, sys.argv)), "dataset_info": config.dataset_info,
+        **whose, "command": command(), "dataset_info": config.dataset_info,
         "counts": dict(result.counts),
         "unanswered": result.unanswered, "warnings": result.warnings, "seconds": result.seconds,
     }  # fmt: skip

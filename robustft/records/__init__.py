@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from robustft.progress import Progress
 from robustft.records.columnar import ColumnReader
 from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
 from robustft.records.framing import MAX_LINE_BYTES, Place, Reject, reject, short
-from robustft.records.schemas import Context, Schema, find_schema
+from robustft.records.schemas import LETTERS, Context, Schema, find_schema
 from robustft.records.sources import open_reader
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "RecordWriter",
     "Reject",
     "count_records",
+    "folded",
     "open_records",
     "output_name",
     "reopened",
@@ -62,9 +63,15 @@ class Record:
         return Place(self.line, self.file)
 
     @property
+    def given_option(self) -> str | None:
+        """The text that the given letter stands for; None without options."""
+        return None if self.options is None else self.options[LETTERS.index(self.answer)]
+
+    @property
     def key(self) -> bytes:
         """16 bytes that tell the content: question, options, context and answer."""
-        return _digest(self, self.answer)
+        parts = [*_asked(self), *(self.options or ()), self.answer]
+        return _digest(self, parts, answered=True)
 
     @property
     def question_key(self) -> bytes:
@@ -72,25 +79,28 @@ class Record:
 
         The same for copies that differ in case, white space or the options' order alone.
         """
-        return _digest(self, None)
+        options = sorted(map(folded, self.options or ()))
+        return _digest(self, [*map(folded, _asked(self)), *options], answered=False)
 
 
-def _digest(record: Record, answer: str | None) -> bytes:
+def _asked(record: Record) -> list[str]:
+    return [record.question, *(part for turn in record.context for part in turn)]
+
+
+def _digest(record: Record, parts: Iterable[str], *, answered: bool) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     options = record.options
     # Every list is preceded by its length, every text by its size: no two contents collide.
-    told = (options or ()) if answer is not None else sorted(options or (), key=_plain)
-    parts = [record.question, *(part for turn in record.context for part in turn), *told]
-    sizes = (-1 if options is None else len(options), len(record.context), answer is not None)
-    for size in sizes:
+    for size in (-1 if options is None else len(options), len(record.context), answered):
         digest.update(size.to_bytes(4, "little", signed=True))
-    for part in parts if answer is None else [*parts, answer]:
-        data = (_plain(part) if answer is None else part).encode(errors="surrogatepass")
+    for part in parts:
+        data = part.encode(errors="surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()
 
 
-def _plain(text: str) -> str:
+def folded(text: str) -> str:
+    """A text as copies of it share it that differ in case and white space alone."""
     return " ".join(text.split()).casefold()
 
 

@@ -90,8 +90,10 @@ def open_folder(folder: Path, split: str, limit: int) -> Reader:
     try:
         if (folder / "dataset_dict.json").is_file():
             splits = _json_object(folder / "dataset_dict.json").get("splits", [])
-            if not isinstance(splits, list) or split not in splits:
-                told = (listed(splits) if isinstance(splits, list) else "") or "none"
+            if not isinstance(splits, list):
+                splits = []
+            if split not in splits:
+                told = listed(splits) or "none"
                 raise UserError(f"{folder}: expected a split {split!r}, found {told}")
             return open_folder(folder / split, split, limit)
         if (folder / "state.json").is_file():
