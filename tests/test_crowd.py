@@ -406,6 +406,21 @@ def test_beside_one_weak_witness_given_answers_are_believed() -> None:
     assert found.noise_rate.high - found.noise_rate.low > 0.1
 
 
+@pytest.mark.parametrize("count", [60, 660, 5000])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2, 0.3, 0.6, 0.9, 1.0])
+def test_an_answer_that_the_only_other_witness_shares_is_never_the_likelier_error(
+    share: float, count: int
+) -> None:
+    partitions = np.zeros((count, 2), np.int64)
+    partitions[round(share * count) :, 1] = 1
+    found = crowd.judge_partitions(partitions, ["model"])
+    if found.powerless:
+        assert share <= 0.05
+        assert len(set(found.wrong.tolist())) == 1
+    elif share < 1.0:
+        assert found.wrong[0] < found.wrong[-1]
+
+
 def test_no_agreement_is_powerless() -> None:
     found = crowd.judge_partitions(np.tile([0, 1, 2], (50, 1)), ["a", "b"])
     assert found.powerless

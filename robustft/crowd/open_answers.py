@@ -28,8 +28,9 @@ from robustft.crowd.judgement import Floats, Judgement, rate_estimate
 
 _ABILITY = (0.0, 1.5)  # a_k ~ N(0, 1.5), in logits
 # Beside a single other witness nothing but the prior tells whose fault a difference is: given
-# answers are then expected to be right 8 times in 10.
+# answers are then expected to be right 8 times in 10, and how often wrong ones coincide is open.
 _GIVEN_BESIDE_ONE = (1.4, 1.0)
+_COINCIDENCE_BESIDE_ONE = (1.5, 2.0)
 _LOG_SPREAD = (float(np.log(1.5)), 0.5)  # log s ~ N(log 1.5, 0.5)
 _LOG_CONCENTRATION = (1.5, 0.2)  # log t, typical question: two wrong answers coincide at 18 %
 _LOG_FAVOURITES = (float(np.log(1.4)), 1.0)  # log of log t's deviation between questions
@@ -118,9 +119,9 @@ def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
     )
     inverse = inverse.reshape(-1)
     agreeing = (partitions[:, 1:] == partitions[:, :1]).mean(0)
+    nothing = Judgement(np.full(len(partitions), 0.5), None, dict.fromkeys(names, 0.0))
     if len(names) == 0 or not _speaks(agreeing, len(partitions)):
-        silent = np.full(len(partitions), 0.5)
-        return Judgement(silent, None, dict.fromkeys(names, 0.0))
+        return nothing
     kept = np.argsort(-counts, kind="stable")[:_FIT_PATTERNS]
     fitted = _Patterns(patterns[kept], counts[kept].astype(np.float64))
     flat, spread = _fit(fitted)
@@ -130,6 +131,8 @@ def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
         place[kept] = np.arange(len(kept))
         inverse = place[inverse]
     _, _, given_right, right = _evaluate(flat, whole)
+    if not _confirms(given_right[inverse], partitions):
+        return nothing
     rate = 1.0 - float(given_right @ whole.counts) / len(partitions)
     # The rate follows the given answers' ability a_0; its error is that of a_0 on the logit scale.
     rates = expit(np.log(rate / (1.0 - rate)) + spread * np.array([-1.0, 0.0, 1.0]) * 3**0.5)
@@ -144,12 +147,21 @@ def _speaks(agreeing: Floats, count: int) -> bool:
     return bool((agreeing * count >= 3).any() and agreeing.max() > 0.01)
 
 
+def _confirms(given_right: Floats, partitions: Partitions) -> bool:
+    """Whether given answers that a witness shares come out more probable than the others.
+
+    Where few are shared they may all be errors that coincide, and sharing one says nothing.
+    """
+    shared = (partitions[:, 1:] == partitions[:, :1]).any(1)
+    return bool(shared.all() or given_right[shared].mean() > given_right[~shared].mean())
+
+
 def _fit(patterns: _Patterns) -> tuple[Floats, float]:
     """Abilities, log s, log t0, log f with the highest posterior; standard error of ability 0."""
     witnesses = patterns.right.shape[2]
     prior = [_ABILITY] * witnesses + [_LOG_SPREAD, _LOG_CONCENTRATION, _LOG_FAVOURITES]
     if witnesses == 2:
-        prior[0] = _GIVEN_BESIDE_ONE
+        prior[0], prior[-2] = _GIVEN_BESIDE_ONE, _COINCIDENCE_BESIDE_ONE
     centre, width = np.array(prior).T
 
     def loss(flat: Floats) -> tuple[float, Floats]:
