@@ -27,10 +27,15 @@ NO_BETTER_THAN_CHANCE = (
     "more records (a few dozen tell little) or a stronger model (--model) may show more; "
     "--detector paper goes by the model's word regardless"
 )
+TEXTS_DIFFER = (
+    "free texts are compared by their words, of which two good answers may share few: "
+    "--detector paper asks the checker instead"
+)
 
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
 _MOST_SETS = 32  # the largest so many
 _LETTER = 0.9  # the probability an expert is taken to give the letter it names without one
+_FREE_TEXT = 1  # instead of a set of options
 _WIDE = 0.3  # a noise rate whose interval is wider says little
 TUNED = "tuned"  # the model fine-tuned out of fold: [n, options] probabilities, where it was asked
 Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
@@ -101,9 +106,10 @@ class CrowdDetector:
         """What the crowd needs of each record.
 
         unjudged [n] bool; question [n] int64, equal where the same is asked; given [n] int8, -1
-        without options; options [n] int64, which set of options; width [n] int8, how many; base and
-        reasoned [n, options] probabilities; clusters [n, 2] int8, which of the given and the
-        model's answer are the same (without options); answered [n] bool, whether it gave one.
+        without options; options [n] int64, which set of options, or that the answer is free text;
+        width [n] int8, how many; base and reasoned [n, options] probabilities; clusters [n, 2]
+        int8, which of the given and the model's answer are the same (without options); answered
+        [n] bool, whether it gave one.
         """
         width = max((len(a.record.options or ()) for a in asked), default=0)
         given = np.full(len(asked), -1, np.int8)
@@ -122,6 +128,8 @@ class CrowdDetector:
                 # One model, one witness: what it says twice is not confirmed twice.
                 said = (one.reasoned or one.base).answer or one.base.answer
                 kind = record_kind(one.record)
+                free = kind == "text" and not answers.parse_final_number(one.record.answer).answer
+                kinds[position] = _FREE_TEXT if free else 0
                 clusters[position] = crowd.partition([one.record.answer, said], kind)
                 answered[position] = said is not None
                 continue
@@ -177,7 +185,7 @@ class CrowdDetector:
             noisy, skipped, pooled, wrong, jury, [one.weights for one in found],
             bool(found) and all(one.powerless for one in found), rate,
             float(wrong[noisy].mean()) if noisy.any() else math.nan, learned,
-            tuple(_warnings(found, sizes, rate)),
+            tuple(_warnings(found, sizes, rate, evidence)),
         )  # fmt: skip
 
 
@@ -225,20 +233,31 @@ def _judge_choices(
 
 
 def _warnings(
-    found: Sequence[Judgement], sizes: Sequence[int], rate: Estimate | None
+    found: Sequence[Judgement], sizes: Sequence[int], rate: Estimate | None, evidence: Evidence
 ) -> Iterator[str]:
     """What the user should know of juries that could not tell, or hardly."""
-    if found and all(one.powerless for one in found):
+    judged = ~evidence["unjudged"]
+    powerless = bool(found) and all(one.powerless for one in found)
+    if powerless and (evidence["options"][judged] == _FREE_TEXT).mean() > 0.5:
+        yield TEXTS_DIFFER
+    if powerless:
         yield NO_BETTER_THAN_CHANCE
         return
     lost = sum(size for one, size in zip(found, sizes, strict=True) if one.powerless)
     if lost:
         yield f"on {lost:,} records no expert is better than chance: these are kept as given"
-    if rate is not None and rate.high - rate.low > _WIDE:
+    if rate is None or rate.high - rate.low <= _WIDE:
+        return
+    either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"
+    if (evidence["given"][judged] < 0).mean() > 0.5:
         yield (
-            f"these experts leave open whether {rate.low:.0%} or {rate.high:.0%} of the given "
-            "answers are wrong: a stronger model, or one that gives probabilities, tells more; "
-            "--detector paper takes its word"
+            f"beside one model alone it stays {either}: little is changed; "
+            "--detector paper goes by the model's word"
+        )
+    else:
+        yield (
+            f"these experts leave {either}: a stronger model, or one that gives probabilities, "
+            "tells more; --detector paper takes its word"
         )
 
 

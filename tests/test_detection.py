@@ -1,0 +1,46 @@
+"""What detection says of a corpus it could not judge, or hardly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pipeline import write_jsonl
+
+from robustft.detection.detectors import NO_BETTER_THAN_CHANCE, TEXTS_DIFFER, CrowdDetector, stacked
+from robustft.detection.rule import Asked
+from robustft.records import Record, open_records
+from robustft.store import Opinion
+
+LONG = "one two three four five six seven eight"
+
+
+def warned(folder: Path, given: list[str], said: list[str], **options: Any) -> tuple[str, ...]:
+    rows = [{"question": f"q {n}?", "answer": answer, **options} for n, answer in enumerate(given)]
+    records = list(open_records(str(write_jsonl(folder / "in.jsonl", rows))))
+    asked = [
+        Asked(record, Opinion(answer, answer), None, None)
+        for record, answer in zip(records, said, strict=True)
+        if isinstance(record, Record)
+    ]
+    assert len(asked) == len(given)
+    detector = CrowdDetector()
+    parts = [detector.evidence(part) for part in (asked[:5], asked[5:])]
+    return detector.conclude(stacked(parts), None).warnings  # type: ignore[arg-type]
+
+
+def test_of_numbers_that_agree_half_the_time_one_model_cannot_tell(tmp_path: Path) -> None:
+    [said] = warned(tmp_path, ["7"] * 40, ["7"] * 20 + ["8"] * 20)
+    assert said.startswith("beside one model alone it stays open whether 0% or 6")
+    assert "--detector paper" in said
+
+
+def test_free_texts_that_share_no_words(tmp_path: Path) -> None:
+    found = warned(tmp_path, [f"{LONG} {n}" for n in range(20)], ["quite another reply"] * 20)
+    assert found == (TEXTS_DIFFER, NO_BETTER_THAN_CHANCE)
+
+
+@pytest.mark.parametrize("given", ["7", "a few words", f"{LONG}\n#### 7"])
+def test_other_answers_that_never_agree(given: str, tmp_path: Path) -> None:
+    assert warned(tmp_path, [given] * 20, ["8"] * 20) == (NO_BETTER_THAN_CHANCE,)
