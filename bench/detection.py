@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -278,7 +279,10 @@ def flipped(clean: list[Record], rate: float, seed: int) -> list[Record]:
 
 
 def solution_cells(path: Path) -> Iterator[Row]:
-    """Each model's solutions as the given answers, the other three models as experts."""
+    """Each model's solutions as the given answers, the other three models as experts.
+
+    The last rows are robustft's with every one and every two of them.
+    """
     with path.open(encoding="utf-8") as lines:
         questions = [json.loads(line) for line in lines]
     for given in MODELS:
@@ -299,6 +303,14 @@ def solution_cells(path: Path) -> Iterator[Row]:
         ])  # fmt: skip
         yield row(cell, "paper's rule (all agree)", wrong, strict.astype(float), strict)
         yield judged(cell, crowd.judge_partitions(same, order[1:]), wrong, None)
+        for few in (1, 2):
+            for heard in itertools.combinations(order[1:], few):
+                fewer = np.array([
+                    crowd.partition([q[m]["solution"] for m in (given, *heard)], "text")
+                    for q in questions
+                ])  # fmt: skip
+                found = judged(cell, crowd.judge_partitions(fewer, heard), wrong, None)
+                yield replace(found, detector=f"{found.detector}, with {' and '.join(heard)}")
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -316,7 +328,13 @@ def draw(rows: list[Row], path: Path) -> None:
         len(cells), 1, figsize=(7, 1.9 * len(cells)), sharex=True, squeeze=False
     )
     for axis, cell in zip(axes[:, 0], cells, strict=True):
-        mine = [one for one in rows if one.cell == cell and one.detector != "flag everything"][::-1]
+        mine = [
+            one
+            for one in reversed(rows)
+            if one.cell == cell
+            and one.detector != "flag everything"
+            and "with " not in one.detector
+        ]
         for place, one in enumerate(mine):
             ours = one.detector.startswith("robustft")
             axis.plot([one.auroc_low, one.auroc_high], [place] * 2, color="C0" if ours else "0.6")
@@ -344,7 +362,7 @@ def main() -> None:
     runs = {cell: Path(path) for cell, _, path in (text.partition("=") for text in options.run)}
     common = {"versions": versions(PACKAGES), "commit": commit()}
     rows = []
-    print(f"{'cell':<24} {'detector':<36} AUROC                 F1     ECE    noise rate (true)")
+    print(f"{'cell':<24} {'detector':<56} AUROC                 F1     ECE    noise rate (true)")
 
     def cells() -> Iterator[Row]:
         for name in ("fpb", "arc"):
@@ -355,7 +373,7 @@ def main() -> None:
         rows.append(Row(**asdict(one) | common))
         estimate = f"{one.noise_rate} ({one.true_rate})" if one.true_rate != "" else ""
         area = f"{one.auroc:.3f} [{one.auroc_low:.3f}, {one.auroc_high:.3f}]"
-        line = f"{one.cell:<24} {one.detector:<36} {area}  {one.f1:.3f}  {one.ece!s:<6} {estimate}"
+        line = f"{one.cell:<24} {one.detector:<56} {area}  {one.f1:.3f}  {one.ece!s:<6} {estimate}"
         print(line, flush=True)
     if options.out:
         with options.out.open("w", newline="", encoding="utf-8") as handle:

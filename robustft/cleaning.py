@@ -31,6 +31,7 @@ from robustft.records import RecordSource, open_records, output_name
 from robustft.records.formats import dump_json
 from robustft.remote import local_path, output_folder
 from robustft.retrieval.approximate import require_retriever
+from robustft.second_opinions import SecondOpinions
 from robustft.shards import Shard, conclusion_folder, first_conclusion, plan_folder
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.tuned import ask_tuned, require_choices
@@ -92,6 +93,10 @@ def clean(
     if "without" in rest:
         parts = rest["without"]
         rest["without"] = frozenset([parts] if isinstance(parts, str) else parts)
+    if "second_opinion" in rest:
+        runs = rest["second_opinion"]
+        several = [runs] if isinstance(runs, str | Path) else runs
+        rest["second_opinion"] = tuple(map(str, several))
     described = engine if isinstance(engine, EngineConfig) else EngineConfig(model, **run_by)
     tuned = TunedConfig(**folds)
     exchange = bool(rest.get("dataset_info"))
@@ -221,6 +226,7 @@ def open_source(config: CleanConfig) -> RecordSource:
     )
     require_choices(config, source)
     require_retriever(config.retriever)
+    SecondOpinions(config.second_opinion).require_input(source, config.fingerprint())
     refuse_overwriting(config, source)
     return source
 
@@ -247,6 +253,8 @@ def load(
 def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:
     """What a resumed run must share with the run it resumes."""
     identity = config.fingerprint() | {"input": source.content_hash}
+    if config.second_opinion:  # whose they are, wherever they lie
+        identity["second_opinion"] = SecondOpinions(config.second_opinion).identity
     del identity["engine.batch_tokens"]  # a run that died for memory may go on with fewer
     del identity["beta"]  # nobody is asked for it: another share is selected from what was said
     return identity

@@ -130,6 +130,7 @@ class CleanConfig:
     limit: int | None = None
     seed: int = 0
     detector: str = "crowd"
+    second_opinion: tuple[str, ...] = ()  # finished runs whose models' answers join the crowd
     k: int = 3  # clean neighbours in the context (eq. 4)
     beta: float = 0.5  # share of the denoised records kept (eq. 8)
     without: frozenset[str] = frozenset()  # ablations of the paper's table 3
@@ -162,6 +163,11 @@ class CleanConfig:
         _require(differ, "samples", greedy, self.experts.samples)
         for name in self.without:
             _require(name in ABLATIONS, "without", f"one of {', '.join(ABLATIONS)}", name)
+        _require(isinstance(self.second_opinion, tuple), "second_opinion", "a tuple",
+                 self.second_opinion)  # fmt: skip
+        heard = "crowd where there are second opinions: the paper's rule does not hear them"
+        _require(not self.second_opinion or self.detector == "crowd", "detector", heard,
+                 self.detector)  # fmt: skip
         if self.tuned.folds:
             here = "transformers where folds are fine-tuned, which happens in this process"
             _require(self.engine.engine == "transformers", "engine", here, self.engine.engine)
@@ -171,6 +177,8 @@ class CleanConfig:
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""
         free = {"out", "threads", "dataset_info"}
+        if not self.second_opinion:
+            free.add("second_opinion")
         if not self.tuned.folds:
             free |= {f"tuned.{one.name}" for one in dataclasses.fields(TunedConfig)}
         return _flat(self, free | {f"engine.{name}" for name in ENGINE_MEANS})

@@ -46,6 +46,7 @@ from robustft.intake import Intake
 from robustft.progress import Progress, Stages
 from robustft.records import Record
 from robustft.relabeling import relabel
+from robustft.second_opinions import SecondOpinions
 from robustft.selection import select_confident
 from robustft.shards import Published, Shard, first_conclusion, publish, withdraw
 from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
@@ -122,6 +123,7 @@ class ShardRun:
             engine, store, config.experts, seed=config.seed, progress=self._on_answers
         )
         self._effort = Effort(config)
+        self._others = SecondOpinions(config.second_opinion)
         self._progress: Progress | None = None
         self._keep_time: Callable[[], None] = lambda: None
 
@@ -164,7 +166,8 @@ class ShardRun:
         if "checker" not in without:
             said = [[o for o in pair if o] for pair in zip(base, reasoned, strict=True)]
             checker = self._panel.checker(chunk, said)
-        return list(map(Asked, chunk, base, reasoned, checker))
+        others = self._others.unit(unit, chunk)
+        return list(map(Asked, chunk, base, reasoned, checker, others))
 
     # --- relabel ---------------------------------------------------------------------------
 
@@ -316,7 +319,9 @@ def opinion_of(said: Mapping[int, Opinion], row: int, failures: Mapping[int, str
 
 def make_detector(config: CleanConfig) -> Detector:
     """The detector that a configuration names."""
-    return PaperDetector() if config.detector == "paper" else CrowdDetector()
+    if config.detector == "paper":
+        return PaperDetector()
+    return CrowdDetector(SecondOpinions(config.second_opinion).names)
 
 
 def conclude(

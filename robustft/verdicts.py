@@ -31,6 +31,7 @@ from robustft.progress import Progress
 from robustft.prompts import LETTERS
 from robustft.records import Place, Record, RecordSource, RecordWriter, output_name
 from robustft.relabeling import NewLabel, relabel
+from robustft.second_opinions import SecondOpinions
 from robustft.shards import Published, Shard
 from robustft.store import Opinion, Store
 
@@ -84,6 +85,7 @@ class CleanResult:
     # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
     tallies: Counter[tuple[str, str]] = field(default_factory=Counter)
     weights: dict[str, float] = field(default_factory=dict)  # expert -> share of the crowd's vote
+    others: tuple[str, ...] = ()  # other models whose second opinions were heard
     noise_rate: Estimate | None = None  # share of wrong given answers, where it can be told
     expected_precision: float = float("nan")  # share of the noisy verdicts that are right
     cut_off: int = 0  # replies in text that did not end within --answer-tokens: no answers
@@ -127,6 +129,7 @@ def write_outputs(
         powerless=conclusion.powerless, threshold=selection.threshold,
         noise_rate=conclusion.noise_rate, expected_precision=conclusion.expected_precision,
         kept_nll=selection.kept, dropped_nll=selection.dropped,
+        others=SecondOpinions(config.second_opinion).names,
     )  # fmt: skip
     total, noisy = len(conclusion.noisy), int(conclusion.noisy.sum())
     unjudged = int(conclusion.silent.sum())
@@ -187,6 +190,7 @@ class _Panels:
         conclusion: Conclusion,
     ) -> None:
         self._without = config.without
+        self._others = SecondOpinions(config.second_opinion)
         self._store = store
         self._corpus = corpus
         self._conclusion = conclusion
@@ -209,6 +213,8 @@ class _Panels:
         nobody: list[None] = [None] * len(chunk)
         asked = list(map(Asked, chunk, *(panel.get(name, nobody) for name in parts)))
         opinions = [dict(zip(panel, row, strict=True)) for row in zip(*panel.values(), strict=True)]
+        for row, others in enumerate(self._others.unit(unit, chunk)):
+            opinions[row].update(zip(self._others.names, others, strict=True))
         for row, opinion in said.get("tuned", {}).items():
             opinions[row]["tuned"] = opinion
         start = chunk[0].index if chunk else 0

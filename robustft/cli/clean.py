@@ -75,8 +75,8 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
 
 # What means something to --method robustft alone.
 _ITS_OWN = (
-    "detector", "beta", "without", "retriever", "rounds", "samples", "reasoning_tokens", "estimate",
-    "shard", "processes", "gpus", "ray",
+    "detector", "second_opinion", "beta", "without", "retriever", "rounds", "samples",
+    "reasoning_tokens", "estimate", "shard", "processes", "gpus", "ray",
 )  # fmt: skip
 
 
@@ -150,6 +150,7 @@ def _clean_config(options: argparse.Namespace) -> CleanConfig:
         options,
         out=Path(options.out),
         without=frozenset(options.without),
+        second_opinion=tuple(options.second_opinion),
         engine=engine_config(options),
         experts=config_of(ExpertConfig, options),
         tuned=config_of(TunedConfig, options, folds=options.folds or 0),

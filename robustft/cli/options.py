@@ -230,6 +230,11 @@ def _add_expert_options(parser: Parser) -> None:
         "or the paper's rule",
     )  # fmt: skip
     group.add_argument(
+        "--second-opinion", action="append", metavar="DIR", default=[],
+        help="the --out of a finished run of another model on the same input, whose answers join "
+        "the crowd; may be repeated (default: none)",
+    )  # fmt: skip
+    group.add_argument(
         "-k", type=_positive, default=3, help="clean neighbours shown when a record is answered "
         "again",
     )  # fmt: skip

@@ -107,9 +107,9 @@ class Conclusion:
     def own_label(self, record: Record) -> tuple[str, float] | None:
         """The crowd's label and its negative log-probability where it outranks the panel's.
 
-        Where learners on the corpus hold most of the vote, the panel's model knows less about
-        these labels than the corpus itself does, and so would its context-enhanced answer and its
-        review.
+        Where learners on the corpus, or other models, hold most of the vote, the panel's model
+        knows less about these labels than they do, and so would its context-enhanced answer and
+        its review.
         """
         if record.options is None or not self._outranks_the_panel[self.jury[record.index]]:
             return None
@@ -126,7 +126,7 @@ class Conclusion:
 
     @functools.cached_property
     def _outranks_the_panel(self) -> NDArray[np.bool_]:
-        """[juries + 1] whether learners hold most of the vote; the last, of no jury: no."""
+        """[juries + 1] whether others hold most of the vote; the last, of no jury: no."""
         shares = [sum(w for n, w in votes.items() if n not in PANEL) for votes in self.votes]
         learnt = self.pooled.shape[1] > 0
         return np.array([*(learnt and share > 0.5 for share in shares), False])

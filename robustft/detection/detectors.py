@@ -99,45 +99,50 @@ class CrowdDetector:
     Multiple-choice records that offer the same options are a crowd of their own, where learners on
     the corpus join the panel; letters that mean something else in every question teach nothing,
     and there the panel judges alone. Open answers are compared as answers. The checker has no
-    vote: it sees the given answer, so agreeing with it proves nothing.
+    vote: it sees the given answer, so agreeing with it proves nothing. Other models (`others`
+    names them) are one voter each.
     """
+
+    def __init__(self, others: Sequence[str] = ()) -> None:
+        self.others = tuple(others)
 
     def evidence(self, asked: Sequence[Asked]) -> Evidence:
         """What the crowd needs of each record.
 
         unjudged [n] bool; question [n] int64, equal where the same is asked; given [n] int8, -1
         without options; options [n] int64, which set of options, or that the answer is free text;
-        width [n] int8, how many; base and reasoned [n, options] probabilities; clusters [n, 2]
-        int8, which of the given and the model's answer are the same (without options); answered
-        [n] bool, whether it gave one.
+        width [n] int8, how many; base, reasoned and those of every other model [n, options]
+        probabilities; clusters [n, 2 + others] int8, which answers are the same: the given one,
+        the model's, the others' (without options); answered [n] bool, whether a model gave one.
         """
         width = max((len(a.record.options or ()) for a in asked), default=0)
         given = np.full(len(asked), -1, np.int8)
         kinds = np.zeros(len(asked), np.int64)
         widths = np.zeros(len(asked), np.int8)
-        clusters = np.zeros((len(asked), 2), np.int8)
+        clusters = np.zeros((len(asked), 2 + len(self.others)), np.int8)
         answered = np.ones(len(asked), np.bool_)
+        heard = [name for name in PANEL if asked and getattr(asked[0], name) is not None]
         panel = {
             name: np.zeros((len(asked), width), np.float32)
-            for name in PANEL
-            if asked and getattr(asked[0], name) is not None
+            for name in (*heard, *map(_other, range(len(self.others))))
         }
         for position, one in enumerate(asked):
             options = one.record.options
             if options is None:
                 # One model, one witness: what it says twice is not confirmed twice.
-                said = (one.reasoned or one.base).answer or one.base.answer
+                own = (one.reasoned or one.base).answer or one.base.answer
+                said = [own, *(other.answer for other in one.others)]
                 kind = record_kind(one.record)
                 free = kind == "text" and not answers.parse_final_number(one.record.answer).answer
                 kinds[position] = _FREE_TEXT if free else 0
-                clusters[position] = crowd.partition([one.record.answer, said], kind)
-                answered[position] = said is not None
+                clusters[position] = crowd.partition([one.record.answer, *said], kind)
+                answered[position] = any(answer is not None for answer in said)
                 continue
             letter = LETTERS.index(one.record.answer)
             given[position], widths[position] = letter, len(options)
             kinds[position] = _kind_of(options)
-            for name, values in panel.items():
-                opinion: Opinion = getattr(one, name)
+            opinions: list[Opinion] = [*(getattr(one, name) for name in heard), *one.others]
+            for values, opinion in zip(panel.values(), opinions, strict=True):
                 found = option_probabilities(opinion, len(options))
                 values[position, : len(options)] = _as_one(found, options, letter)
         skipped = _unjudged(asked)
@@ -165,7 +170,7 @@ class CrowdDetector:
                 wrong[positions] = judgement.wrong
 
         for positions, alike in _option_sets(evidence, np.flatnonzero((given >= 0) & ~skipped)):
-            judgement = _judge_choices(evidence, corpus, positions, alike, progress)
+            judgement = self._judge_choices(evidence, corpus, positions, alike, progress)
             hear(judgement, positions)
             if judgement.labels is not None:
                 pooled[positions, : judgement.labels.shape[1]] = judgement.labels
@@ -176,7 +181,7 @@ class CrowdDetector:
         if len(opened):
             answered = opened[evidence["answered"][opened]]
             clusters = evidence["clusters"][answered].astype(np.int64)
-            hear(crowd.judge_partitions(clusters, ["model"]), answered)
+            hear(crowd.judge_partitions(clusters, ["model", *self.others]), answered)
             jury[opened] = len(found) - 1
         noisy = np.nan_to_num(wrong) > 0.5
         sizes = np.bincount(jury[jury >= 0], minlength=len(found)).tolist()
@@ -185,8 +190,40 @@ class CrowdDetector:
             noisy, skipped, pooled, wrong, jury, [one.weights for one in found],
             bool(found) and all(one.powerless for one in found), rate,
             float(wrong[noisy].mean()) if noisy.any() else math.nan, learned,
-            tuple(_warnings(found, sizes, rate, evidence)),
+            tuple(_warnings(found, sizes, rate, evidence, alone=not self.others)),
         )  # fmt: skip
+
+    def _judge_choices(
+        self,
+        evidence: Evidence,
+        corpus: crowd.Corpus,
+        chosen: NDArray[np.int64],
+        alike: bool,
+        progress: crowd.Progress | None,
+    ) -> Judgement:
+        given, widths = (evidence[name][chosen].astype(np.int64) for name in ("given", "width"))
+        classes = int(widths.max())
+        others = {_other(number): name for number, name in enumerate(self.others)}
+        panel, tuned = (
+            {
+                name: evidence[column][chosen, :classes].astype(np.float64)
+                for column, name in names.items()
+                if column in evidence
+            }
+            for names in (dict(zip(PANEL, PANEL, strict=True)) | others, {TUNED: TUNED})
+        )
+        learners = None
+        if alike and len(chosen) > 1:
+            questions = evidence["question"][chosen]
+            learners = crowd.Learners.of(corpus, chosen, given, classes, questions, progress)
+        return crowd.judge_labels(
+            panel, given, classes, learners, tuned, options=widths, progress=progress
+        )
+
+
+def _other(number: int) -> str:
+    """The column of another model's probabilities in the evidence."""
+    return f"other {number}"
 
 
 def _option_sets(
@@ -210,32 +247,18 @@ def _option_sets(
         yield rest, False
 
 
-def _judge_choices(
-    evidence: Evidence,
-    corpus: crowd.Corpus,
-    chosen: NDArray[np.int64],
-    alike: bool,
-    progress: crowd.Progress | None,
-) -> Judgement:
-    given, widths = (evidence[name][chosen].astype(np.int64) for name in ("given", "width"))
-    classes = int(widths.max())
-    panel, tuned = (
-        {n: evidence[n][chosen, :classes].astype(np.float64) for n in names if n in evidence}
-        for names in (PANEL, (TUNED,))
-    )
-    learners = None
-    if alike and len(chosen) > 1:
-        questions = evidence["question"][chosen]
-        learners = crowd.Learners.of(corpus, chosen, given, classes, questions, progress)
-    return crowd.judge_labels(
-        panel, given, classes, learners, tuned, options=widths, progress=progress
-    )
-
-
 def _warnings(
-    found: Sequence[Judgement], sizes: Sequence[int], rate: Estimate | None, evidence: Evidence
+    found: Sequence[Judgement],
+    sizes: Sequence[int],
+    rate: Estimate | None,
+    evidence: Evidence,
+    *,
+    alone: bool,
 ) -> Iterator[str]:
-    """What the user should know of juries that could not tell, or hardly."""
+    """What the user should know of juries that could not tell, or hardly.
+
+    alone: one model was asked, and no other's run was given.
+    """
     judged = ~evidence["unjudged"]
     powerless = bool(found) and all(one.powerless for one in found)
     if powerless and (evidence["options"][judged] == _FREE_TEXT).mean() > 0.5:
@@ -249,10 +272,10 @@ def _warnings(
     if rate is None or rate.high - rate.low <= _WIDE:
         return
     either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"
-    if (evidence["given"][judged] < 0).mean() > 0.5:
+    if alone and (evidence["given"][judged] < 0).mean() > 0.5:
         yield (
-            f"beside one model alone it stays {either}: little is changed; "
-            "--detector paper goes by the model's word"
+            f"beside one model alone it stays {either}: little is changed; another model's run as "
+            "--second-opinion tells more, and --detector paper goes by the model's word"
         )
     else:
         yield (

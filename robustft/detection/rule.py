@@ -19,6 +19,7 @@ class Asked(NamedTuple):
     base: Opinion
     reasoned: Opinion | None
     checker: Opinion | None
+    others: tuple[Opinion, ...] = ()  # what other models said, of which the crowd alone hears
 
 
 class Detection(NamedTuple):

@@ -93,6 +93,7 @@ def read_plan(out: Path) -> Plan:
         parts = {
             "out": out,
             "without": frozenset(config["without"]),
+            "second_opinion": tuple(config.get("second_opinion", ())),
             "engine": EngineConfig(**config["engine"]),
             "experts": ExpertConfig(**config["experts"]),
             "tuned": TunedConfig(),  # shards have no folds
@@ -109,8 +110,9 @@ def read_plan(out: Path) -> Plan:
 
 
 def _plain(config: CleanConfig) -> dict[str, Any]:
-    """A configuration as JSON; a local input by its full path, for `merge` from elsewhere."""
+    """A configuration as JSON; local paths in full, for `merge` from elsewhere."""
     plain = asdict(config)
+    plain["second_opinion"] = [str(Path(run).resolve()) for run in config.second_opinion]
     local = Path(config.input)
     plain["input"] = str(local.resolve()) if local.exists() else config.input
     return plain | {"out": str(config.out), "without": sorted(config.without)}

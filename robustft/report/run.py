@@ -102,7 +102,7 @@ def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
 def _expert_rows(result: CleanResult, totals: dict[str, dict[str, float]]) -> tuple[ExpertRow, ...]:
     tallies: Counter[tuple[str, str]] = result.tallies
     rows = []
-    asked = ("base", "reasoned", "checker", "tuned", "context", "review")
+    asked = ("base", "reasoned", "checker", "tuned", "context", "review", *result.others)
     for name in dict.fromkeys((*asked, *result.weights)):
         if tallies[name, "asked"]:
             cost = totals.get(name, {})

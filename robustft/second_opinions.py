@@ -1,0 +1,165 @@
+"""What other models have said of the same records: read from the outputs of their finished runs.
+
+Witnesses of their own for the crowd. Beside the given answer and one model's there is nobody to
+tell who of the two is wrong; a third witness tells, most of all where answers are open.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from robustft.errors import UserError
+from robustft.outputs import read_manifest
+from robustft.prompts import LETTERS
+from robustft.records import Record, RecordSource
+from robustft.store import UNIT_ROWS, Opinion
+from robustft.terminal import printable
+
+# What else votes, or stands among a verdict's experts.
+_TAKEN = (
+    "model", "base", "reasoned", "checker", "tuned", "context", "review", "regression",
+    "regression with words", "neighbours",
+)  # fmt: skip
+_BLOCK_BYTES = 1 << 22
+_SAME = ("schema", "split", "limit")  # settings that say which records a run has read
+
+
+class SecondOpinions:
+    """The opinions of finished runs, unit by unit. Raises UserError where they are not usable."""
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        self._runs = [_Run(Path(folder)) for folder in folders]
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """One name a run: its model's, numbered where that is taken."""
+        found = list(_TAKEN)
+        for run in self._runs:
+            name = run.model.rstrip("/").rpartition("/")[2]
+            numbered = (f"{name} {number}" for number in itertools.count(2))
+            found.append(next(n for n in itertools.chain([name], numbered) if n not in found))
+        return tuple(found[len(_TAKEN) :])
+
+    @property
+    def identity(self) -> list[str]:
+        """What a resumed run must share with the run it resumes."""
+        return [f"{run.model}@{run.revision}" for run in self._runs]
+
+    def require_input(self, source: RecordSource, settings: dict[str, Any]) -> None:
+        """Raise UserError where a run has read another input, or other records of it.
+
+        settings: the fingerprint of the configuration at hand.
+        """
+        for run in self._runs:
+            before = run.manifest["config"]
+            other = run.manifest["input"]["blake2b"] != source.content_hash
+            if other or any(before.get(name) != settings[name] for name in _SAME):
+                raise UserError(
+                    f"--second-opinion {run.folder}: expected a run on the same input with the "
+                    f"same --schema, --split and --limit, found one on "
+                    f"{printable(str(run.manifest['input'].get('path')))}"
+                )
+
+    def unit(self, number: int, records: Sequence[Record]) -> list[tuple[Opinion, ...]]:
+        """What every run's model said to each record of a unit, in the order of `names`."""
+        said = [run.unit(number, records) for run in self._runs]
+        return list(zip(*said, strict=True)) if said else [()] * len(records)
+
+
+class _Run:
+    """One finished run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "verdicts.jsonl"
+        self.manifest = read_manifest(folder)
+        match self.manifest:
+            case {
+                "method": "robustft",
+                "counts": dict(),
+                "config": dict(),
+                "models": {"model": str(model), "revision": str(revision)},
+            } if self.path.is_file():
+                self.model, self.revision = printable(model), printable(revision)
+            case _:
+                raise UserError(
+                    f"--second-opinion {folder}: expected the --out of a finished `robustft clean`"
+                )
+
+    def unit(self, number: int, records: Sequence[Record]) -> Iterator[Opinion]:
+        """What the model said to each record: by its reasoning, where it was asked to reason."""
+        found: list[bytes] = []
+        status = self.path.stat()
+        starts = _unit_starts(self.path, status.st_size, status.st_mtime_ns)
+        if number + 1 < len(starts):
+            start, stop = starts[number : number + 2]
+            with self.path.open("rb") as file:
+                file.seek(start)
+                found = file.read(stop - start).splitlines()
+        first = number * UNIT_ROWS + 1
+        if len(found) != len(records):
+            raise UserError(
+                f"{self.path}: expected {len(records)} verdicts from line {first} on, one for "
+                f"every record of the input, found {len(found)}"
+            )
+        for row, (line, record) in enumerate(zip(found, records, strict=True)):
+            opinion = _opinion(line, record)
+            if opinion is None:
+                raise UserError(
+                    f"{self.path}, line {first + row}: expected the verdict on record "
+                    f"{record.id!r:.80}, with what its experts answered"
+                )
+            yield opinion
+
+
+@functools.lru_cache(maxsize=16)
+def _unit_starts(path: Path, size: int, modified: int) -> list[int]:
+    """Where the lines of each unit begin, and the file's end; `size` and `modified` are its own."""
+    starts, lines, at = [0], 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+            first = -(lines + 1) % UNIT_ROWS  # of the ends here, the one that ends a unit
+            starts += (ends[first::UNIT_ROWS] + at + 1).tolist()
+            lines, at = lines + len(ends), at + len(block)
+    return [*starts, at] if starts[-1] < at else starts
+
+
+def _opinion(line: bytes, record: Record) -> Opinion | None:
+    """What a line of verdicts says; None where it is not of this record or not well formed."""
+    try:
+        verdict = orjson.loads(line)
+    except ValueError:
+        return None
+    match verdict:
+        case {"given": given, "experts": {"base": base, **others}} if given == record.answer:
+            said = [_read(one, record.options) for one in (others.get("reasoned", base), base)]
+            if None not in said:
+                return next((one for one in said if one and one.answer), said[0])
+    return None
+
+
+def _read(said: object, options: tuple[str, ...] | None) -> Opinion | None:
+    """One expert's entry as an opinion; None where it is none on these options."""
+    match said:
+        case {"answer": None | str() as answer, **more}:
+            shares = more.get("probabilities")
+        case _:
+            return None
+    if options is None:
+        return Opinion(answer)
+    if answer not in (None, *LETTERS[: len(options)]):
+        return None
+    if shares is None:
+        return Opinion(answer)
+    if not isinstance(shares, list) or len(shares) != len(options):
+        return None
+    known = all(isinstance(share, float | int) and 0.0 <= share <= 1.0 for share in shares)
+    return Opinion(answer, probabilities=tuple(shares)) if known and any(shares) else None

@@ -1,0 +1,242 @@
+"""Finished runs of other models as witnesses for the crowd."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scripted import LetterEmbedder, ScriptedEngine
+from test_pipeline import choice_rows, read_jsonl, write_jsonl
+
+from robustft.cleaning import clean, run_clean
+from robustft.config import CleanConfig
+from robustft.distributed import merge, run_shard
+from robustft.engines import Prompt
+from robustft.errors import UnfinishedError, UserError
+from robustft.second_opinions import SecondOpinions
+
+COUNT = 700  # two units
+QUICK = {"without": frozenset({"rel", "checker", "reviewer"})}
+
+
+def sums(count: int = COUNT, wrong: float = 0.3) -> list[dict[str, Any]]:
+    """Sums, some of them wrong."""
+    rng = np.random.default_rng(0)
+    answers = [n + 1 + 10 * int(rng.random() < wrong) for n in range(count)]
+    return [
+        {"id": f"s{n}", "question": f"What is {n} plus 1?", "answer": str(answer)}
+        for n, answer in enumerate(answers)
+    ]
+
+
+class Adder(ScriptedEngine):
+    """Adds, and errs on its own share of the sums, each time in another way."""
+
+    def __init__(self, name: str, right: float, seed: int) -> None:
+        super().__init__(reply=self._add)
+        self.model_id = name
+        rng = np.random.default_rng(seed)
+        self._error = np.where(rng.random(COUNT) < right, 0, rng.integers(100, 200, COUNT))
+
+    def _add(self, prompt: Prompt) -> str:
+        number = int(prompt.messages[-1].content.rpartition("What is ")[2].partition(" plus")[0])
+        return str(number + 1 + self._error[number])
+
+
+def run(source: Path, out: Path, engine: ScriptedEngine, **settings: Any) -> Any:
+    config = CleanConfig(input=str(source), out=out, **{**QUICK, **settings})
+    return run_clean(config, engine=engine, embedder=LetterEmbedder())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "in.jsonl", ["{broken", *sums()])
+
+
+@pytest.fixture
+def other(source: Path, tmp_path: Path) -> Path:
+    run(source, tmp_path / "other", Adder("hub/other", 0.8, 1))
+    return tmp_path / "other"
+
+
+def test_with_a_second_opinion_wrong_answers_are_found(source: Path, other: Path) -> None:
+    out = other.parent / "both"
+    alone = run(source, other.parent / "alone", Adder("own", 0.7, 2))
+    assert alone.counts["noisy"] == 0
+    assert "--second-opinion" in alone.warnings[0]
+    both = run(source, out, Adder("own", 0.7, 2), second_opinion=(str(other),))
+    wrong = [int(row["answer"]) != n + 1 for n, row in enumerate(sums())]
+    verdicts = read_jsonl(out / "verdicts.jsonl")
+    noisy = [one["verdict"] == "noisy" for one in verdicts]
+    hits = sum(a and b for a, b in zip(wrong, noisy, strict=True))
+    assert hits / sum(noisy) > 0.8
+    assert hits / sum(wrong) > 0.8
+    assert both.noise_rate.low < 0.3 < both.noise_rate.high
+    assert both.weights.keys() == {"model", "other"}
+    assert not both.warnings
+    heard = read_jsonl(other / "verdicts.jsonl")
+    for one, before in zip(verdicts, heard, strict=True):
+        assert one["experts"]["other"]["answer"] == before["experts"]["base"]["answer"]
+    report = (out / "report.html").read_text()
+    assert "hub/other" not in report
+    assert ">other<" in report
+
+
+def test_nothing_is_asked_twice_and_the_runs_must_stay(source: Path, other: Path) -> None:
+    out, engine = other.parent / "both", Adder("own", 0.7, 2)
+    run(source, out, engine, second_opinion=(str(other),))
+    before = (out / "verdicts.jsonl").read_bytes()
+    moved = other.rename(other.parent / "moved")
+    again = Adder("own", 0.7, 2)
+    run(source, out, again, second_opinion=(str(moved),))
+    assert not again.asked
+    assert (out / "verdicts.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"--second-opinion was hub/other@1, now not given"):
+        run(source, out, again)
+
+
+def test_shards_hear_what_one_process_hears(source: Path, other: Path) -> None:
+    second = {"second_opinion": (str(other),)}
+    one, out = other.parent / "one", other.parent / "shards"
+    run(source, one, Adder("own", 0.7, 2), **second)
+    config = CleanConfig(input=str(source), out=out, **QUICK, **second)  # type: ignore[arg-type]
+    models = {"engine": Adder("own", 0.7, 2), "embedder": LetterEmbedder()}
+    with pytest.raises(UnfinishedError):
+        run_shard(config, 0, 2, wait=0, **models)  # type: ignore[arg-type]
+    assert run_shard(config, 1, 2, wait=0, **models) == [0]  # type: ignore[arg-type]
+    assert run_shard(config, 0, 2, wait=0, **models) == []  # type: ignore[arg-type]
+    merge([out])
+    assert (out / "verdicts.jsonl").read_bytes() == (one / "verdicts.jsonl").read_bytes()
+
+
+def test_letters_are_heard_with_their_probabilities(tmp_path: Path) -> None:
+    rows = choice_rows(60)
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+
+    def knowing(share: float) -> Callable[..., list[float]]:
+        def choose(prompt: Prompt, candidates: Any) -> list[float]:
+            n = int(prompt.messages[-1].content.rpartition("Number ")[2].partition(":")[0])
+            right = n % 20 >= 6  # or the given one is wrong
+            at = (ord(rows[n]["answer"]) - ord("A") + (not right)) % 3
+            return [share if k == at else (1 - share) / 2 for k in range(len(candidates))]
+
+        return choose
+
+    engine = ScriptedEngine(choose=knowing(0.9))
+    engine.model_id = "../base"
+    run(source, tmp_path / "other", engine)
+    weak = ScriptedEngine(choose=lambda prompt, candidates: [1 / len(candidates)] * len(candidates))
+    found = run(source, tmp_path / "both", weak, second_opinion=(str(tmp_path / "other"),))
+    assert found.weights["base 2"] > 0.5  # "base" is one of its own experts
+    verdicts = read_jsonl(tmp_path / "both/verdicts.jsonl")
+    before = read_jsonl(tmp_path / "other/verdicts.jsonl")
+    for one, alone in zip(verdicts, before, strict=True):
+        assert one["noise_score"] == pytest.approx(alone["noise_score"], abs=1e-3)
+        said = one["experts"]["base 2"]["probabilities"]
+        assert said == pytest.approx(alone["experts"]["base"]["probabilities"])
+    # The crowd's label stands: this model knows less than the other.
+    noisy = [one for one in verdicts if one["verdict"] == "noisy"]
+    assert noisy
+    assert all("label from the crowd" in one["reason"] for one in noisy)
+
+
+def test_runs_of_one_model_have_names_of_their_own(source: Path, other: Path) -> None:
+    assert SecondOpinions([str(other), str(other)]).names == ("other", "other 2")
+    assert SecondOpinions([]).names == ()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda run: shutil.rmtree(run), "expected the --out of a finished `robustft clean`"),
+        (lambda run: (run / "verdicts.jsonl").unlink(), "expected the --out of a finished"),
+        (lambda run: edit(run, config={"limit": 5}), "with the same --schema, --split and --limit"),
+        (lambda run: edit(run, input={"blake2b": "0"}), "expected a run on the same input"),
+        (lambda run: line(run, 600, None), "expected 188 verdicts from line 513 on"),
+        (lambda run: line(run, 600, "{"), r"line 601: expected the verdict on record 's600'"),
+        (lambda run: line(run, 3, "[]"), r"line 4: expected the verdict on record 's3'"),
+        (lambda run: line(run, 3, '{"given": "4", "experts": {"base": {"answer": 4}}}'), "line 4"),
+        (lambda run: line(run, 3, '{"given": "5", "experts": {"base": {"answer": ""}}}'), "line 4"),
+    ],
+)
+def test_what_is_no_finished_run_on_this_input_is_told(
+    spoil: Callable[[Path], object], expected: str, source: Path, other: Path
+) -> None:
+    spoil(other)
+    with pytest.raises(UserError, match=expected):
+        run(source, other.parent / "both", Adder("own", 0.7, 2), second_opinion=(str(other),))
+
+
+def edit(folder: Path, **facts: Any) -> None:
+    path = folder / "manifest.json"
+    found = json.loads(path.read_text())
+    for name, values in facts.items():
+        found[name] |= values
+    path.write_text(json.dumps(found))
+
+
+def line(folder: Path, number: int, text: str | None) -> None:
+    path = folder / "verdicts.jsonl"
+    lines = path.read_text().splitlines()
+    lines[number : number + 1] = [] if text is None else [text]
+    path.write_text("\n".join([*lines, ""]))
+
+
+@pytest.mark.parametrize(
+    "shares", ["[0.5, 0.5]", "[-1, 1, 1]", "[0, 0, 0]", '"abc"', '["a", 1, 1]']
+)
+def test_probabilities_of_a_damaged_run_are_not_believed(shares: str, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(5))
+    run(source, tmp_path / "other", ScriptedEngine())
+    given = choice_rows(5)[2]["answer"]
+    said = f'{{"base": {{"answer": "A", "probabilities": {shares}}}}}'
+    line(tmp_path / "other", 2, f'{{"given": "{given}", "experts": {said}}}')
+    with pytest.raises(UserError, match=r"verdicts\.jsonl, line 3: expected the verdict"):
+        run(source, tmp_path / "b", ScriptedEngine(), second_opinion=(str(tmp_path / "other"),))
+
+
+def test_the_papers_rule_hears_no_second_opinion(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="detector must be crowd where there are second opinions"):
+        CleanConfig(input="x", out=tmp_path, detector="paper", second_opinion=("y",))
+
+
+def test_clean_takes_a_path_or_several(source: Path, other: Path) -> None:
+    result = clean(
+        source, out=other.parent / "both", engine=Adder("own", 0.7, 2), embedder=LetterEmbedder(),
+        second_opinion=other, **QUICK,
+    )  # fmt: skip
+    assert result.others == ("other",)
+
+
+@pytest.mark.data
+def test_real_solutions_beside_one_model_and_beside_two(real_data: Path, tmp_path: Path) -> None:
+    """Solutions of the smallest model, judged by the two largest: 78 % are wrong."""
+    solved = read_jsonl(real_data / "gsm8k_solutions/solutions.jsonl")
+
+    def solver(name: str) -> ScriptedEngine:
+        def reply(prompt: Prompt) -> str:
+            asked = prompt.messages[-1].content
+            return next(one[name]["solution"] for one in solved if one["question"] in asked)
+
+        engine = ScriptedEngine(reply=reply)
+        engine.model_id = name
+        return engine
+
+    given = "6b_finetuning"
+    rows = [{"question": one["question"], "answer": one[given]["solution"]} for one in solved]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    alone = run(source, tmp_path / "a", solver("175b_finetuning"))
+    assert alone.counts["noisy"] == 0
+    run(source, tmp_path / "b", solver("175b_verification"),
+        second_opinion=(str(tmp_path / "a"),))  # fmt: skip
+    verdicts = read_jsonl(tmp_path / "b/verdicts.jsonl")
+    wrong = [not one[given]["is_correct"] for one in solved]
+    noisy = [one["verdict"] == "noisy" for one in verdicts]
+    hits = sum(a and b for a, b in zip(wrong, noisy, strict=True))
+    assert hits / sum(noisy) > 0.9
+    assert hits / sum(wrong) > 0.9
