@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ def growing_cache(model: Any, room: int) -> DynamicCache | None:
 
     None where the model keeps its past in a form of its own; layers that slide stay as they are.
     """
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+    taken = "past_key_values" in inspect.signature(model.forward).parameters  # Mamba has another
+    if not taken or not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
         return None
     cache = DynamicCache(config=model.config)
     if not cache.layers:
