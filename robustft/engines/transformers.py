@@ -219,7 +219,9 @@ class TransformersEngine:
         processors: list[Any] = [recorder]
         if self.temperature > 0:
             processors.append(_GumbelSampler(self.temperature, seeds))
-        shared = self._shared(encoded, before=min(map(len, encoded)) - 1)
+        # A model that is not told positions may count them in keys, padding among them (MPT).
+        before = min(map(len, encoded)) - 1 if self._takes_positions else 0
+        shared = self._shared(encoded, before)
         inputs = self._left_padded(encoded, shared)
         cache = growing_cache(self.model, max_new_tokens)
         if shared and cache is not None:
