@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken
 from transformers import (
     Gemma3Config,
@@ -410,6 +412,45 @@ def test_absolute_positions_do_not_count_the_padding(tiny_model: Path, beginning
         alone_reply = engine.generate([one], 6)[0]
         assert reply.text == alone_reply.text
         np.testing.assert_allclose(reply.nll, alone_reply.nll, atol=1e-4)
+
+
+SHAPE = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 16}
+
+
+@BEGINNINGS
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Mpt", {"vocab_size": 512, "d_model": 16, "n_heads": 2, "n_layers": 2}),  # counts keys
+        ("Gemma2", SHAPE | HEADS | {"initializer_range": 0.2}),  # small logits, capped all the same
+        ("Mamba", SHAPE | {"state_size": 4}),  # no keys and values at all
+    ],
+)
+def test_other_architectures(
+    tiny_model: Path, family: str, settings: dict[str, Any], beginning: str
+) -> None:
+    torch.manual_seed(0)
+    shape = getattr(transformers, f"{family}Config")(bos_token_id=1, eos_token_id=2, **settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(shape)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, 0, 0.2)
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    engine = TransformersEngine(EngineConfig(dtype="float32"), model=model, tokenizer=tokenizer)
+    prompts = [prompt(beginning + text) for text in TEXTS]
+    encoded = engine.encoder.encode(prompts)
+    choices = engine.choose(prompts, [(" A", " Yes")] * len(TEXTS))
+    for ids, choice in zip(encoded, choices, strict=True):
+        row = reference_logits(engine, ids)[-1].log_softmax(-1)
+        (first,) = engine.encoder.continuation("Answer:", " A")
+        assert choice.logprobs[0] == pytest.approx(float(row[first]), abs=1e-4)
+    for ids, reply in zip(encoded, engine.generate(prompts, 6), strict=True):
+        said = list(ids)
+        for nll in reply.nll:
+            row = reference_logits(engine, said)[-1].log_softmax(-1)
+            said.append(int(row.argmax()))
+            assert nll == pytest.approx(-float(row.max()), abs=1e-4)
 
 
 def test_the_growing_cache_holds_what_the_concatenating_one_does() -> None:
