@@ -255,6 +255,8 @@ WINDOW = SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "sliding_wi
         ("Gemma2", WINDOW | {"head_dim": 8}),  # capped logits, alternating windows
         ("Mistral", WINDOW),
         ("Qwen3", SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8}),
+        ("Phimoe", WINDOW | {"num_local_experts": 4}),  # a router that answers with two tensors
+        ("Mamba", {"vocab_size": 120, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
     ],
 )
 def test_other_architectures(
@@ -281,6 +283,15 @@ def test_other_architectures(
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     tokens = sum(example.response for example in examples)
     assert loop._step([0, 1, 2]) == pytest.approx(expected.item() / tokens, rel=1e-4)
+
+
+def test_a_model_that_peft_does_not_take_is_named(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
+    monkeypatch.setattr("robustft.training.adapter.linear_names", lambda model: ["self_attn"])
+    with pytest.raises(UserError, match=r"^tiny: LoRA does not take this model: Target module .*"):
+        attach_adapter(model, TrainConfig(input="in.jsonl", out=Path("out")), "tiny")
 
 
 def build_composite(tiny_model: Path, folder: Path) -> Path:

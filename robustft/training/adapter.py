@@ -43,7 +43,7 @@ def attach_adapter(model: Any, config: TrainConfig, model_name: str) -> Any:
     Adapter weights are float32 whatever the model's dtype; first weights follow `config.seed`.
 
     Raises:
-        UserError: `top_layers` exceeds the model's layers.
+        UserError: `top_layers` exceeds the model's layers, or peft cannot adapt the model.
     """
     from peft import LoraConfig
 
@@ -61,7 +61,11 @@ def attach_adapter(model: Any, config: TrainConfig, model_name: str) -> Any:
         layers_to_transform=None if top is None else list(range(layers - top, layers)),
     )
     torch.manual_seed(config.seed)
-    adapted = _attached(model, settings)
+    try:
+        adapted = _attached(model, settings)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model_name}: LoRA does not take this model: {reason}") from error
     # A name that means something on another machine, where a cache folder does not.
     adapted.peft_config["default"].base_model_name_or_path = model_name
     return adapted
@@ -98,13 +102,26 @@ def _beside_decoder(model: Any) -> str | None:
 
 
 def _linears(model: Any, part: Any) -> Iterator[str]:
-    """Names of all linear layers in a part of the model but its output embedding."""
+    """Names of the linear layers in a part of the model that an adapter may stand beside.
+
+    Not its output embedding; not a router that answers with more than one tensor (Llama 4, Phi
+    MoE); not what Mamba's kernels read the weight of without calling the layer; not one named by
+    a number alone (Zamba 2), as whole blocks are.
+    """
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
     for name, module in part.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
-            yield name
+        linear = isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        if linear and not type(module).__name__.endswith("Router"):
+            above, _, own = name.rpartition(".")
+            read = own == "out_proj" and _is_mamba(part.get_submodule(above))
+            if not read and not own.isdigit():
+                yield name
+
+
+def _is_mamba(module: Any) -> bool:
+    return hasattr(module, "A_log") and hasattr(module, "D")
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
