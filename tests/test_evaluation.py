@@ -171,6 +171,7 @@ def test_a_resumed_evaluation_reads_what_it_wrote(tmp_path: Path) -> None:
 
 def test_an_adapter_changes_the_answers(tmp_path: Path, tiny_model: Path) -> None:
     from robustft.config import TrainConfig
+    from robustft.engines.factory import load_engine
     from robustft.training import train
 
     rows = [choice("ABC"[n % 3], "ABC"[n % 3]) for n in range(12)]
@@ -180,6 +181,7 @@ def test_an_adapter_changes_the_answers(tmp_path: Path, tiny_model: Path) -> Non
     train(TrainConfig(path, adapter, epochs=6, batch_size=4, learning_rate=3e-2, engine=engine))
     before = evaluate(EvalConfig(path, engine=engine))
     after = evaluate(EvalConfig(path, adapter=adapter, engine=engine))
+    assert load_engine(engine, adapter).revision == load_engine(engine).revision
     assert after.overall.correct == 12
     assert before.overall.correct < 12
     assert str(after).startswith(f"{tiny_model.name} with {adapter}: accuracy 100.0% (12 of 12")

@@ -36,7 +36,7 @@ def load_engine(config: EngineConfig, adapter: Path | None = None) -> Engine:
         return TransformersEngine(config)
     from robustft.devices import pick_device, pick_dtype
     from robustft.frozen import FrozenTrunk
-    from robustft.models import find_model, load_causal_lm, load_tokenizer
+    from robustft.models import content_digest, find_model, load_causal_lm, load_tokenizer
     from robustft.training import load_adapter
 
     source = find_model(config.model)
@@ -44,6 +44,8 @@ def load_engine(config: EngineConfig, adapter: Path | None = None) -> Engine:
     model = load_adapter(load_causal_lm(source, dtype=dtype, attention=config.attention), adapter)
     engine = TransformersEngine(config, model=model, tokenizer=load_tokenizer(source))
     engine.model_id = source.name
+    if engine.revision == "local":
+        engine.revision = content_digest(source)
     engine.trunk = FrozenTrunk.of(engine.model)
     return engine
 
