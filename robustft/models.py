@@ -82,6 +82,12 @@ def find_model(spec: str | None) -> ModelSource:
 
 def _check_folder(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
+    if "adapter_config.json" in names:
+        # transformers would lay it over the model unasked, and unchecked.
+        raise UserError(
+            f"{path}: holds a LoRA adapter; expected a model's folder without one, and the "
+            "adapter's own folder as --adapter, where one is taken"
+        )
     if "config.json" not in names:
         raise UserError(f"{path}: expected a model folder with config.json, found none")
     if not any(name.endswith(".safetensors") for name in names):
