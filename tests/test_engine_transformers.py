@@ -15,6 +15,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     SiglipVisionConfig,
 )
 from transformers.cache_utils import DynamicLayer
@@ -361,6 +363,15 @@ def test_what_does_not_fit_the_window_is_told(engine: TransformersEngine, tmp_pa
     assert "1 prompts exceeded the model's window" in str(asked)
 
 
+def test_replies_that_leave_no_room_for_the_question_are_refused(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    engine = TransformersEngine(EngineConfig(), model=GPT2LMHeadModel(shape), tokenizer=tokenizer)
+    assert engine.generate([prompt("long " * 50)], 48)[0].prompt_tokens == 16
+    with pytest.raises(UserError, match="up to 49 tokens leave too little of the model's window"):
+        engine.generate([prompt("q")], 49)
+
+
 def test_empty_requests(engine: TransformersEngine) -> None:
     assert engine.plan([]) == []
     assert engine.generate([], 4) == engine.choose([], []) == engine.score([], []) == []
@@ -382,6 +393,13 @@ def test_pickle_checkpoint_is_refused(tiny_model: Path, tmp_path: Path) -> None:
         TransformersEngine(EngineConfig(model=str(tmp_path / "pytorch_model.bin")))
 
 
+def test_a_model_folder_with_an_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match="holds a LoRA adapter"):
+        find_model(str(folder))
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing there"):
         TransformersEngine(EngineConfig(model=str(tmp_path / "absent")))
@@ -390,9 +408,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 @BEGINNINGS
 def test_absolute_positions_do_not_count_the_padding(tiny_model: Path, beginning: str) -> None:
     """GPT-2 learns its positions: a padded row must see those of the row alone."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(

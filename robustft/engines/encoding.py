@@ -66,7 +66,17 @@ class PromptEncoder:
         return encoded
 
     def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
-        """Token ids of every prompt, its middle cut out where `room` more would not fit."""
+        """Token ids of every prompt, its middle cut out where `room` more would not fit.
+
+        Raises:
+            UserError: `room` leaves less than a quarter of the window, where no question survives.
+        """
+        if prompts and room > self.window - self.window // 4:
+            raise UserError(
+                f"replies of up to {room} tokens leave too little of the model's window, "
+                f"{self.window} tokens, for the question; lower --answer-tokens or "
+                "--reasoning-tokens"
+            )
         encoded = self.encode(prompts)
         self._cut(encoded, [room] * len(encoded))
         return encoded
