@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
 from transformers.cache_utils import DynamicLayer
@@ -297,6 +301,49 @@ def test_a_template_that_takes_turns_alone(tiny_model: Path, roles: str) -> None
     assert places == sorted(places)
     assert text.endswith("<end>\n<turn>model\nAnswer:")
     assert ("<turn>assistant" in text) == ("user assistant" in roles)
+
+
+INST = """<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{%
+ else %}{{ ' ' + m.content }}</s>{% endif %}{% endfor %}"""
+LINES = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+
+
+@pytest.mark.parametrize("template", [INST, LINES])
+@pytest.mark.parametrize("heir", [False, True])
+def test_no_space_is_put_into_a_prompt(template: str, heir: bool) -> None:
+    """SentencePiece begins a text with a space; a message is no beginning, nor is a reply."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for letter in "\u2581\nheloworldAnsw[/INT]<|usait>:.":
+        vocabulary.setdefault(letter, len(vocabulary))
+    merges = []
+    for start, *rest in ("\u2581hello", "\u2581world", "\u2581Answer"):
+        for letter in rest:
+            merges.append((start, letter))
+            start += letter
+            vocabulary.setdefault(start, len(vocabulary))
+    made = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>"))
+    if heir:
+        made.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    else:
+        made.normalizer = Sequence([Prepend("\u2581"), Replace(" ", "\u2581")])
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        chat_template=template,
+    )  # fmt: skip
+    turns = [("user", "hello world"), ("assistant", "world"), ("user", "hello")]
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in [*turns, ("assistant", "Answer:")]],
+        tokenize=False,
+    )
+    expected = tokenizer.encode(whole.rstrip(), add_special_tokens=False)
+    encoder = PromptEncoder(tokenizer)
+    asked = Prompt(tuple(Message(*turn) for turn in turns))
+    assert [*encoder.encode([asked])[0], *encoder.response(asked, "Answer:"), 2] == expected
+    assert [*encoder.encode([asked._replace(prefix="Answer:")])[0], 2] == expected
 
 
 @pytest.mark.parametrize(

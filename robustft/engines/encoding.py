@@ -19,6 +19,7 @@ from robustft.errors import UserError
 # Private-use characters: no template looks for them, and they stand alone in the rendering.
 _PLACEHOLDER = "\ue0f0{}\ue0f1"
 _SPLIT = re.compile("\ue0f0([0-9]+)\ue0f1")
+_REPLY = -1  # stands for the reply where others are messages' numbers
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
@@ -48,21 +49,23 @@ class PromptEncoder:
         own = (*ends, tokenizer.eos_token_id)
         self.ends = frozenset(int(end) for end in own if end is not None)
         self.truncated = 0  # prompts cut to the window so far
-        self._templates: dict[tuple[str, ...], list[list[int] | int]] = {}
+        self._templates: dict[tuple[str, ...], tuple[list[list[int] | int], set[int]]] = {}
         self._endings: dict[tuple[str, str], list[int]] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt, ready for the model to continue."""
         texts = [text for p in prompts for text in (*(m.content for m in p.messages), p.prefix)]
-        pieces = iter(self._data(texts))
+        spaced = self._data(texts)
+        pieces = iter(zip(spaced, self._inside(texts, spaced), strict=True))
         encoded = []
         for prompt in prompts:
             contents = [next(pieces) for _ in prompt.messages]
             prefix = next(pieces)
+            parts, inside = self._template(tuple(message.role for message in prompt.messages))
             ids: list[int] = []
-            for part in self._template(tuple(message.role for message in prompt.messages)):
-                ids += contents[part] if isinstance(part, int) else part
-            encoded.append(ids + prefix)
+            for part in parts:
+                ids += contents[part][part in inside] if isinstance(part, int) else part
+            encoded.append(ids + prefix[_REPLY in inside])
         return encoded
 
     def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
@@ -90,7 +93,7 @@ class PromptEncoder:
         """
         most = max(self.window // 2, 1)
         endings = [
-            self.continuation(prompt.prefix, response)
+            self.response(prompt, response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         cut = [len(ids) > most for ids in endings]
@@ -162,6 +165,35 @@ class PromptEncoder:
                 self._endings[key] = found
         return found
 
+    def response(self, prompt: Prompt, text: str) -> list[int]:
+        """Token ids of `text` where it replies to `prompt`."""
+        found = self.continuation(prompt.prefix, text)
+        if not prompt.prefix:
+            inside = self._template(tuple(message.role for message in prompt.messages))[1]
+            return self._inside([text], [found])[0] if _REPLY in inside else found
+        return found
+
+    @functools.cached_property
+    def _lead(self) -> list[int] | None:
+        """Token ids of a line end, where the tokenizer puts a space before what begins a text.
+
+        SentencePiece does, and its heirs. What stands further on in a prompt must be without it, or
+        the prompt is not the one that the model was trained on.
+        """
+        lead, led, alone = self._data(["\n", "\na", "a"])
+        return lead if led[: len(lead)] == lead and led[len(lead) :] != alone else None
+
+    def _inside(self, texts: Sequence[str], spaced: Sequence[list[int]]) -> Sequence[list[int]]:
+        """Token ids of plain texts that stand further on; `spaced`: as each begins a text."""
+        if self._lead is None:
+            return spaced
+        led = self._data([f"\n{text}" for text in texts])
+        return [self._without_lead(*pair) for pair in zip(led, spaced, strict=True)]
+
+    def _without_lead(self, led: list[int], spaced: list[int]) -> list[int]:
+        lead = self._lead or []
+        return led[len(lead) :] if led[: len(lead)] == lead else spaced
+
     def _data(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain text: control tokens are spelled out, none is added."""
         if not texts:
@@ -194,19 +226,36 @@ class PromptEncoder:
         found = {token for token in plain if token in "".join(turns[::2])}
         return _any_of(found) if found else None
 
-    def _template(self, roles: tuple[str, ...]) -> list[list[int] | int]:
-        """The template's own token ids, with message numbers where contents go."""
+    def _template(self, roles: tuple[str, ...]) -> tuple[list[list[int] | int], set[int]]:
+        """The template's own token ids, with message numbers where contents go.
+
+        Also the numbers of the messages that no space is put before, see `_lead`: they stand
+        further on, and neither after a space (theirs then) nor after a control token of rules of
+        its own.
+        """
         found = self._templates.get(roles)
         if found is None:
             parts: list[list[int] | int] = []
-            for index, piece in enumerate(_SPLIT.split(self._render(roles))):
-                if index % 2:
-                    parts.append(int(piece))
-                elif piece:
-                    parts.append(list(self._tokenizer.encode(piece, add_special_tokens=False)))
+            inside = set()
+            pieces = _SPLIT.split(self._render(roles))
+            for piece, slot in zip(pieces[::2], [*pieces[1::2], str(_REPLY)], strict=True):
+                if self._lead is not None and piece.endswith(" "):
+                    piece = piece[:-1]
+                elif piece and (piece[-1].isspace() or slot != str(_REPLY)):
+                    inside.add(int(slot))
+                if piece:
+                    ids = list(self._tokenizer.encode(piece, add_special_tokens=False))
+                    if parts and self._lead is not None:
+                        led = self._tokenizer.encode(f"\n{piece}", add_special_tokens=False)
+                        ids = self._without_lead(list(led), ids)
+                    if ids and ids[-1] in self._tokenizer.added_tokens_decoder:
+                        inside.discard(int(slot))
+                    parts.append(ids)
+                parts.append(int(slot))
+            parts.pop()  # the reply's
             if not getattr(self._tokenizer, "chat_template", None):
                 parts = [[self._tokenizer.bos_token_id], *parts] if self._adds_bos() else parts
-            found = self._templates[roles] = parts
+            found = self._templates[roles] = parts, inside
         return found
 
     def _render(self, roles: tuple[str, ...]) -> str:

@@ -52,7 +52,7 @@ def encode_records(records: Iterable[Record], tokenizer: Any, cutoff: int) -> Tr
         prompts = [answer_prompt(r, answer_kind(r.answer, r.options)) for r in chunk]
         for record, prompt, head in zip(chunk, prompts, encoder.encode(prompts), strict=True):
             text = f" {record.answer}" if prompt.prefix else record.answer
-            tail = [*encoder.continuation(prompt.prefix, text), *end]
+            tail = [*encoder.response(prompt, text), *end]
             example, cut = fit(head, tail, cutoff)
             made.examples.append(example)
             made.shortened += cut
