@@ -360,6 +360,12 @@ def prompt_cut_in_silence(connection: socket.socket, reply: dict[str, Any], key:
     send_json(connection, reply)
 
 
+@fault
+def prompt_tokens_beyond_all(connection: socket.socket, reply: dict[str, Any], key: str) -> None:
+    reply["usage"]["prompt_tokens"] = 10**30  # more than the store's integers hold
+    send_json(connection, reply)
+
+
 def alter(
     reply: dict[str, Any],
     *,

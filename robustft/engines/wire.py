@@ -30,8 +30,8 @@ class _Reply(BaseModel):
 class Usage(_Reply):
     """Tokens, as the server counts them."""
 
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int | None = Field(default=None, ge=0)
+    prompt_tokens: int = Field(ge=0, lt=2**31)
+    completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)
 
 
 class _TokenLogprobs(_Reply):
