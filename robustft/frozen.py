@@ -120,14 +120,16 @@ class FrozenTrunk:
         batch = torch.zeros((len(sequences), width), dtype=torch.long)
         for row, ids in enumerate(sequences):
             batch[row, : len(ids)] = torch.from_numpy(ids)
-        norm = self._decoder.norm
+        norm, training = self._decoder.norm, self._decoder.training
         # Kept states may be used in training, where tensors of inference mode may not.
         with torch.inference_mode(False), torch.no_grad(), self._layers(slice(0, self._depth)):
             self._decoder.norm = torch.nn.Identity()
+            self._decoder.eval()  # what is kept must not be one draw of a dropout
             try:
                 output = self._decoder(input_ids=batch.to(self.device), use_cache=False)
             finally:
                 self._decoder.norm = norm
+                self._decoder.train(training)
         states = output.last_hidden_state.cpu()
         return [states[row, : len(ids)].clone() for row, ids in enumerate(sequences)]
 

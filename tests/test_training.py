@@ -244,6 +244,22 @@ def test_frozen_layers_are_computed_once_and_change_nothing(
     assert all(example.ids.tobytes() in again._trunk._states for example in examples)
 
 
+def test_dropout_is_not_kept_with_the_states(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    loop = loop_for(config_for(corpus, tiny_model, tmp_path, top_layers=1), tmp_path / "c")
+    assert loop._trunk is not None
+    for layer in loop.model.get_decoder().layers:
+        layer.self_attn.attention_dropout = 0.5  # the model's own, as its configuration has it
+    ids = loop._examples[0].ids
+    loop.model.train()
+    (trained,) = loop._trunk._below([ids])
+    assert all(layer.training for layer in loop.model.get_decoder().layers)
+    loop.model.eval()
+    (evaluated,) = loop._trunk._below([ids])
+    assert torch.equal(trained, evaluated)
+
+
 SMALL = {"vocab_size": 120, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
 WINDOW = SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "sliding_window": 24}
 
