@@ -30,7 +30,7 @@ from robustft.engines import Engine, Generation, Message, Prompt
 from robustft.engines.cache import GrowingLayer
 from robustft.engines.encoding import PromptEncoder
 from robustft.engines.tokens import piece_offsets
-from robustft.engines.transformers import TransformersEngine, _GumbelSampler
+from robustft.engines.transformers import TransformersEngine, _Sampler
 from robustft.errors import UserError
 from robustft.evaluation import evaluate
 from robustft.models import content_digest, find_model, load_tokenizer
@@ -186,12 +186,22 @@ def test_sampling_is_seeded_and_belongs_to_the_record(tiny_model: Path) -> None:
     assert together != [reply.text for reply in engine.generate(prompts, 8, [9, 8, 7, 6, 0])]
 
 
-def test_no_noise_chooses_a_token_by_itself() -> None:
-    # 17 million draws: in float32 this seed gives a 0, whose noise (46) beats any score.
-    scores = torch.zeros(1, 1 << 24)
-    noise = _GumbelSampler(1.0, [1])(torch.zeros(1, 1, dtype=torch.long), scores)
-    assert noise.dtype == torch.float32
-    assert 10 < float(noise.max()) < 25
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    scores = torch.tensor([[2.0, -torch.inf, 0.5, 1.0, -torch.inf]])
+    rows = 20_000
+    drawn = _Sampler(0.7, range(rows))(torch.zeros(rows, 1), scores.expand(rows, 5)).argmax(-1)
+    found = torch.bincount(drawn, minlength=5) / rows
+    torch.testing.assert_close(found, torch.softmax(scores[0] / 0.7, -1), atol=0.015, rtol=0)
+    assert found[[1, 4]].tolist() == [0, 0]
+
+
+def test_one_number_is_drawn_for_a_token() -> None:
+    """As many as the vocabulary has tokens took four times as long as the model's own step."""
+    sampler = _Sampler(1.0, [7])
+    sampler(torch.zeros(1, 1), torch.zeros(1, 50_000))
+    once = torch.Generator().manual_seed(7)
+    torch.rand(1, generator=once, dtype=torch.float64)
+    assert torch.equal(sampler._generators[0].get_state(), once.get_state())
 
 
 def test_a_folder_s_generation_config_changes_nothing(

@@ -68,10 +68,12 @@ class _TokenRecorder:
         self._previous = None
 
 
-class _GumbelSampler:
-    """Sampling as greedy choice among perturbed scores (Gumbel-max), one seed a record.
+class _Sampler:
+    """Sampling as greedy choice: all scores but that of the token drawn become -inf.
 
-    The noise belongs to the record, so its sample does not depend on its batch.
+    One draw in [0, 1) a token, from the record's own seed: where it falls among the summed
+    probabilities. So a sample does not depend on its batch, and no noise of the vocabulary's size
+    is drawn, which took longer than the model.
     """
 
     def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
@@ -79,15 +81,13 @@ class _GumbelSampler:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        vocabulary = scores.shape[-1]
-        # In float32 one draw in 2^24 is exactly 0, and a vocabulary that large is drawn every
-        # hundred tokens: the noise would then choose a token whatever its score.
-        uniform = torch.stack(
-            [torch.rand(vocabulary, generator=g, dtype=torch.float64) for g in self._generators]
-        )
-        exponential = -torch.log1p(-uniform)  # of a uniform draw in [0, 1)
-        gumbel = -torch.log(exponential.clamp_min(1e-20))
-        return scores / self._temperature + gumbel.float().to(scores.device)
+        draws = [torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators]
+        shares = torch.softmax(scores.float() / self._temperature, dim=-1)
+        sums = shares.cumsum(dim=-1, dtype=torch.float64)  # [rows, vocabulary]
+        drawn = torch.stack(draws).to(scores.device) * sums[:, -1:]
+        # The first sum above the draw: never a token without a probability.
+        token = torch.searchsorted(sums, drawn, right=True).clamp_max(scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 class TransformersEngine:
@@ -218,7 +218,7 @@ class TransformersEngine:
         recorder = _TokenRecorder()
         processors: list[Any] = [recorder]
         if self.temperature > 0:
-            processors.append(_GumbelSampler(self.temperature, seeds))
+            processors.append(_Sampler(self.temperature, seeds))
         # A model that is not told positions may count them in keys, padding among them (MPT).
         before = min(map(len, encoded)) - 1 if self._takes_positions else 0
         shared = self._shared(encoded, before)
