@@ -517,6 +517,19 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     assert (tmp_path / "out/verdicts.jsonl").read_bytes() == whole
 
 
+def test_a_server_that_refuses_long_prompts_is_not_lost(server: FaultyServer) -> None:
+    made = engine(server, None)
+    server.fault = "bad_request"
+    server.strikes = lambda digest, tries: True
+    prompts, candidates = questions(70)
+    for _ in range(2):
+        for said in made.choose(prompts, candidates):
+            assert isinstance(said, Failure)
+            assert said.reason.startswith("HTTP 400")
+    server.fault = None
+    assert isinstance(made.choose(*questions(1))[0], Choice)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_server_whose_likeliest_tokens_are_no_answer_is_not_lost(
     server: FaultyServer, tiny_model: Path, chat: bool

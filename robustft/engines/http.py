@@ -2,7 +2,8 @@
 
 Every request is tried again after what may pass (no connection, 408, 429, 5xx, a garbled reply),
 with exponential back-off, and given up for good on anything else. A request given up is a `Failure`
-in its place; many in a row, and none answered in between, are a server lost.
+in its place; many in a row, and none answered in between, are a server lost. One that refuses a
+request for what it is (400) has answered.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _T = TypeVar("_T")
 _LARGEST_REPLY = 32 * 2**20  # bytes
 _LARGEST_ERROR = 64 * 2**10  # bytes of an error's body that are read
 _LOST_AFTER = 64  # requests given up in a row
+_REFUSED = {400, 413, 422}  # this request, too long for the model say, by a server that is there
 _PASSING = {408, 409, 425, 429, *range(500, 600)}
 
 
@@ -165,7 +167,7 @@ class JsonClient:
             try:
                 found = await self._persist(path, body, read, tries)
             except RequestError as error:
-                self._given_up += 1
+                self._given_up = 0 if error.status in _REFUSED else self._given_up + 1
                 self._last_failure = str(error)
                 return Failure(f"{error} ({tries} tries)" if error.passing else str(error))
             self._given_up = 0
