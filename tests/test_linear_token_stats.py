@@ -214,6 +214,16 @@ def test_chunked_is_chunked_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert not violations(found, expected, absolute=1e-5, relative=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_few_logits_are_made_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
+    monkeypatch.setattr(module, "_tiled", None)
+    hidden, weight, bias, target = problem(dtype, n=8, vocab=16384)
+    expected = token_stats_reference((hidden.double() @ weight.double().T) + bias, target)
+    found = linear_token_stats(hidden, weight, target, bias=bias)
+    assert not violations(found, expected, absolute=1e-5, relative=1e-5)
+
+
 def test_memory_does_not_grow_with_n_times_v() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
