@@ -304,9 +304,16 @@ void check_slots(const Answers& answers) {
 // Questions are handed to workers in blocks, so that a block's bookkeeping is negligible.
 constexpr std::size_t kBlock = 32;
 
+// Tokens and pairs of answers, 3 to 8 ns each: below 50 microseconds or so of work a thread costs
+// more than it saves.
+constexpr std::size_t kWorthAThread = std::size_t{1} << 14;
+
 template <class Body>
-void for_questions(std::size_t questions, unsigned threads, Monitor& monitor, Body&& body) {
-    parallel_for((questions + kBlock - 1) / kBlock, threads, monitor,
+void for_questions(std::size_t questions, std::size_t work, unsigned threads, Monitor& monitor,
+                   Body&& body) {
+    const auto used =
+        static_cast<unsigned>(std::min<std::size_t>(threads, 1 + work / kWorthAThread));
+    parallel_for((questions + kBlock - 1) / kBlock, used, monitor,
                  [&](std::size_t block, unsigned worker) {
                      const std::size_t end = std::min(questions, (block + 1) * kBlock);
                      for (std::size_t question = block * kBlock; question < end; ++question) {
@@ -409,10 +416,11 @@ void pairwise(const Answers& answers, Metric metric, float* agreement, unsigned 
     check_slots(answers);
     const Kernels& kernels = *chosen().load(std::memory_order_relaxed);
     std::vector<Worker> workers(std::max(1U, threads), Worker(answers, kernels));
-    for_questions(answers.questions, threads, monitor, [&](std::size_t question, unsigned worker) {
-        workers[worker].compare(question, metric,
-                                agreement + question * answers.slots * answers.slots);
-    });
+    const std::size_t pairs = answers.slots * answers.slots;
+    for_questions(answers.questions, answers.count + answers.questions * pairs, threads, monitor,
+                  [&](std::size_t question, unsigned worker) {
+                      workers[worker].compare(question, metric, agreement + question * pairs);
+                  });
 }
 
 void summarise(const Votes& votes, const Summary& summary, unsigned threads, Monitor& monitor) {
@@ -420,7 +428,7 @@ void summarise(const Votes& votes, const Summary& summary, unsigned threads, Mon
         throw std::invalid_argument("at most 64 answers a question can be clustered, got " +
                                     std::to_string(votes.slots));
     }
-    for_questions(votes.questions, threads, monitor,
+    for_questions(votes.questions, votes.questions * votes.slots * votes.slots, threads, monitor,
                   [&](std::size_t question, unsigned) { summarise_one(votes, summary, question); });
 }
 
