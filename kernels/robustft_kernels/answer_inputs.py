@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,8 +153,10 @@ def _from_strings(
     rows: list[Sequence[Any]] = list(answers)
     slots = max(map(len, rows), default=0)
     if given is not None:
-        if isinstance(given, str) or len(given) != len(rows):
-            raise ValueError(f"given must be one string per question ({len(rows)}), got {given!r}")
+        is_list = isinstance(given, Sized) and not isinstance(given, str)
+        found = len(given) if is_list else type(given).__name__
+        if found != len(rows):
+            raise ValueError(f"given must be one string per question ({len(rows)}), got {found}")
         rows = [
             [*row, *[None] * (slots - len(row)), last]
             for row, last in zip(rows, given, strict=True)
@@ -168,7 +170,9 @@ def _from_strings(
                 place.append(i * slots + k)
                 texts.append(text)
             elif text is not None:
-                raise TypeError(f"answers[{i}][{k}] must be str or None, got {type(text).__name__}")
+                is_given = given is not None and k == slots - 1
+                name = f"given[{i}]" if is_given else f"answers[{i}][{k}]"
+                raise TypeError(f"{name} must be str or None, got {type(text).__name__}")
     ids, offsets = encode(texts, unit, normaliser)
     start = np.zeros(len(rows) * slots, dtype=np.int64)
     length = np.full(len(rows) * slots, -1, dtype=np.int64)
@@ -235,7 +239,7 @@ def _from_packed(xp: Library, ids: Any, cu_seqlens: Any, counts: Any) -> Runs:
             raise ValueError(f"counts must divide the {total} answers, got {counts}")
         per_question = np.full(total // per_question, per_question)
     if per_question.ndim != 1 or (per_question < 0).any() or per_question.sum() != total:
-        raise ValueError(f"counts must be [N], not negative, with sum {total}, got {counts}")
+        raise ValueError(f"counts must be [N], not negative, with sum {total}, got {per_question}")
     slots = int(per_question.max(initial=0))
     here = np.arange(slots) < per_question[:, None]
     start = np.zeros(here.shape, dtype=np.int64)
