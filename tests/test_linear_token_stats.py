@@ -178,6 +178,8 @@ def test_meta_autocast_and_empty() -> None:
         ({"weight": torch.randn(5, 4)}, ValueError, r"hidden must be \[..., D\]"),
         ({"weight": torch.randn(5, 3).double()}, TypeError, "weight must be torch.float32"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[5\], got \(4,\)"),
+        ({"bias": torch.zeros(5, dtype=torch.cfloat)}, TypeError, "bias must be floating"),
+        ({"bias": torch.ones(5, dtype=torch.bool)}, TypeError, "bias must be floating"),
         ({"logit_scale": 0.0}, ValueError, r"logit_scale must be in \[1e-30, 1e30\]"),
         ({"logit_scale": 1e20, "temperature": 1e-20}, ValueError, "temperature / logit_scale"),
         ({"weight": torch.randn(5, 0), "hidden": torch.randn(2, 0)}, ValueError, "with D >= 1"),

@@ -407,7 +407,7 @@ def linear_token_stats(
         weight: [V, D], the lm_head, in hidden's dtype (under autocast both are cast, as
             `torch.nn.functional.linear` does).
         target_ids: [...] integers in [0, V), or `ignore_index`; None leaves out logprob and rank.
-        bias: [V], or None. -inf masks a column.
+        bias: [V] floating, cast to hidden's dtype, or None. -inf masks a column.
         temperature: divides the (capped) logits.
         softcap: Gemma-2's cap, applied after `logit_scale`; None for no cap.
         logit_scale: Cohere's multiplier, in [1e-30, 1e30].
@@ -446,6 +446,8 @@ def linear_token_stats(
         hidden, weight = hidden.to(cast), weight.to(cast)
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
     if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:

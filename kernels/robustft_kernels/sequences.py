@@ -8,6 +8,11 @@ from torch import Tensor
 from robustft_kernels.results import SequenceStats, TokenStats
 
 
+def is_integer(x: Tensor) -> bool:
+    """Whether x holds integers; booleans are none."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
 def reduce_sequences(
     stats: TokenStats, cu_seqlens: Tensor, target_ids: Tensor | None, ignore_index: int
 ) -> SequenceStats:
@@ -18,14 +23,14 @@ def reduce_sequences(
             "cu_seqlens needs packed positions [N], "
             f"got statistics shaped {tuple(stats.entropy.shape)}"
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or not is_integer(cu_seqlens):
         raise ValueError(
             f"cu_seqlens must be integers [sequences + 1], got {cu_seqlens.dtype} "
             f"shaped {tuple(cu_seqlens.shape)}"
         )
     ends = cu_seqlens.to(device="cpu", dtype=torch.int64)
     if ends[0] != 0 or ends[-1] != n or (ends.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to {n}, got {ends.tolist()}")
+        raise ValueError(f"cu_seqlens must rise from 0 to {n}, got {ends.numpy()}")
     offsets = ends.to(stats.entropy.device)
     counted = torch.ones(n, dtype=torch.bool, device=stats.entropy.device)
     if target_ids is not None:

@@ -20,7 +20,7 @@ from robustft_kernels.reference import (
     forward_by_reference,
 )
 from robustft_kernels.results import TokenStats
-from robustft_kernels.sequences import reduce_sequences
+from robustft_kernels.sequences import is_integer, reduce_sequences
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAST_FACTOR, _LARGEST_FACTOR = 1e-30, 1e30
@@ -259,8 +259,15 @@ def check_options(temperature: float, softcap: float | None) -> float:
 
 
 def check_factor(value: float, name: str) -> None:
-    """What logits are multiplied or divided by: it and its inverse are numbers in float32."""
-    if not _LEAST_FACTOR <= value <= _LARGEST_FACTOR:
+    """What logits are multiplied or divided by: it and its inverse are numbers in float32.
+
+    Raises TypeError or ValueError.
+    """
+    try:
+        inside = _LEAST_FACTOR <= value <= _LARGEST_FACTOR
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not inside:
         raise ValueError(f"{name} must be in [1e-30, 1e30], got {value}")
 
 
@@ -271,7 +278,7 @@ def check_targets(
     if target_ids is None:
         return None
     check_tensor(target_ids, "target_ids")
-    if target_ids.is_floating_point() or target_ids.is_complex() or target_ids.dtype == torch.bool:
+    if not is_integer(target_ids):
         raise TypeError(f"target_ids must be integers, got {target_ids.dtype}")
     if target_ids.shape != shape:
         raise ValueError(f"target_ids must be shaped {tuple(shape)}, got {tuple(target_ids.shape)}")
@@ -361,8 +368,8 @@ def token_stats(
         it lies).
 
     Raises:
-        TypeError: logits are not floating point, target_ids not integers, or one of the three
-            no tensor.
+        TypeError: logits are not floating point, target_ids not integers, one of the three no
+            tensor, or an option no number.
         NotImplementedError: a tensor carries a forward-mode tangent (`torch.func.jvp`).
         ValueError: shapes disagree, an option is out of range, or, on the CPU, a target is
             neither a column nor `ignore_index`. A GPU is not waited for: there such a target
