@@ -175,6 +175,7 @@ def test_normalisation() -> None:
     ]  # fmt: skip
     assert normalise(["1½ cups", "1 1/2 cups", "½", "10²"]) == ["1 1 2 cups"] * 2 + ["1 2", "10 2"]
     assert normalise(["C#", "F♯ minor", "#5"]) == ["c♯", "f♯ minor", "5"]
+    assert normalise(["co\u00adoperate", "co-operate"]) == ["cooperate", "co operate"]
     assert normalise([]) == []
     assert normalise(["x\ue002y", "z"]) == ["x y", "z"]
 

@@ -474,6 +474,7 @@ def test_matches_choice_number_text() -> None:
 
 def test_normalise() -> None:
     assert normalise("The  U.S. Army!", "span") == "us army"
+    assert normalise("co\u00adoperate", "span") == "cooperate"
     assert normalise("ＦＵＬＬ width", "span") == "full width"
     assert normalise("well-known", "span") == "well known"
     assert normalise("Straße", "span") == normalise("STRASSE", "span")

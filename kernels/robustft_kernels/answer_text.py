@@ -33,7 +33,7 @@ class _Roles(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         ch = chr(code)
-        if ch in "'’.":
+        if ch in "'’.\u00ad":  # the last is a soft hyphen, which shows nothing
             role = ""
         else:
             category = unicodedata.category(ch)

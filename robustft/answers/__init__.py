@@ -60,7 +60,8 @@ _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]
 _PLAIN = str.maketrans({"−": "-", "_": " "})
 _RAISED = re.compile(r"(?<=\d)(?=[²³¹¼-¾⁰-⁹₀-₉⅐-⅞])")  # NFKC would make "1½" 11/2 and "10²" 102
 _SHARP = re.compile(r"(?<=[^\W\d_])#(?!\w)")  # "C#" is not "C"
-_JOINED = frozenset("'’.")  # "U.S." is "us", "don't" is "dont"; other punctuation separates
+# "U.S." is "us", "don't" is "dont", and a soft hyphen shows nothing; other punctuation separates.
+_JOINED = frozenset("'’.\u00ad")
 
 
 def answer_kind(answer: str, options: Sequence[str] | None = None) -> Kind:
