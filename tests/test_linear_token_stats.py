@@ -132,14 +132,44 @@ def test_gradcheck(needs: tuple[bool, bool, bool]) -> None:
     assert torch.autograd.gradcheck(outputs, (h, w, b))
 
 
+@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("n", [8, 0])
+def test_gradient_in_one_piece_and_in_chunks(
+    rows: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
+    monkeypatch.setattr(module, "WORKSPACE", rows * 40 * 4)
+    hidden, weight, bias, target = problem(torch.float32, n=n or 8, vocab=40)
+    weight = weight.T.contiguous().T  # in columns
+    inputs = [x.requires_grad_() for x in (hidden[:n], weight, bias)]
+    s = linear_token_stats(inputs[0], inputs[1], target[:n], bias=inputs[2])
+    found = torch.autograd.grad((s.entropy + s.logsumexp).sum(), inputs)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    log_p = (logits := wide[0] @ wide[1].T + wide[2]).log_softmax(-1)
+    loss = logits.logsumexp(-1).sum() - (log_p.exp() * log_p).sum()
+    for one, two in zip(found, torch.autograd.grad(loss, wide), strict=True):
+        torch.testing.assert_close(one, two.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_gradient_of_a_whole_weight_is_not_copied() -> None:
+    hidden, weight, bias, target = problem(torch.float32, n=5, vocab=11)
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    s = linear_token_stats(inputs[0], inputs[1], target, bias=inputs[2])
+    assert s.entropy.grad_fn is not None
+    _, *before = (str(node) for node, _ in s.entropy.grad_fn.next_functions if node is not None)
+    assert len(before) == 2  # weight and bias
+    assert all("AccumulateGrad" in node for node in before), before
+
+
 def test_opcheck() -> None:
     hidden, weight, bias, target = problem(torch.float32, n=5, vocab=11)
     target[3] = 0  # opcheck compares NaN as unequal
     hidden.requires_grad_()
     weight.requires_grad_()
-    torch.library.opcheck(
-        linear_token_stats_op, (hidden, weight, target, bias, 0.9, 0.0, -100, "auto")
-    )
+    for w in (weight, weight.detach().T.contiguous().T.requires_grad_()):
+        torch.library.opcheck(
+            linear_token_stats_op, (hidden, w, target, bias, 0.9, 0.0, -100, "auto")
+        )
 
 
 def test_compiles_whole_and_dynamic() -> None:

@@ -315,7 +315,7 @@ def linear_token_stats_backward_op(
     grads = (entropy_grad, logprob_grad, logsumexp_grad, max_logprob_grad)
     hidden_grad = torch.empty_like(hidden)
     # Sums over chunks stay in float32 even for 16-bit parameters.
-    weight_grad = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else None
+    weight_grad = weight.new_zeros(weight.shape) if needs_weight and n == 0 else None
     bias_grad = weight.new_zeros(vocab, dtype=_wide(weight)) if needs_bias else None
     with torch.autocast(hidden.device.type, enabled=False):
         # Logits as the forward pass had them, or what it normalised by would not fit.
@@ -337,8 +337,12 @@ def linear_token_stats_backward_op(
                 bias_grad += x.sum(0, dtype=bias_grad.dtype)
             x = x.to(h.dtype)
             hidden_grad[rows] = x @ w
-            if weight_grad is not None:
-                weight_grad += x.t() @ h
+            if needs_weight:
+                product = x.t() @ h
+                if weight_grad is not None:
+                    weight_grad += product
+                else:
+                    weight_grad = product if step >= n else product.to(_wide(weight))
     nothing = hidden.new_empty(0)
     return (
         hidden_grad,
@@ -360,7 +364,7 @@ def _(
     needs_weight, needs_bias = rest[-2:]
     return (
         torch.empty_like(hidden),
-        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs_weight else hidden.new_empty(0),
         weight.new_empty(weight.shape[0] if needs_bias else 0),
     )
 
@@ -464,11 +468,14 @@ def linear_token_stats(
             check_factor(value / logit_scale, f"{name} / logit_scale")
     shape = hidden.shape[:-1]
     target_ids = check_targets(target_ids, shape, hidden.device)
+    if vocab_size is not None:  # even of the whole, the gradient of a slice is a copy
+        weight = weight[:vocab_size]
+        bias = None if bias is None else bias[:vocab_size]
     found = linear_token_stats_op(
         hidden.reshape(-1, hidden.shape[-1]),
-        weight[:vocab_size],
+        weight,
         None if target_ids is None else target_ids.reshape(-1),
-        None if bias is None else bias[:vocab_size].to(hidden.dtype),
+        None if bias is None else bias.to(hidden.dtype),
         temperature / logit_scale,
         cap / logit_scale,
         ignore_index,
