@@ -66,3 +66,10 @@ def test_beams_are_refused() -> None:
         recorder(torch.zeros(4, 4, dtype=torch.long), torch.randn(4, 5))
     with pytest.raises(ValueError, match="no beam search"):
         recorder.finish(torch.ones(2, 4, dtype=torch.long))
+
+
+def test_a_wrong_temperature_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="temperature must be in"):
+        TokenStatsLogitsProcessor(temperature=0)
+    with pytest.raises(TypeError, match="temperature must be a number, got str"):
+        TokenStatsLogitsProcessor(temperature="1")  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustft_kernels.token_stats import token_stats
+from robustft_kernels.token_stats import check_factor, token_stats
 
 
 class TokenStatsLogitsProcessor:
@@ -16,10 +16,14 @@ class TokenStatsLogitsProcessor:
     sees the model's own distribution, placed last the one that is sampled from. Only one step's
     scores [B, V] are held at a time, to look up the token chosen from them. Greedy search and
     sampling only, one token a step: beams reorder the rows. What a generation left that was
-    interrupted before `finish` is forgotten when the next one begins.
+    interrupted before `finish` is forgotten when the next one begins; one whose prompt is a token
+    longer than that had come to is taken for its next step, and refused where rows differ.
+
+    Raises TypeError or ValueError for a temperature that is no number in [1e-30, 1e30].
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
+        check_factor(temperature, "temperature")
         self.temperature = temperature
         self._step: tuple[Tensor, Tensor] | None = None  # the last one's input_ids and scores
         self._nll: list[Tensor] = []
