@@ -129,7 +129,8 @@ def _run_ray(options: argparse.Namespace, config: CleanConfig) -> int:
         raise UserError("--shard does not go with --ray, which makes shards of its own")
     address = None if options.ray == "local" else options.ray
     count = max(options.processes, options.gpus)
-    return _conclude(run_ray(config, address, count if count > 1 else None), options)
+    actors = count if count > 1 else None
+    return _conclude(run_ray(config, address, actors, announce=print_announcement), options)
 
 
 def run_merge(options: argparse.Namespace) -> int:

@@ -8,7 +8,9 @@ what was published and asks nothing twice. Every node must see --out.
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from robustft.cleaning import load, open_source
+from robustft.cleaning import Announcement, load, open_source
 from robustft.config import CleanConfig
 from robustft.corpus import Corpus
 from robustft.distributed import Plan, make_plan, merge, opened
@@ -28,12 +30,13 @@ from robustft.finishing import Models
 from robustft.intake import Intake
 from robustft.pipeline import Effort, ShardRun, conclude, long_lived, reopen
 from robustft.progress import Progress
-from robustft.shards import Shard, conclusion_folder
-from robustft.store import Store
+from robustft.shards import Shard, conclusion_folder, plan_folder
+from robustft.store import Stopwatch, Store
 from robustft.verdicts import CleanResult
 
 _STARTS = 25  # of one phase of a shard, killed drivers included, before it is given up
 _LOCK_SECONDS = 120.0  # how long a worker that was replaced may take to let go of a shard
+_REACH_SECONDS = 10.0  # how long a cluster's port may take to answer
 
 Loader = Callable[[CleanConfig], tuple[Engine, TextEmbedder]]
 
@@ -43,11 +46,16 @@ class Worker:
 
     def __init__(self, config: CleanConfig, loader: Loader) -> None:
         self.config = config
-        self.engine, self.embedder = loader(config)
+        self._loader = loader
+
+    @cached_property
+    def _loaded(self) -> tuple[Engine, TextEmbedder]:
+        """Not of the constructor: what fails there reaches the driver as a dead actor."""
+        return self._loader(self.config)
 
     def models(self) -> Models:
         """Who answers here."""
-        return Models.of(self.engine, self.embedder)
+        return Models.of(*self._loaded)
 
     def sees(self, path: str) -> bool:
         """Whether a file of the driver's is there."""
@@ -85,8 +93,9 @@ class Worker:
                 with opened(shard, plan) as store, long_lived():
                     _note_start(shard, store)
                     reopen(shard, store, conclusion_folder(plan.config.out), alone=False)
-                    models = self.engine, self.embedder
-                    step(ShardRun(plan.config, shard, self._intake, *models, store, quiet=True))
+                    step(
+                        ShardRun(plan.config, shard, self._intake, *self._loaded, store, quiet=True)
+                    )
                     store.set_meta("starts", 0)
                 return shard.rows
             except BusyError:
@@ -108,15 +117,20 @@ def _note_start(shard: Shard, store: Store) -> None:
 
 
 def run_ray(
-    config: CleanConfig, address: str | None, actors: int | None = None, loader: Loader = load
+    config: CleanConfig,
+    address: str | None,
+    actors: int | None = None,
+    loader: Loader = load,
+    announce: Callable[[Announcement], None] = lambda announcement: None,
 ) -> CleanResult:
     """Clean on a Ray cluster (None: one that is started here) with so many actors.
 
     By default there is an actor for every GPU of the cluster, or, without any, for every two
     cores. Raises UserError where Ray is not there or a shard kills its worker again and again.
     """
+    watch = Stopwatch()
     ray = _connected(address)
-    config = replace(config, out=config.out.resolve())
+    asked, config = config.out, replace(config, out=config.out.resolve())
     source = open_source(config)
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
@@ -131,10 +145,13 @@ def run_ray(
     )
     try:
         pool = [remote.remote(config, loader) for _ in range(count)]
-        models: Models = ray.get(pool[0].models.remote())
+        models: Models = ray.get([actor.models.remote() for actor in pool])[0]
+        resumed = plan_folder(config.out).is_dir()
         plan = make_plan(config, source, models)
         _check_seen(ray, pool, config.out)
         shards = [shard for shard in plan.shards() if shard.rows]
+        with plan.intake() as intake:
+            announce(Announcement.of(source, intake, models, resumed=resumed))
         effort = Effort(config)
         _through(ray, pool, plan, shards, "detect", effort.detect)
         with plan.intake() as intake:
@@ -152,7 +169,7 @@ def run_ray(
         ) from None
     finally:
         ray.shutdown()
-    return merge([config.out])
+    return merge([asked], watch=watch)
 
 
 def _connected(address: str | None) -> Any:
@@ -163,6 +180,7 @@ def _connected(address: str | None) -> Any:
         import ray
     except ImportError:
         raise UserError("--ray: Ray is not installed; install robustft[ray]") from None
+    _reach(address)
     settings: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "error",
@@ -177,6 +195,17 @@ def _connected(address: str | None) -> Any:
         first = (str(error).strip().splitlines() or ["no answer"])[0]
         raise UserError(f"--ray {address or ''}: cannot connect: {first}") from None
     return ray
+
+
+def _reach(address: str | None) -> None:
+    """Raise UserError where nothing listens at HOST:PORT, which Ray itself tries for minutes."""
+    found = re.fullmatch(r"(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)/?", address or "")
+    if found:
+        try:
+            place = found["host"].strip("[]"), int(found["port"])
+            socket.create_connection(place, timeout=_REACH_SECONDS).close()
+        except OSError as error:
+            raise UserError(f"--ray {address}: cannot connect: {error.strerror or error}") from None
 
 
 def _check_seen(ray: Any, pool: Sequence[Any], out: Path) -> None:
