@@ -14,7 +14,7 @@ from scripted import LetterEmbedder, ScriptedEngine
 
 from robustft.cleaning import Announcement, run_clean
 from robustft.config import CleanConfig
-from robustft.distributed.raycluster import run_ray
+from robustft.distributed.raycluster import _cores_each, run_ray
 from robustft.errors import UserError
 
 
@@ -57,6 +57,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = SimpleNamespace(
         init=lambda *_, **__: None, shutdown=lambda: None, put=lambda value: value,
         get=lambda value: value, cluster_resources=lambda: {"CPU": 4}, remote=remote,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}],
         util=SimpleNamespace(ActorPool=ActorPool),
         exceptions=SimpleNamespace(RayTaskError=TaskError, RayError=RuntimeError),
     )  # fmt: skip
@@ -113,3 +114,11 @@ def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path: Path, cli
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=f"--ray {client}127.0.0.1:{port}: cannot connect"):
         run_ray(config(tmp_path, tmp_path / "out"), f"{client}127.0.0.1:{port}", 1, loader)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "each"),
+    [([8], 4, 2), ([3, 3], 3, 1), ([2], 8, 0.25), ([1, 1], 3, 0.5), ([16, 2], 9, 2), ([], 1, 1)],
+)
+def test_every_actor_finds_a_node(nodes: list[int], count: int, each: float) -> None:
+    assert _cores_each(nodes, count) == each

@@ -138,7 +138,7 @@ def run_ray(
     count = actors or gpus or max(1, cores // 2)
     share = {"num_gpus": 1} if gpus >= count else {}
     remote: Any = ray.remote(Worker).options(
-        num_cpus=max(1, cores // count) if not share else 1,
+        num_cpus=_cores_each(_cores_of_nodes(ray), count) if not share else 1,
         max_restarts=-1,
         max_task_retries=-1,  # Ray counts a try whenever it finds the actor still restarting
         **share,
@@ -170,6 +170,23 @@ def run_ray(
     finally:
         ray.shutdown()
     return merge([asked], watch=watch)
+
+
+def _cores_of_nodes(ray: Any) -> list[int]:
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _cores_each(nodes: Sequence[int], count: int) -> float:
+    """As many cores for each of `count` actors as let all of them find a node.
+
+    Ray waits for ever with an actor that fits nowhere: three of two cores on nodes of three, or
+    more actors than cores, which then share them.
+    """
+    cores = sum(nodes)
+    for each in range(cores // count, 0, -1):
+        if sum(node // each for node in nodes) >= count:
+            return each
+    return 1 / -(-count // max(1, cores))
 
 
 def _connected(address: str | None) -> Any:
