@@ -73,3 +73,22 @@ def test_a_wrong_temperature_is_refused_at_once() -> None:
         TokenStatsLogitsProcessor(temperature=0)
     with pytest.raises(TypeError, match="temperature must be a number, got str"):
         TokenStatsLogitsProcessor(temperature="1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_several_tokens_a_step_are_refused(length: int) -> None:
+    """Assisted generation goes on behind what it tried, or before it."""
+    recorder = TokenStatsLogitsProcessor()
+    ids = torch.zeros(1, 9, dtype=torch.long)
+    for step in (3, 4):
+        recorder(ids[:, :step], torch.randn(1, 5))
+    with pytest.raises(ValueError, match="no assisted generation"):
+        recorder(ids[:, :length], torch.randn(1, 5))
+
+
+def test_the_same_prompt_again_forgets_an_interrupted_generation() -> None:
+    recorder = TokenStatsLogitsProcessor()
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    for step in (3, 4, 3):
+        recorder(ids[:, :step], torch.randn(1, 5))
+    assert recorder.finish(ids)[0].shape == (1, 1)

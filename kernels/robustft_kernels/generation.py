@@ -15,9 +15,10 @@ class TokenStatsLogitsProcessor:
     `finish` with the sequences that come back. It returns the scores untouched. Placed first it
     sees the model's own distribution, placed last the one that is sampled from. Only one step's
     scores [B, V] are held at a time, to look up the token chosen from them. Greedy search and
-    sampling only, one token a step: beams reorder the rows. What a generation left that was
-    interrupted before `finish` is forgotten when the next one begins; one whose prompt is a token
-    longer than that had come to is taken for its next step, and refused where rows differ.
+    sampling only, one token a step: beams reorder the rows, assisted generation (an assistant
+    model, prompt lookup) tries several tokens a step; both raise ValueError. What a generation left
+    that was interrupted before `finish` is forgotten when the next one begins; one whose prompt is
+    a token longer than that had come to is taken for its next step, and refused where rows differ.
 
     Raises TypeError or ValueError for a temperature that is no number in [1e-30, 1e30].
     """
@@ -26,6 +27,7 @@ class TokenStatsLogitsProcessor:
         check_factor(temperature, "temperature")
         self.temperature = temperature
         self._step: tuple[Tensor, Tensor] | None = None  # the last one's input_ids and scores
+        self._prompt: Tensor | None = None  # the first one's input_ids
         self._nll: list[Tensor] = []
         self._entropy: list[Tensor] = []
 
@@ -34,7 +36,8 @@ class TokenStatsLogitsProcessor:
         if self._step is not None and input_ids.shape[1] == self._step[0].shape[1] + 1:
             self._record(input_ids, *self._step)
         else:
-            self._nll, self._entropy = [], []
+            self._refuse_several_tokens(input_ids)
+            self._prompt, self._nll, self._entropy = input_ids, [], []
         self._step = input_ids, scores.clone()  # those after this one may write into it
         return scores
 
@@ -53,6 +56,17 @@ class TokenStatsLogitsProcessor:
         nll, entropy = torch.stack(self._nll, 1), torch.stack(self._entropy, 1)
         self._nll, self._entropy = [], []
         return nll, entropy
+
+    def _refuse_several_tokens(self, input_ids: Tensor) -> None:
+        """Raise ValueError where the generation under way goes on elsewhere than a token later."""
+        if self._step is None or self._prompt is None:
+            return
+        given = self._prompt.shape[1]
+        if input_ids.shape[1] > given and torch.equal(input_ids[:, :given], self._prompt):
+            raise ValueError(
+                "input_ids must grow by one token a step: no assisted generation or prompt lookup, "
+                "and a new recorder after an interrupted generation"
+            )
 
     def _record(self, input_ids: Tensor, before: Tensor, scores: Tensor) -> None:
         position = before.shape[1]
