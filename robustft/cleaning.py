@@ -117,8 +117,15 @@ def clean(
         return run_clean(config, engine=loaded, embedder=ready)
 
 
-def _rows_file(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
+def _rows_file(rows: Any, folder: Path) -> Path:
     """A file of rows, named by its content: no other call's, nor anybody else's, is replaced."""
+    if isinstance(rows, Mapping):  # datasets.DatasetDict too
+        raise UserError(
+            f"data: expected a path or rows, found a mapping with keys {list(rows)!r:.80}; give "
+            "one of its values, such as a split"
+        )
+    if not isinstance(rows, Iterable):
+        raise UserError(f"data: expected a path or rows, found {rows!r:.80}")
     digest = hashlib.blake2b(digest_size=8)
     draft = folder / f".input.{secrets.token_hex(6)}.jsonl"
     with atomic_file(draft) as handle:

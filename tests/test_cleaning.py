@@ -133,3 +133,13 @@ def test_exchange_files_name_the_records_as_verdicts_do_and_never_go_stale(tmp_p
     more = rft.clean(source, out=tmp_path / "out", beta=1.0, **settings)
     assert more.counts["drop"] < few.counts["drop"]
     assert ids("messages.jsonl") == ids("verdicts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [({"train": ROWS}, r"keys \['train'\]; give one"), (5, "found 5"), (None, "None")],
+)
+def test_data_that_is_no_rows_is_told(tmp_path: Path, data: Any, found: str) -> None:
+    """A `datasets.DatasetDict` is a mapping of splits."""
+    with pytest.raises(UserError, match=f"data: expected a path or rows, .*{found}"):
+        rft.clean(data, out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder())
