@@ -102,6 +102,34 @@ def categories(names: list[str]) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(range(len(names)), pa.int8()), names)
 
 
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_rows_dropped_here_and_there_leave_every_type_as_it_was(tmp_path: Path, text: Any) -> None:
+    tags: list[Any] = [["long enough for a view, and more"], None, ["x"], ["y"]]
+    columns = {
+        "question": pa.array([f"question {n}" for n in range(2000)], text),
+        "answer": pa.array([f"answer {n} of a good many" for n in range(2000)], text),
+        "note": pa.array([None, "n"] * 1000, text),
+        "wide": pa.array(tags * 500, pa.large_list(text)),
+        "fixed": pa.array(tags * 500, pa.list_(text, 1)),
+        "pairs": pa.array([[("k", "v")], None, [], [("k", None)]] * 500, pa.map_(text, text)),
+        "blob": pa.array([b"\xff", None] * 1000, pa.binary_view()),
+        "json": pa.ExtensionArray.from_storage(pa.json_(text), pa.array(["{}"] * 2000, text)),
+    }
+    before = pa.table(columns)
+    pq.write_table(before, tmp_path / "d.parquet")
+    drop = {n for n in range(2000) if n % 3 == 0 or n > 1990}
+    source = open_records(str(tmp_path / "d.parquet"))
+    after = rewrite(source, tmp_path / "o.parquet", {1: "new", 4: "newer"}, drop)
+    kept = [n for n in range(2000) if n not in drop]
+    changed = [{1: "new", 4: "newer"}.get(n, f"answer {n} of a good many") for n in kept]
+    assert after.schema.equals(pq.read_schema(tmp_path / "d.parquet"), check_metadata=True)
+    assert after.column("answer").to_pylist() == changed
+    for name in before.schema.names:
+        if name != "answer":
+            values = before.column(name).to_pylist()
+            assert after.column(name).to_pylist() == [values[n] for n in kept], name
+
+
 def test_categories_have_room_for_new_answers_and_other_files(tmp_path: Path) -> None:
     for part in ("a", "b"):
         words = [f"{part}{n}" for n in range(100)]

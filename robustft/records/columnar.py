@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -178,7 +178,7 @@ class ColumnWriter:
         self._batch: _Batch | None = None
         self._rows: list[tuple[int, Mapping[str, Any]]] = []  # of self._batch: position, changes
         self._group: list[Any] = []
-        self._held = 0  # bytes of the batches that slices in self._group keep alive
+        self._held = 0  # bytes of self._group
 
     def write(self, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         """Write one row with the fields of `changes` replaced; it must come from a batch."""
@@ -198,32 +198,31 @@ class ColumnWriter:
             self._parquet.close()
 
     def _finish_batch(self) -> None:
+        import pyarrow as pa
+
         if self._batch is None or not self._rows:
             return
         arrow = self._batch.arrow
         if arrow.schema != self._schema:
             arrow = arrow.cast(self._schema)
-        start = 0
-        for end in range(1, len(self._rows) + 1):  # slices of rows that follow one another
-            run_goes_on = end < len(self._rows) and self._rows[end][0] == self._rows[end - 1][0] + 1
-            if not run_goes_on:
-                piece = arrow.slice(self._rows[start][0], end - start)
-                changes = {at - start: self._rows[at][1] for at in range(start, end)}
-                self._group.append(self._changed(piece, changes))
-                start = end
+        positions = [position for position, _ in self._rows]
+        if len(positions) < arrow.num_rows:
+            columns = [_taken(column, positions) for column in arrow.columns]
+            arrow = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        self._group.append(self._changed(arrow, [changes for _, changes in self._rows]))
         self._held += arrow.nbytes
         self._rows.clear()
         if self._held >= GROUP_BYTES or sum(p.num_rows for p in self._group) >= GROUP_ROWS:
             self._finish_group()
 
-    def _changed(self, piece: Any, changes: Mapping[int, Mapping[str, Any]]) -> Any:
-        """Return the slice with cells replaced; all other cells stay the arrays they were."""
+    def _changed(self, piece: Any, changes: Sequence[Mapping[str, Any]]) -> Any:
+        """Return the rows with cells replaced; all other cells stay the arrays they were."""
         import pyarrow as pa
 
-        for name in {name for change in changes.values() for name in change}:
+        for name in {name for change in changes for name in change}:
             index = piece.schema.get_field_index(name)
             column, parts, done = piece.column(index), [], 0
-            for at, change in sorted(changes.items()):
+            for at, change in enumerate(changes):
                 if name not in change:
                     continue
                 cell = _one(change[name], column.type)
@@ -246,6 +245,19 @@ class ColumnWriter:
             self._parquet.write_table(table.replace_schema_metadata(self._schema.metadata))
         self._group.clear()
         self._held = 0
+
+
+def _taken(column: Any, positions: Sequence[int]) -> Any:
+    """The cells of an array at these positions, copied; its type stays."""
+    import pyarrow as pa
+
+    kind, at = column.type, pa.array(positions, pa.int64())
+    try:
+        if pa.types.is_string_view(kind):  # Arrow takes no cells of views
+            return column.cast(pa.large_string()).take(at).cast(kind)
+        return column.take(at)
+    except NotImplementedError:  # slow, but of any type
+        return pa.concat_arrays([column.slice(position, 1) for position in positions])
 
 
 def _roomy(schema: Any) -> Any:
