@@ -228,9 +228,10 @@ class ShardRun:
             chosen = [records[row] for row in undecided]
             if width and conclusion.clean.any():
                 positions = np.array([record.index for record in chosen])
-                ids[undecided], cosines[undecided] = corpus.index().search(
-                    corpus[positions], width, allowed=conclusion.clean
-                )
+                # Long questions that begin alike share one embedding: that is looked up once.
+                rows, which = np.unique(corpus[positions], axis=0, return_inverse=True)
+                found = corpus.index().search(rows, width, allowed=conclusion.clean)
+                ids[undecided], cosines[undecided] = (part[which] for part in found)
             near = [[p for p in ids[row].tolist() if p >= 0] for row in undecided]
             nll[undecided] = self._ask_again(unit, chosen, near, corpus)
         return {"nll": nll, "ids": ids, "cosines": cosines}

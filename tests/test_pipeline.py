@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ from robustft.errors import UserError
 from robustft.prompts import context_prompt
 from robustft.records import Record, open_records
 from robustft.relabeling import relabel
+from robustft.retrieval import CosineKNN
 from robustft.store import Opinion, unpack
 
 HERE = Path(__file__).parent
@@ -186,6 +188,28 @@ def test_neighbours_are_clean_and_never_the_record_itself(tmp_path: Path) -> Non
         for near in verdict["neighbours"]:
             assert near["id"] != id_
             assert verdicts[near["id"]]["verdict"] == "clean"
+
+
+def test_neighbours_of_an_embedding_that_many_share_are_sought_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sought = []
+
+    class Index(CosineKNN):
+        def search(self, queries: Any, *given: Any, **named: Any) -> Any:
+            sought.append(len(queries))
+            return super().search(queries, *given, **named)
+
+    monkeypatch.setattr("robustft.corpus.CosineKNN", Index)
+    # To an embedder that looks at their length alone, many questions are one.
+    monkeypatch.setattr(LetterEmbedder, "encode", lambda self, texts: np.array(
+        [np.eye(26, dtype=np.float32)[len(text) % 3] for text in texts]
+    ))  # fmt: skip
+    run(write_jsonl(tmp_path / "in.jsonl", choice_rows(300)), tmp_path / "out")
+    noisy = [v for v in read_jsonl(tmp_path / "out/verdicts.jsonl") if v["verdict"] == "noisy"]
+    assert sum(sought) == 3 < len(noisy)
+    assert len({json.dumps(verdict["neighbours"]) for verdict in noisy}) == 3
+    assert {near["cosine"] for verdict in noisy for near in verdict["neighbours"]} == {1.0}
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
