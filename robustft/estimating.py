@@ -11,16 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from robustft.cleaning import load, run_clean
 from robustft.config import CleanConfig, TunedConfig
+from robustft.crowd.learners import VOTERS
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.files import atomic_file
 from robustft.records import Record, RecordSource, open_records, watched
+from robustft.retrieval import CosineKNN
 from robustft.store import Stopwatch, Store
 from robustft.terminal import counted
 
 _LEARNT_AT_ONCE = 100_000  # of more records the embeddings are read in pieces
+_WORTH_TELLING = 0.05  # least share of the hours that the search for neighbours is told from
+_TRIED, _TRIED_AT_ONCE = 16_384, 256  # rows and queries of a search that is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +40,20 @@ class CostEstimate:
     prompt_tokens: int
     new_tokens: int
     hours: float
+    search_hours: float  # of these for nearest neighbours, which grow with the records' square
     memory_bytes: int  # peak, this process
     disk_bytes: int  # --out
 
     def __str__(self) -> str:
+        search = ""
+        if self.search_hours > _WORTH_TELLING * self.hours:
+            search = f", up to {_duration(self.search_hours)} of it for nearest neighbours"
         tokens = f"{self.prompt_tokens:,} prompt and {self.new_tokens:,} new tokens"
         return "\n".join(
             (
                 f"{counted(self.records, 'record')}, {self.rejects:,} unreadable",
                 f"tokens        {tokens}",
-                f"time          {_duration(self.hours)} with one process like this one",
+                f"time          {_duration(self.hours)} with one process like this one{search}",
                 f"memory        {_size(self.memory_bytes)} at most",
                 f"disk          {_size(self.disk_bytes)} in --out",
                 f"measured on   {self.sample} records spread over the input, "
@@ -101,22 +111,48 @@ def estimate(
         grows = [path for path in files if path.name not in ("report.html", "manifest.json")]
         disk = sum(path.stat().st_size for path in grows) - fixed
     share = records / len(chosen)
+    noisy = result.counts["noisy"] / len(chosen)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Beside the models: noisy, selected, wrong, nll, evidence and opinions, and the index's codes.
     memory = records * (256 + embedder.dimensions)
     if config.detector == "crowd":  # the learners' copies of the embeddings, in float64
         memory += min(records, _LEARNT_AT_ONCE) * 12 * embedder.dimensions
+    alike = config.detector == "crowd" and len(result.options) == 1
+    pairs = _pairs(config, records, noisy, alike=alike)
+    search = pairs * _seconds_a_pair(embedder.dimensions, config.threads) / 3600
     return CostEstimate(
         records=records,
         rejects=rejects,
         sample=len(chosen),
-        noisy=result.counts["noisy"] / len(chosen),
+        noisy=noisy,
         prompt_tokens=round(share * sum(cost["prompt_tokens"] for cost in totals.values())),
         new_tokens=round(share * sum(cost["new_tokens"] for cost in totals.values())),
-        hours=share * seconds / 3600,
+        hours=share * seconds / 3600 + search,
+        search_hours=search,
         memory_bytes=peak + memory,
         disk_bytes=round(share * disk),
     )
+
+
+def _pairs(config: CleanConfig, records: int, noisy: float, *, alike: bool) -> float:
+    """Pairs of records whose cosine exact search looks at; `alike`: all have the same options.
+
+    Where the crowd settles labels, fewer: a noisy record then needs no neighbours.
+    """
+    pairs = float(records * min(records, VOTERS)) if alike else 0.0
+    if "cer" not in config.without and config.retriever == "exact":
+        pairs += noisy * records * records
+    return pairs
+
+
+def _seconds_a_pair(dimensions: int, threads: int | None) -> float:
+    """Measured on rows drawn at random."""
+    rows = np.random.default_rng(0).standard_normal((_TRIED, dimensions), np.float32)
+    index = CosineKNN(rows, threads=threads)
+    index.search(rows[:16], 3)  # the first call starts the threads
+    watch = Stopwatch()
+    index.search(rows[:_TRIED_AT_ONCE], 3)
+    return watch.seconds() / (_TRIED * _TRIED_AT_ONCE)
 
 
 @contextlib.contextmanager

@@ -271,7 +271,7 @@ def test_a_large_corpus_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     expected = crowd.Learners(rows[1:], labels[1:], 3).predict(np.eye(3))
     for name, size in {
         "_WORD_ROWS": 100,
-        "_VOTERS": 1000,
+        "VOTERS": 1000,
         "_FIT_ROWS": 1000,
         "_CHUNK": 512,
     }.items():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import CommandLine, quiz, write
@@ -27,6 +28,29 @@ def test_the_sample_stands_for_the_corpus(tmp_path: Path) -> None:
         assert getattr(found, name) == pytest.approx(real, rel=0.15)
     disk = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert found.disk_bytes == pytest.approx(disk, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "votes", "searches"),
+    [
+        ({"detector": "paper"}, 0, 1),
+        ({"detector": "crowd"}, 1, 1),
+        ({"detector": "crowd", "without": frozenset({"cer"})}, 1, 0),
+    ],
+)
+def test_the_search_for_neighbours_grows_with_the_square(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Any, votes: int, searches: int
+) -> None:
+    monkeypatch.setattr("robustft.estimating._seconds_a_pair", lambda *given: 3600.0)
+    monkeypatch.setattr("robustft.estimating.VOTERS", 500)
+    source = write(tmp_path / "in.jsonl", quiz(1500))
+    config = CleanConfig(input=str(source), out=tmp_path / "out", **settings)
+    found = estimate(config, engine=ScriptedEngine(), embedder=LetterEmbedder())
+    assert 0 < found.noisy < 1
+    pairs = votes * 1500 * 500 + searches * found.noisy * 1500**2
+    assert found.search_hours == pytest.approx(pairs)
+    assert found.hours > found.search_hours
+    assert f"one process like this one, up to {pairs:,.1f} hours of it for" in str(found)
 
 
 def test_the_command(

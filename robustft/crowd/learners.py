@@ -25,7 +25,7 @@ _TOLERANCE = 1e-5  # relative to the log-loss; less moves no verdict
 _FIT_ROWS = 40_000  # a fold is fitted on at most this many rows
 _CHUNK = 16_384  # rows predicted at once
 _VOTES = 20  # neighbours that each record asks
-_VOTERS = 131_072  # of a larger corpus so many records, drawn at random, are neighbours
+VOTERS = 131_072  # of a larger corpus so many records, drawn at random, are neighbours
 _WORDS = 1 << 16
 _WORD_ROWS = 100_000  # of a larger corpus words are not counted: memory stays bounded
 _TOKEN = r"\w+|[^\w\s]"
@@ -291,9 +291,9 @@ def neighbour_vote(
     total = len(given)
     group, first = _distinct(questions, total)
     voters = np.arange(len(first))
-    if len(voters) > _VOTERS:
+    if len(voters) > VOTERS:
         rng = np.random.default_rng(seed)
-        voters = np.sort(rng.choice(len(voters), _VOTERS, replace=False))
+        voters = np.sort(rng.choice(len(voters), VOTERS, replace=False))
     place = np.full(len(first), -1)  # of each question among the voters
     place[voters] = np.arange(len(voters))
     asks = place[group]
