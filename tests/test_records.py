@@ -144,7 +144,8 @@ def test_compressed(tmp_path: Path, name: str, suffix: str) -> None:
     assert [dict(r.row) for r in records(source)] == rows
     assert output_name(source) == f"cleaned{name[1:]}{suffix}"
     again = tmp_path / output_name(source)
-    rewrite(source, again, {1: "new"})
+    written = rewrite(source, again, {1: "new"})
+    assert rewrite(source, again, {1: "new"}) == written, "neither time nor name stands in it"
     expected = [row["answer"] for row in rows]
     expected[1] = "new"
     assert [r.answer for r in records(open_records(str(again)))] == expected
