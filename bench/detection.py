@@ -19,7 +19,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -263,8 +263,6 @@ def padded(said: list[Opinion], records: list[Record]) -> np.ndarray:
 
 def flipped(clean: list[Record], rate: float, seed: int) -> list[Record]:
     """A copy with exactly that share of answers moved to another option."""
-    from dataclasses import replace
-
     rng = np.random.default_rng(seed)
     found = list(clean)
     for index in rng.permutation(len(clean))[: round(rate * len(clean))]:
@@ -328,12 +326,11 @@ def draw(rows: list[Row], path: Path) -> None:
         len(cells), 1, figsize=(7, 1.9 * len(cells)), sharex=True, squeeze=False
     )
     for axis, cell in zip(axes[:, 0], cells, strict=True):
+        left_out = ("flag everything", "robustft, with ")
         mine = [
             one
             for one in reversed(rows)
-            if one.cell == cell
-            and one.detector != "flag everything"
-            and "with " not in one.detector
+            if one.cell == cell and not one.detector.startswith(left_out)
         ]
         for place, one in enumerate(mine):
             ours = one.detector.startswith("robustft")
