@@ -193,6 +193,7 @@ def run_clean(
             )
         engine, embedder = load(config, engine, embedder)
         models = Models.of(engine, embedder)
+        SecondOpinions(config.second_opinion).require_others(models.identity()["model"])
         # Only now: a run that failed for a wrong --model or --device leaves the folder free.
         store.claim(models.identity(), name="models")
         store.claim(identity)

@@ -67,6 +67,20 @@ class SecondOpinions:
                     f"{printable(str(run.manifest['input'].get('path')))}"
                 )
 
+    def require_others(self, model: str) -> None:
+        """Raise UserError where a run has asked `model` ("name@revision"), or one asked already.
+
+        What a model says twice would count as confirmed.
+        """
+        asked = [model]
+        for run, name in zip(self._runs, self.identity, strict=True):
+            if name in asked:
+                raise UserError(
+                    f"--second-opinion {run.folder}: expected the answers of another model, found "
+                    f"those of {run.model} once more"
+                )
+            asked.append(name)
+
     def unit(self, number: int, records: Sequence[Record]) -> list[tuple[Opinion, ...]]:
         """What every run's model said to each record of a unit, in the order of `names`."""
         said = [run.unit(number, records) for run in self._runs]

@@ -145,9 +145,19 @@ def test_letters_are_heard_with_their_probabilities(tmp_path: Path) -> None:
     assert all("label from the crowd" in one["reason"] for one in noisy)
 
 
-def test_runs_of_one_model_have_names_of_their_own(source: Path, other: Path) -> None:
-    assert SecondOpinions([str(other), str(other)]).names == ("other", "other 2")
+def test_models_of_one_name_are_numbered(source: Path, other: Path) -> None:
+    run(source, other.parent / "mine", Adder("mine/other", 0.8, 3))
+    runs = [str(other), str(other.parent / "mine")]
+    assert SecondOpinions(runs).names == ("other", "other 2")
     assert SecondOpinions([]).names == ()
+
+
+def test_a_model_is_no_second_opinion_of_itself(source: Path, other: Path) -> None:
+    out, twice = other.parent / "both", (str(other), str(other))
+    with pytest.raises(UserError, match="of another model, found those of hub/other once more"):
+        run(source, out, Adder("hub/other", 0.8, 1), second_opinion=twice[:1])
+    with pytest.raises(UserError, match="of another model, found those of hub/other once more"):
+        run(source, out, Adder("own", 0.7, 2), second_opinion=twice)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +202,9 @@ def line(folder: Path, number: int, text: str | None) -> None:
 )
 def test_probabilities_of_a_damaged_run_are_not_believed(shares: str, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", choice_rows(5))
-    run(source, tmp_path / "other", ScriptedEngine())
+    other = ScriptedEngine()
+    other.model_id = "other"
+    run(source, tmp_path / "other", other)
     given = choice_rows(5)[2]["answer"]
     said = f'{{"base": {{"answer": "A", "probabilities": {shares}}}}}'
     line(tmp_path / "other", 2, f'{{"given": "{given}", "experts": {said}}}')
