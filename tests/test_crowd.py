@@ -421,6 +421,15 @@ def test_an_answer_that_the_only_other_witness_shares_is_never_the_likelier_erro
         assert found.wrong[0] < found.wrong[-1]
 
 
+def test_a_copy_of_a_witness_is_told_from_one_that_agrees() -> None:
+    found, _ = witnesses(0, [0.7, 0.95, 0.95, 0.5])
+    assert crowd.copies(found) == {}
+    twice = crowd.renumbered(found[:, [0, 3, 1, 3, 2, 1]])
+    assert crowd.copies(twice) == {3: 1, 5: 2}
+    assert crowd.copies(twice[:20]) == {}
+    assert (crowd.renumbered(twice[:, [0, 2, 4, 1]]) == found).all()
+
+
 def test_no_agreement_is_powerless() -> None:
     found = crowd.judge_partitions(np.tile([0, 1, 2], (50, 1)), ["a", "b"])
     assert found.powerless

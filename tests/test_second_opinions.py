@@ -152,6 +152,14 @@ def test_models_of_one_name_are_numbered(source: Path, other: Path) -> None:
     assert SecondOpinions([]).names == ()
 
 
+def test_a_copy_of_the_model_confirms_nothing(source: Path, other: Path) -> None:
+    found = run(source, other.parent / "both", Adder("copy", 0.8, 1), second_opinion=(str(other),))
+    assert found.counts["noisy"] == 0
+    assert found.weights.keys() == {"model"}
+    assert "other says what model says where both contradict the given" in found.warnings[0]
+    assert "beside one model alone" in found.warnings[1]
+
+
 def test_a_model_is_no_second_opinion_of_itself(source: Path, other: Path) -> None:
     out, twice = other.parent / "both", (str(other), str(other))
     with pytest.raises(UserError, match="of another model, found those of hub/other once more"):

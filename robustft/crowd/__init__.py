@@ -9,7 +9,7 @@ whose answers are free text. Both return a `Judgement`.
 from robustft.crowd.judgement import Estimate, Judgement
 from robustft.crowd.labels import judge_labels
 from robustft.crowd.learners import Corpus, Learners, Progress
-from robustft.crowd.open_answers import judge_partitions, partition
+from robustft.crowd.open_answers import copies, judge_partitions, partition, renumbered
 
 __all__ = [
     "Corpus",
@@ -17,7 +17,9 @@ __all__ = [
     "Judgement",
     "Learners",
     "Progress",
+    "copies",
     "judge_labels",
     "judge_partitions",
     "partition",
+    "renumbered",
 ]

@@ -34,6 +34,9 @@ _COINCIDENCE_BESIDE_ONE = (1.5, 2.0)
 _LOG_SPREAD = (float(np.log(1.5)), 0.5)  # log s ~ N(log 1.5, 0.5)
 _LOG_CONCENTRATION = (1.5, 0.2)  # log t, typical question: two wrong answers coincide at 18 %
 _LOG_FAVOURITES = (float(np.log(1.4)), 1.0)  # log of log t's deviation between questions
+# Where a witness contradicts the given answer, another that is right 99 times in 100 says the same
+# 96 times in 100 (of 30 % wrong given answers), and a copy always.
+_COPY, _CONTRADICTIONS = 0.97, 20
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
 
 Partitions = NDArray[np.int64]  # [N, K] cluster of every witness, numbered by first appearance
@@ -62,6 +65,30 @@ def partition(said: Sequence[str | None], kind: Kind) -> list[int]:
                 cluster = [new if number == old else number for number in cluster]
     order: dict[int, int] = {}
     return [order.setdefault(number, len(order)) for number in cluster]
+
+
+def renumbered(partitions: Partitions) -> Partitions:
+    """Rows [n, K] whose clusters are numbered by first appearance again."""
+    first = (partitions[:, :, None] == partitions[:, None, :]).argmax(2)
+    is_new = first == np.arange(partitions.shape[1])
+    return np.take_along_axis(is_new.cumsum(1) - 1, first, 1)
+
+
+def copies(partitions: Partitions) -> dict[int, int]:
+    """Witnesses that are one and the same as one before them: column -> that column.
+
+    partitions: [N, K] rows of `partition`; column 0, the given answer, is nobody's copy. A copy
+    errs as its original does, and its agreement would be taken for proof.
+    """
+    found: dict[int, int] = {}
+    for column in range(2, partitions.shape[1]):
+        for before in range(1, column):
+            against = partitions[:, before] != partitions[:, 0]
+            same = partitions[against, column] == partitions[against, before]
+            if before not in found and len(same) >= _CONTRADICTIONS and same.mean() > _COPY:
+                found[column] = before
+                break
+    return found
 
 
 class _Patterns:

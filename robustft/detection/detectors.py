@@ -177,11 +177,12 @@ class CrowdDetector:
             for name, values in judgement.learned.items():
                 whole = learned.setdefault(name, np.zeros(pooled.shape, np.float16))
                 whole[positions, : values.shape[1]] = values
+        told: list[str] = []
         opened = np.flatnonzero((given < 0) & ~skipped)
         if len(opened):
             answered = opened[evidence["answered"][opened]]
-            clusters = evidence["clusters"][answered].astype(np.int64)
-            hear(crowd.judge_partitions(clusters, ["model", *self.others]), answered)
+            judgement, told = self._judge_open(evidence["clusters"][answered].astype(np.int64))
+            hear(judgement, answered)
             jury[opened] = len(found) - 1
         noisy = np.nan_to_num(wrong) > 0.5
         sizes = np.bincount(jury[jury >= 0], minlength=len(found)).tolist()
@@ -190,7 +191,7 @@ class CrowdDetector:
             noisy, skipped, pooled, wrong, jury, [one.weights for one in found],
             bool(found) and all(one.powerless for one in found), rate,
             float(wrong[noisy].mean()) if noisy.any() else math.nan, learned,
-            tuple(_warnings(found, sizes, rate, evidence, alone=not self.others)),
+            (*told, *_warnings(found, sizes, rate, evidence)),
         )  # fmt: skip
 
     def _judge_choices(
@@ -219,6 +220,19 @@ class CrowdDetector:
         return crowd.judge_labels(
             panel, given, classes, learners, tuned, options=widths, progress=progress
         )
+
+    def _judge_open(self, clusters: NDArray[np.int64]) -> tuple[Judgement, list[str]]:
+        """Judge partitions [n, 2 + others]; with it what the user should know of copies."""
+        names = ["model", *self.others]
+        copied = crowd.copies(clusters)
+        told = [
+            f"{names[column - 1]} says what {names[before - 1]} says where both contradict the "
+            "given answer: it is not heard on open answers, for a copy confirms nothing"
+            for column, before in copied.items()
+        ]
+        heard = [column for column in range(clusters.shape[1]) if column not in copied]
+        clusters = crowd.renumbered(clusters[:, heard])
+        return crowd.judge_partitions(clusters, [names[n - 1] for n in heard[1:]]), told
 
 
 def _other(number: int) -> str:
@@ -252,13 +266,8 @@ def _warnings(
     sizes: Sequence[int],
     rate: Estimate | None,
     evidence: Evidence,
-    *,
-    alone: bool,
 ) -> Iterator[str]:
-    """What the user should know of juries that could not tell, or hardly.
-
-    alone: one model was asked, and no other's run was given.
-    """
+    """What the user should know of juries that could not tell, or hardly."""
     judged = ~evidence["unjudged"]
     powerless = bool(found) and all(one.powerless for one in found)
     if powerless and (evidence["options"][judged] == _FREE_TEXT).mean() > 0.5:
@@ -272,7 +281,7 @@ def _warnings(
     if rate is None or rate.high - rate.low <= _WIDE:
         return
     either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"
-    if alone and (evidence["given"][judged] < 0).mean() > 0.5:
+    if (evidence["given"][judged] < 0).mean() > 0.5 and len(found[-1].weights) == 1:
         yield (
             f"beside one model alone it stays {either}: little is changed; another model's run as "
             "--second-opinion tells more, and --detector paper goes by the model's word"
