@@ -156,7 +156,9 @@ def test_a_copy_of_the_model_confirms_nothing(source: Path, other: Path) -> None
     found = run(source, other.parent / "both", Adder("copy", 0.8, 1), second_opinion=(str(other),))
     assert found.counts["noisy"] == 0
     assert found.weights.keys() == {"model"}
-    assert "other says what model says where both contradict the given" in found.warnings[0]
+    assert (
+        "other gives this model's answers where both contradict the given one" in found.warnings[0]
+    )
     assert "beside one model alone" in found.warnings[1]
 
 

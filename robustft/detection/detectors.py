@@ -225,9 +225,10 @@ class CrowdDetector:
         """Judge partitions [n, 2 + others]; with it what the user should know of copies."""
         names = ["model", *self.others]
         copied = crowd.copies(clusters)
+        whose = ["", "this model's", *(f"{name}'s" for name in self.others)]
         told = [
-            f"{names[column - 1]} says what {names[before - 1]} says where both contradict the "
-            "given answer: it is not heard on open answers, for a copy confirms nothing"
+            f"{names[column - 1]} gives {whose[before]} answers where both contradict the given "
+            "one, as a copy would: on open answers it is not heard"
             for column, before in copied.items()
         ]
         heard = [column for column in range(clusters.shape[1]) if column not in copied]
