@@ -152,6 +152,26 @@ def test_models_of_one_name_are_numbered(source: Path, other: Path) -> None:
     assert SecondOpinions([]).names == ()
 
 
+def test_free_texts_are_not_compared_with_other_models(tmp_path: Path) -> None:
+    """Models that write alike would outvote every given text that is written otherwise."""
+    words = "a model says this and that about the number in so many words and goes on about it"
+    rows = [
+        {"question": f"Tell me about {n}.", "answer": f"people write of {n} in another way {n * 7}"}
+        for n in range(60)
+    ]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+
+    def model(name: str) -> ScriptedEngine:
+        engine = ScriptedEngine(reply=lambda prompt: f"{words}, {name} {len(str(prompt)) % 3}")
+        engine.model_id = name
+        return engine
+
+    run(source, tmp_path / "other", model("other"))
+    found = run(source, tmp_path / "both", model("own"), second_opinion=(str(tmp_path / "other"),))
+    assert found.counts["noisy"] == 0
+    assert found.warnings[0] == "60 free texts are compared with this model's alone"
+
+
 def test_a_copy_of_the_model_confirms_nothing(source: Path, other: Path) -> None:
     found = run(source, other.parent / "both", Adder("copy", 0.8, 1), second_opinion=(str(other),))
     assert found.counts["noisy"] == 0

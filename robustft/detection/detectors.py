@@ -136,7 +136,7 @@ class CrowdDetector:
                 free = kind == "text" and not answers.parse_final_number(one.record.answer).answer
                 kinds[position] = _FREE_TEXT if free else 0
                 clusters[position] = crowd.partition([one.record.answer, *said], kind)
-                answered[position] = any(answer is not None for answer in said)
+                answered[position] = any(a is not None for a in (said[:1] if free else said))
                 continue
             letter = LETTERS.index(one.record.answer)
             given[position], widths[position] = letter, len(options)
@@ -179,11 +179,18 @@ class CrowdDetector:
                 whole[positions, : values.shape[1]] = values
         told: list[str] = []
         opened = np.flatnonzero((given < 0) & ~skipped)
-        if len(opened):
-            answered = opened[evidence["answered"][opened]]
-            judgement, told = self._judge_open(evidence["clusters"][answered].astype(np.int64))
-            hear(judgement, answered)
-            jury[opened] = len(found) - 1
+        # Models write alike, people do not: among free texts agreement tells whose style it is.
+        apart = (evidence["options"][opened] == _FREE_TEXT) & bool(self.others)
+        for positions, columns in ((opened[~apart], None), (opened[apart], 2)):
+            if len(positions):
+                answered = positions[evidence["answered"][positions]]
+                clusters = evidence["clusters"][answered, :columns].astype(np.int64)
+                judgement, copied = self._judge_open(clusters)
+                hear(judgement, answered)
+                jury[positions] = len(found) - 1
+                told += copied
+        if apart.any():
+            told.append(f"{apart.sum():,} free texts are compared with this model's alone")
         noisy = np.nan_to_num(wrong) > 0.5
         sizes = np.bincount(jury[jury >= 0], minlength=len(found)).tolist()
         rate = _whole_rate(found, sizes)
@@ -222,7 +229,7 @@ class CrowdDetector:
         )
 
     def _judge_open(self, clusters: NDArray[np.int64]) -> tuple[Judgement, list[str]]:
-        """Judge partitions [n, 2 + others]; with it what the user should know of copies."""
+        """Judge partitions [n, 2 or more]; with it what the user should know of copies."""
         names = ["model", *self.others]
         copied = crowd.copies(clusters)
         whose = ["", "this model's", *(f"{name}'s" for name in self.others)]
@@ -282,7 +289,8 @@ def _warnings(
     if rate is None or rate.high - rate.low <= _WIDE:
         return
     either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"
-    if (evidence["given"][judged] < 0).mean() > 0.5 and len(found[-1].weights) == 1:
+    heard = [name for one in found if "model" in one.weights for name in one.weights]
+    if (evidence["given"][judged] < 0).mean() > 0.5 and set(heard) == {"model"}:
         yield (
             f"beside one model alone it stays {either}: little is changed; another model's run as "
             "--second-opinion tells more, and --detector paper goes by the model's word"
