@@ -69,12 +69,16 @@ if [ "$device" = cuda ]; then
     step token-gradients 40 "$python" bench/token_gradients.py --out "$out/token_gradients.csv"
     step linear-token-stats 100 "$python" bench/linear_token_stats.py \
         --out "$out/linear_token_stats.csv"
+    step linear-token-gradients 60 "$python" bench/linear_token_gradients.py \
+        --out "$out/linear_token_gradients.csv"
 else
     step token-stats 70 "$python" bench/token_stats.py --quick --out "$out/token_stats.csv"
     step token-gradients 40 "$python" bench/token_gradients.py --quick \
         --out "$out/token_gradients.csv"
     step linear-token-stats 80 "$python" bench/linear_token_stats.py --quick \
         --out "$out/linear_token_stats.csv"
+    step linear-token-gradients 60 "$python" bench/linear_token_gradients.py --quick \
+        --out "$out/linear_token_gradients.csv"
 fi
 step consistency 40 "$python" bench/consistency.py --quick --out "$out/consistency.csv"
 

@@ -25,6 +25,7 @@ TINY = {
     "token_stats": {"rows": 9, "vocab": 300},
     "token_gradients": {"rows": 9, "vocab": 300},
     "linear_token_stats": {"rows": 9, "width": 32, "vocab": 300},
+    "linear_token_gradients": {"rows": 9, "width": 32, "vocab": 300},
 }
 
 

@@ -29,6 +29,6 @@ def test_failed_steps_are_named_at_the_end_and_in_the_status(
     )  # fmt: skip
     assert done.returncode == status
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert summary.count("done in") == (5 if failing == "nothing" else 4)
+    assert summary.count("done in") == (6 if failing == "nothing" else 5)
     assert ("FAILED (3), broken" in summary) == bool(status)
     assert summary.splitlines()[-1].startswith("failed: ") == bool(status)

@@ -108,7 +108,7 @@ def _run_reproduce(options: argparse.Namespace) -> int:
 
 _BENCH_OPTIONS = {
     "vllm-python": ("pipeline",),
-    "only": ("token-stats", "token-gradients", "linear-token-stats"),
+    "only": ("token-stats", "token-gradients", "linear-token-stats", "linear-token-gradients"),
     "data": ("score",),
     "model": ("score",),
 }

@@ -571,8 +571,8 @@ def _add_reproduce(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", "Speed of the kernels on this machine, beside their peers")
-    what = ("consistency", "knn", "token-stats", "token-gradients", "linear-token-stats", "score",
-            "pipeline")  # fmt: skip
+    what = ("consistency", "knn", "token-stats", "token-gradients", "linear-token-stats",
+            "linear-token-gradients", "score", "pipeline")  # fmt: skip
     parser.add_argument("what", choices=what, metavar="WHAT", help=", ".join(what))
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes, under a minute (default: off)"
@@ -584,9 +584,8 @@ def _add_bench(commands: Any) -> None:
         "--vllm-python", metavar="PATH",
         help="pipeline: an interpreter that has vLLM, as a peer (default: left out)",
     )  # fmt: skip
-    parser.add_argument("--only", metavar="TEXT", help="token-stats, token-gradients, linear-token-"
-                        "stats: the cases whose name holds this, 'V=49152 float32' say "
-                        "(default: all)")  # fmt: skip
+    parser.add_argument("--only", metavar="TEXT", help="the four of tokens: the cases whose name "
+                        "holds this, 'V=49152 float32' say (default: all)")  # fmt: skip
     parser.add_argument("--data", metavar="FILE",
                         help="score: records to score (default: the bundled corpus)")  # fmt: skip
     parser.add_argument("--model", metavar="MODEL",
