@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from robustft.cleaning import load, run_clean
+from robustft.cleaning import load, open_source, run_clean
 from robustft.config import CleanConfig, TunedConfig
 from robustft.crowd.learners import VOTERS
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.files import atomic_file
-from robustft.records import Record, RecordSource, open_records, watched
+from robustft.records import Record, RecordSource, watched
 from robustft.retrieval import CosineKNN
 from robustft.store import Stopwatch, Store
 from robustft.terminal import counted
@@ -83,9 +83,7 @@ def estimate(
 
     Raises UserError as `robustft.clean` does.
     """
-    source = open_records(
-        config.input, schema=config.schema, limit=config.limit, split=config.split
-    )
+    source = open_source(config)
     kinds = Counter(isinstance(item, Record) for item in watched(source, "count"))
     records, rejects = kinds[True], kinds[False]
     engine, embedder = load(config, engine, embedder)
@@ -97,7 +95,7 @@ def estimate(
         watch = Stopwatch()
         small = replace(
             config, input=str(path), out=folder / "out", limit=None, schema=source.schema,
-            detector="paper", dataset_info=False, tuned=TunedConfig(),
+            detector="paper", second_opinion=(), dataset_info=False, tuned=TunedConfig(),
         )  # fmt: skip
         with _unheard():  # warnings would be of the sample
             result = run_clean(small, engine=engine, embedder=embedder)

@@ -18,6 +18,7 @@ from robustft.config import CleanConfig
 from robustft.distributed import merge, run_shard
 from robustft.engines import Prompt
 from robustft.errors import UnfinishedError, UserError
+from robustft.estimating import estimate
 from robustft.second_opinions import SecondOpinions
 
 COUNT = 700  # two units
@@ -253,6 +254,17 @@ def test_clean_takes_a_path_or_several(source: Path, other: Path) -> None:
         second_opinion=other, **QUICK,
     )  # fmt: skip
     assert result.others == ("other",)
+
+
+def test_the_cost_is_estimated_and_a_wrong_run_is_told_then(source: Path, other: Path) -> None:
+    models = {"engine": Adder("own", 0.7, 2), "embedder": LetterEmbedder()}
+    config = CleanConfig(
+        input=str(source), out=other.parent / "both", second_opinion=(str(other),), **QUICK
+    )  # type: ignore[arg-type]
+    assert estimate(config, **models).records == COUNT  # type: ignore[arg-type]
+    edit(other, input={"blake2b": "0"})
+    with pytest.raises(UserError, match="expected a run on the same input"):
+        estimate(config, **models)  # type: ignore[arg-type]
 
 
 @pytest.mark.data
