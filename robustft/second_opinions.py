@@ -22,11 +22,12 @@ from robustft.records import Record, RecordSource
 from robustft.store import UNIT_ROWS, Opinion
 from robustft.terminal import printable
 
-# What else votes, or stands among a verdict's experts.
+# What else votes, is asked, or stands among a verdict's experts.
 _TAKEN = (
-    "model", "base", "reasoned", "checker", "tuned", "context", "review", "regression",
-    "regression with words", "neighbours",
+    "model", "base", "reasoned", "checker", "tuned", "context", "review", "reasoning",
+    "reflection", "regression", "regression with words", "neighbours",
 )  # fmt: skip
+_LONGEST = 48  # letters of a name: it stands in every verdict, and within a file's name
 _BLOCK_BYTES = 1 << 22
 _SAME = ("schema", "split", "limit")  # settings that say which records a run has read
 
@@ -42,7 +43,7 @@ class SecondOpinions:
         """One name a run: its model's, numbered where that is taken."""
         found = list(_TAKEN)
         for run in self._runs:
-            name = run.model.rstrip("/").rpartition("/")[2]
+            name = run.model.rstrip("/").rpartition("/")[2][:_LONGEST] or "other"
             numbered = (f"{name} {number}" for number in itertools.count(2))
             found.append(next(n for n in itertools.chain([name], numbered) if n not in found))
         return tuple(found[len(_TAKEN) :])

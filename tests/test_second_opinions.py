@@ -146,13 +146,6 @@ def test_letters_are_heard_with_their_probabilities(tmp_path: Path) -> None:
     assert all("label from the crowd" in one["reason"] for one in noisy)
 
 
-def test_models_of_one_name_are_numbered(source: Path, other: Path) -> None:
-    run(source, other.parent / "mine", Adder("mine/other", 0.8, 3))
-    runs = [str(other), str(other.parent / "mine")]
-    assert SecondOpinions(runs).names == ("other", "other 2")
-    assert SecondOpinions([]).names == ()
-
-
 def test_free_texts_are_not_compared_with_other_models(tmp_path: Path) -> None:
     """Models that write alike would outvote every given text that is written otherwise."""
     words = "a model says this and that about the number in so many words and goes on about it"
@@ -189,6 +182,33 @@ def test_a_model_is_no_second_opinion_of_itself(source: Path, other: Path) -> No
         run(source, out, Adder("hub/other", 0.8, 1), second_opinion=twice[:1])
     with pytest.raises(UserError, match="of another model, found those of hub/other once more"):
         run(source, out, Adder("own", 0.7, 2), second_opinion=twice)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("hub/Other-7B", ("Other-7B", "Other-7B 2")),
+        ("runs/tuned/", ("tuned 2", "tuned 3")),
+        ("reasoning", ("reasoning 2", "reasoning 3")),  # or it would be told that expert's tokens
+        ("/", ("other", "other 2")),
+        ("a/" + "x" * 300, ("x" * 48, "x" * 48 + " 2")),
+    ],
+)
+def test_every_run_has_a_short_name_of_its_own(
+    model: str, names: tuple[str, ...], source: Path, other: Path
+) -> None:
+    edit(other, models={"model": model})
+    assert SecondOpinions([str(other), str(other)]).names == names
+    assert SecondOpinions([]).names == ()
+
+
+def test_a_model_may_have_any_name(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "other", Adder("hub/" + "\x1b[31m<xmp>&\u202e" * 40, 0.8, 1))
+    found = run(
+        source, tmp_path / "both", Adder("own", 0.7, 2), second_opinion=(str(tmp_path / "other"),)
+    )
+    assert found.weights.keys() == {"model", *found.others}
+    assert "<xmp>" not in (tmp_path / "both/report.html").read_text()
 
 
 @pytest.mark.parametrize(
