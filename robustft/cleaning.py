@@ -193,7 +193,6 @@ def run_clean(
             )
         engine, embedder = load(config, engine, embedder)
         models = Models.of(engine, embedder)
-        SecondOpinions(config.second_opinion).require_others(models.identity()["model"])
         # Only now: a run that failed for a wrong --model or --device leaves the folder free.
         store.claim(models.identity(), name="models")
         store.claim(identity)
@@ -244,11 +243,13 @@ def load(
 ) -> tuple[Engine, TextEmbedder]:
     """The models of a configuration, but for those that are ready.
 
-    Raises UserError where the engine cannot give what the method needs.
+    Raises UserError where the engine cannot give what the method needs, or its model has given the
+    second opinions too.
     """
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     engine = engine or load_engine(config.engine)
+    SecondOpinions(config.second_opinion).require_other(engine.model_id, engine.revision)
     if not engine.abilities.nll and "selection" not in config.without:
         raise UserError(
             f"{config.engine.base_url}: the server gives no log-probabilities, by which new labels "

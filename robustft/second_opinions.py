@@ -51,7 +51,22 @@ class SecondOpinions:
     @property
     def identity(self) -> list[str]:
         """What a resumed run must share with the run it resumes."""
-        return [f"{run.model}@{run.revision}" for run in self._runs]
+        return [run.identity for run in self._runs]
+
+    def require_other(self, model: str, revision: str) -> None:
+        """Raise UserError where a run has asked the model at hand, or one that another run has.
+
+        What one model says twice would pass for confirmed.
+        """
+        heard = {_identity(model, revision): "as this run does"}
+        for run in self._runs:
+            if run.identity in heard:
+                raise UserError(
+                    f"--second-opinion {run.folder}: expected a run of another model, found one "
+                    f"that has asked {run.model}, {heard[run.identity]}: what one model says "
+                    "twice is not confirmed by it"
+                )
+            heard[run.identity] = f"as {run.folder} has"
 
     def require_input(self, source: RecordSource, settings: dict[str, Any]) -> None:
         """Raise UserError where a run has read another input, or other records of it.
@@ -67,20 +82,6 @@ class SecondOpinions:
                     f"same --schema, --split and --limit, found one on "
                     f"{printable(str(run.manifest['input'].get('path')))}"
                 )
-
-    def require_others(self, model: str) -> None:
-        """Raise UserError where a run has asked `model` ("name@revision"), or one asked already.
-
-        What a model says twice would count as confirmed.
-        """
-        asked = [model]
-        for run, name in zip(self._runs, self.identity, strict=True):
-            if name in asked:
-                raise UserError(
-                    f"--second-opinion {run.folder}: expected the answers of another model, found "
-                    f"those of {run.model} once more"
-                )
-            asked.append(name)
 
     def unit(self, number: int, records: Sequence[Record]) -> list[tuple[Opinion, ...]]:
         """What every run's model said to each record of a unit, in the order of `names`."""
@@ -102,7 +103,8 @@ class _Run:
                 "config": dict(),
                 "models": {"model": str(model), "revision": str(revision)},
             } if self.path.is_file():
-                self.model, self.revision = printable(model), printable(revision)
+                self.model = printable(model)
+                self.identity = _identity(model, revision)
             case _:
                 raise UserError(
                     f"--second-opinion {folder}: expected the --out of a finished `robustft clean`"
@@ -132,6 +134,10 @@ class _Run:
                     f"{record.id!r:.80}, with what its experts answered"
                 )
             yield opinion
+
+
+def _identity(model: str, revision: str) -> str:
+    return printable(f"{model}@{revision}")
 
 
 @functools.lru_cache(maxsize=16)

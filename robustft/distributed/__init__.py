@@ -35,7 +35,6 @@ from robustft.intake import Intake, intake_folder, take_in
 from robustft.outputs import claim, identity, made_by
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
-from robustft.second_opinions import SecondOpinions
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
 from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
 from robustft.terminal import listed
@@ -124,7 +123,6 @@ def make_plan(
 ) -> Plan:
     """Read the input; the plan of a run in `of` shards (None: as many as there is, or `pieces`)."""
     refuse_folds(config, "shards")
-    SecondOpinions(config.second_opinion).require_others(models.identity()["model"])
     identity = identity_of(config, source)
     if plan_folder(config.out).is_dir():
         before = read_plan(config.out)
