@@ -19,6 +19,7 @@ from robustft.errors import UserError
 from robustft.outputs import read_manifest
 from robustft.prompts import LETTERS
 from robustft.records import Record, RecordSource
+from robustft.remote import is_remote
 from robustft.store import UNIT_ROWS, Opinion
 from robustft.terminal import printable
 
@@ -36,7 +37,7 @@ class SecondOpinions:
     """The opinions of finished runs, unit by unit. Raises UserError where they are not usable."""
 
     def __init__(self, folders: Sequence[str]) -> None:
-        self._runs = [_Run(Path(folder)) for folder in folders]
+        self._runs = [_Run(local_folder(folder)) for folder in folders]
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -47,6 +48,11 @@ class SecondOpinions:
             numbered = (f"{name} {number}" for number in itertools.count(2))
             found.append(next(n for n in itertools.chain([name], numbered) if n not in found))
         return tuple(found[len(_TAKEN) :])
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Who is behind each name: a model and its revision."""
+        return dict(zip(self.names, self.identity, strict=True))
 
     @property
     def identity(self) -> list[str]:
@@ -134,6 +140,22 @@ class _Run:
                     f"{record.id!r:.80}, with what its experts answered"
                 )
             yield opinion
+
+
+def local_folder(run: str) -> Path:
+    """The folder that names a run. Raises UserError where it is on another file system."""
+    folder = run.removeprefix("file://")
+    if is_remote(folder):
+        raise UserError(
+            f"--second-opinion {run}: expected a folder of this machine; copy the run's "
+            "manifest.json and verdicts.jsonl into one"
+        )
+    return Path(folder)
+
+
+def full_paths(runs: Sequence[str]) -> tuple[str, ...]:
+    """The folders of runs as they are named from anywhere."""
+    return tuple(str(local_folder(run).resolve()) for run in runs)
 
 
 def _identity(model: str, revision: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,3 +123,20 @@ def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path: Path, cli
 )
 def test_every_actor_finds_a_node(nodes: list[int], count: int, each: float) -> None:
     assert _cores_each(nodes, count) == each
+
+
+def test_workers_find_second_opinions_from_where_they_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = replace(config(tmp_path, tmp_path / "other", rows=20), detector="crowd")
+    other = ScriptedEngine()
+    other.model_id = "other"
+    run_clean(plain, engine=other, embedder=LetterEmbedder())
+
+    def elsewhere(_: CleanConfig) -> tuple[Any, Any]:
+        monkeypatch.chdir("/")
+        return loader(_)
+
+    both = replace(plain, out=tmp_path / "both", second_opinion=("other",))
+    assert run_ray(both, None, 1, elsewhere).others == ("other",)

@@ -35,6 +35,7 @@ from robustft.intake import Intake, intake_folder, take_in
 from robustft.outputs import claim, identity, made_by
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
+from robustft.second_opinions import full_paths
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
 from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
 from robustft.terminal import listed
@@ -112,7 +113,7 @@ def read_plan(out: Path) -> Plan:
 def _plain(config: CleanConfig) -> dict[str, Any]:
     """A configuration as JSON; local paths in full, for `merge` from elsewhere."""
     plain = asdict(config)
-    plain["second_opinion"] = [str(Path(run).resolve()) for run in config.second_opinion]
+    plain["second_opinion"] = full_paths(config.second_opinion)
     local = Path(config.input)
     plain["input"] = str(local.resolve()) if local.exists() else config.input
     return plain | {"out": str(config.out), "without": sorted(config.without)}

@@ -30,6 +30,7 @@ from robustft.finishing import Models
 from robustft.intake import Intake
 from robustft.pipeline import Effort, ShardRun, conclude, long_lived, reopen
 from robustft.progress import Progress
+from robustft.second_opinions import full_paths
 from robustft.shards import Shard, conclusion_folder, plan_folder
 from robustft.store import Stopwatch, Store
 from robustft.verdicts import CleanResult
@@ -130,7 +131,10 @@ def run_ray(
     """
     watch = Stopwatch()
     ray = _connected(address)
-    asked, config = config.out, replace(config, out=config.out.resolve())
+    asked, config = (
+        config.out,
+        replace(config, out=config.out.resolve(), second_opinion=full_paths(config.second_opinion)),
+    )
     source = open_source(config)
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
