@@ -163,8 +163,9 @@ class CleanConfig:
         _require(differ, "samples", greedy, self.experts.samples)
         for name in self.without:
             _require(name in ABLATIONS, "without", f"one of {', '.join(ABLATIONS)}", name)
-        _require(isinstance(self.second_opinion, tuple), "second_opinion", "a tuple",
-                 self.second_opinion)  # fmt: skip
+        runs = self.second_opinion
+        named = isinstance(runs, tuple) and all(isinstance(run, str) for run in runs)
+        _require(named, "second_opinion", "a tuple of strings", runs)
         heard = "crowd where there are second opinions: the paper's rule does not hear them"
         _require(not self.second_opinion or self.detector == "crowd", "detector", heard,
                  self.detector)  # fmt: skip
@@ -222,7 +223,7 @@ def _option(name: str) -> str:
 
 
 def _value(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "not given"
     if value is None or isinstance(value, bool):
         return "given" if value else "not given"
