@@ -223,7 +223,7 @@ def _conclude(
 
 def open_source(config: CleanConfig) -> RecordSource:
     """The input of a configuration, once it is certain that no output will land on it."""
-    for name in (config.input, str(config.out)):
+    for name in (config.input, str(config.out), *config.second_opinion):
         try:
             name.encode()
         except UnicodeEncodeError:
