@@ -21,6 +21,7 @@ from robustft.outputs import command, identity, read_manifest, write_manifest
 from robustft.pipeline import select
 from robustft.records import RecordSource
 from robustft.report.run import next_steps, write_run_report
+from robustft.second_opinions import SecondOpinions
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
 from robustft.terminal import counted
@@ -163,6 +164,7 @@ def _manifest(
         "versions": versions,
         "platform": platform.platform(),
         "models": asdict(models),
+        "second_opinions": SecondOpinions(config.second_opinion).models,
         "counts": dict(result.counts),
         "unanswered": result.unanswered,
         "warnings": result.warnings,

@@ -83,7 +83,10 @@ def test_with_a_second_opinion_wrong_answers_are_found(source: Path, other: Path
     heard = read_jsonl(other / "verdicts.jsonl")
     for one, before in zip(verdicts, heard, strict=True):
         assert one["experts"]["other"]["answer"] == before["experts"]["base"]["answer"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["second_opinions"] == {"other": "hub/other@1"}
     report = (out / "report.html").read_text()
+    assert f">{other}<" in report
     assert "hub/other" not in report
     assert ">other<" in report
 
@@ -270,10 +273,43 @@ def test_the_papers_rule_hears_no_second_opinion(tmp_path: Path) -> None:
         CleanConfig(input="x", out=tmp_path, detector="paper", second_opinion=("y",))
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("s3://bucket/run", r"--second-opinion s3://bucket/run: expected a folder of this machine"),
+        ("caf\udce9", "the name is not UTF-8, as a manifest is"),
+    ],
+)
+def test_runs_that_cannot_be_read_or_named(
+    name: str, expected: str, source: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(other.parent)
+    shutil.copytree(other, Path("caf\udce9"))
+    with pytest.raises(UserError, match=expected):
+        run(source, other.parent / "both", Adder("own", 0.7, 2), second_opinion=(name,))
+
+
+@pytest.mark.parametrize("runs", ["other", ["other"], (Path("other"),)])
+def test_a_configuration_takes_a_tuple_of_names(runs: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="second_opinion must be a tuple of strings"):
+        CleanConfig(input="x", out=tmp_path, second_opinion=runs)
+
+
+def test_a_merge_elsewhere_finds_the_runs(
+    source: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(other.parent)
+    second = {"second_opinion": (other.name,)}
+    config = CleanConfig(input=str(source), out=other.parent / "b", **QUICK, **second)  # type: ignore[arg-type]
+    run_shard(config, 0, 1, engine=Adder("own", 0.7, 2), embedder=LetterEmbedder())  # type: ignore[arg-type]
+    monkeypatch.chdir("/")
+    assert merge([other.parent / "b"]).others == ("other",)
+
+
 def test_clean_takes_a_path_or_several(source: Path, other: Path) -> None:
     result = clean(
         source, out=other.parent / "both", engine=Adder("own", 0.7, 2), embedder=LetterEmbedder(),
-        second_opinion=other, **QUICK,
+        second_opinion=f"file://{other}", **QUICK,
     )  # fmt: skip
     assert result.others == ("other",)
 
