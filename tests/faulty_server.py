@@ -403,6 +403,7 @@ class FaultyServer:
         self.model_id = model_id
         self.fault: str | None = None
         self.strikes: Callable[[int, int], bool] = lambda digest, tries: False
+        self.longest = 1 << 30  # bytes of a request; `fault` strikes longer ones, too
         self.completions = True  # False: the server has only /chat/completions
         self.edit: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, reply: None
         self.tries: Counter[int] = Counter()
@@ -474,7 +475,8 @@ class FaultyServer:
             self.tries[digest] += 1
         reply = chat(body) if "messages" in body else completion(self.model, body)
         self.edit(body, reply)
-        if self.fault is not None and self.strikes(digest, tries):
+        struck = self.strikes(digest, tries) or len(sent) > self.longest
+        if self.fault is not None and struck:
             FAULTS[self.fault](connection, reply, "".join(bearer[-1:]))
             return False
         send_json(connection, reply)

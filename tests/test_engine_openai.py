@@ -517,17 +517,34 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     assert (tmp_path / "out/verdicts.jsonl").read_bytes() == whole
 
 
-def test_a_server_that_refuses_long_prompts_is_not_lost(server: FaultyServer) -> None:
-    made = engine(server, None)
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_server_that_refuses_long_prompts_is_not_lost(
+    server: FaultyServer, tiny_model: Path, chat: bool
+) -> None:
+    made = engine(server, None if chat else tiny_model)
     server.fault = "bad_request"
-    server.strikes = lambda digest, tries: True
-    prompts, candidates = questions(70)
+    server.longest = 300
+    prompts = [Prompt((Message("user", f"Question {i}? " + "so " * 99),), "A:") for i in range(70)]
     for _ in range(2):
-        for said in made.choose(prompts, candidates):
+        for said in made.choose(prompts, [(" A", " B", " C")] * 70):
             assert isinstance(said, Failure)
             assert said.reason.startswith("HTTP 400")
     server.fault = None
     assert isinstance(made.choose(*questions(1))[0], Choice)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_server_that_refuses_everything_is_lost(
+    server: FaultyServer, tiny_model: Path, chat: bool
+) -> None:
+    made = engine(server, None if chat else tiny_model)
+    server.fault = "bad_request"
+    server.strikes = lambda digest, tries: True
+    assert all(isinstance(said, Failure) for said in made.choose(*questions(70)))
+    before = server.requests
+    with pytest.raises(EngineLost, match="last 70 requests were refused, and so is a short one"):
+        made.choose(*questions(70))
+    assert server.requests == before + 1
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -2,8 +2,8 @@
 
 Every request is tried again after what may pass (no connection, 408, 429, 5xx, a garbled reply),
 with exponential back-off, and given up for good on anything else. A request given up is a `Failure`
-in its place; many in a row, and none answered in between, are a server lost. One that refuses a
-request for what it is (400) has answered.
+in its place; many in a row, and none answered in between, are a server lost. Requests refused for
+what they are (400) may be too long, each of them: then one cut short is answered.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _LARGEST_REPLY = 32 * 2**20  # bytes
 _LARGEST_ERROR = 64 * 2**10  # bytes of an error's body that are read
 _LOST_AFTER = 64  # requests given up in a row
 _REFUSED = {400, 413, 422}  # this request, too long for the model say, by a server that is there
+_SHORT = 16  # tokens or characters that no server finds too long
 _PASSING = {408, 409, 425, 429, *range(500, 600)}
 
 
@@ -85,6 +86,7 @@ class JsonClient:
         self._longest_wait = longest_wait
         self._largest = largest
         self._given_up = 0  # in a row
+        self._refused = 0  # in a row, none of them given up
         self._last_failure = ""
         self._concurrency = concurrency
         self._loop = asyncio.new_event_loop()
@@ -142,13 +144,27 @@ class JsonClient:
         A sound reply without an answer is theirs to turn into a `Failure`: no server is lost by it.
 
         Raises:
-            EngineLost: dozens of requests in a row got no usable reply.
+            EngineLost: dozens of requests in a row got no usable reply, or were refused, and a
+                short one as well.
         """
         if self._given_up >= _LOST_AFTER:  # the batch before this one, whose answers are kept
             raise EngineLost(
                 f"{self.base_url}: the last {self._given_up} requests failed: {self._last_failure}"
             )
+        if self._refused >= _LOST_AFTER and bodies:
+            self._run(self._check_refusals(path, _cut_short(bodies[0])))
         return self._run(self._ask_all(path, bodies, readers))
+
+    async def _check_refusals(self, path: str, short: Any) -> None:
+        """Raise EngineLost where a request is refused for more than its length."""
+        try:
+            await self._persist(path, short, bytes, self._tries)
+        except RequestError as error:
+            raise EngineLost(
+                f"{self.base_url}: the last {self._refused} requests were refused, and so is a "
+                f"short one: {error}"
+            ) from None
+        self._refused = 0
 
     async def _ask_all(
         self, path: str, bodies: Sequence[Any], readers: Sequence[Callable[[bytes], _T]]
@@ -167,10 +183,12 @@ class JsonClient:
             try:
                 found = await self._persist(path, body, read, tries)
             except RequestError as error:
-                self._given_up = 0 if error.status in _REFUSED else self._given_up + 1
+                refused = error.status in _REFUSED
+                self._given_up = 0 if refused else self._given_up + 1
+                self._refused = self._refused + 1 if refused else 0
                 self._last_failure = str(error)
                 return Failure(f"{error} ({tries} tries)" if error.passing else str(error))
-            self._given_up = 0
+            self._given_up = self._refused = 0
             return found
 
     async def _persist(self, path: str, body: Any, read: Callable[[bytes], _T], tries: int) -> _T:
@@ -251,6 +269,14 @@ class JsonClient:
             text = text.replace(self._key, "[key]")
         line = " ".join(text.split())[:300]
         return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def _cut_short(body: dict[str, Any]) -> dict[str, Any]:
+    """The same request with the beginning alone of its prompt, or of each of its messages."""
+    if "prompt" in body:
+        return body | {"prompt": body["prompt"][:_SHORT]}
+    cut = [said | {"content": said["content"][:_SHORT]} for said in body["messages"]]
+    return body | {"messages": cut}
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
