@@ -353,7 +353,11 @@ def test_no_space_is_put_into_a_prompt(template: str, heir: bool) -> None:
     encoder = PromptEncoder(tokenizer)
     asked = Prompt(tuple(Message(*turn) for turn in turns))
     assert [*encoder.encode([asked])[0], *encoder.response(asked, "Answer:"), 2] == expected
+    texts = []
+    plain = encoder._data
+    encoder._data = lambda some: texts.extend(some) or plain(some)  # type: ignore[method-assign,func-returns-value]
     assert [*encoder.encode([asked._replace(prefix="Answer:")])[0], 2] == expected
+    assert len(texts) == 4  # each is tokenised once
 
 
 @pytest.mark.parametrize(

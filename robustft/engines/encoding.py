@@ -54,18 +54,21 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt, ready for the model to continue."""
-        texts = [text for p in prompts for text in (*(m.content for m in p.messages), p.prefix)]
-        spaced = self._data(texts)
-        pieces = iter(zip(spaced, self._inside(texts, spaced), strict=True))
+        texts: list[str] = []
+        inside: list[bool] = []
+        for prompt in prompts:
+            unspaced = self._template(tuple(message.role for message in prompt.messages))[1]
+            texts += [*(message.content for message in prompt.messages), prompt.prefix]
+            inside += [slot in unspaced for slot in (*range(len(prompt.messages)), _REPLY)]
+        pieces = iter(self._placed(texts, inside))
         encoded = []
         for prompt in prompts:
             contents = [next(pieces) for _ in prompt.messages]
             prefix = next(pieces)
-            parts, inside = self._template(tuple(message.role for message in prompt.messages))
             ids: list[int] = []
-            for part in parts:
-                ids += contents[part][part in inside] if isinstance(part, int) else part
-            encoded.append(ids + prefix[_REPLY in inside])
+            for part in self._template(tuple(message.role for message in prompt.messages))[0]:
+                ids += contents[part] if isinstance(part, int) else part
+            encoded.append(ids + prefix)
         return encoded
 
     def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
@@ -167,11 +170,10 @@ class PromptEncoder:
 
     def response(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of `text` where it replies to `prompt`."""
-        found = self.continuation(prompt.prefix, text)
-        if not prompt.prefix:
+        if self._lead is not None and not prompt.prefix:
             inside = self._template(tuple(message.role for message in prompt.messages))[1]
-            return self._inside([text], [found])[0] if _REPLY in inside else found
-        return found
+            return self._placed([text], [_REPLY in inside])[0]
+        return self.continuation(prompt.prefix, text)
 
     @functools.cached_property
     def _lead(self) -> list[int] | None:
@@ -183,16 +185,20 @@ class PromptEncoder:
         lead, led, alone = self._data(["\n", "\na", "a"])
         return lead if led[: len(lead)] == lead and led[len(lead) :] != alone else None
 
-    def _inside(self, texts: Sequence[str], spaced: Sequence[list[int]]) -> Sequence[list[int]]:
-        """Token ids of plain texts that stand further on; `spaced`: as each begins a text."""
+    def _placed(self, texts: Sequence[str], inside: Sequence[bool]) -> list[list[int]]:
+        """Token ids of plain texts, without `_lead`'s space of those that are `inside` a prompt."""
         if self._lead is None:
-            return spaced
-        led = self._data([f"\n{text}" for text in texts])
-        return [self._without_lead(*pair) for pair in zip(led, spaced, strict=True)]
+            return self._data(texts)
+        found = self._data([f"\n{t}" if led else t for t, led in zip(texts, inside, strict=True)])
+        for row in itertools.compress(range(len(found)), inside):
+            behind = self._behind_lead(found[row])
+            found[row] = self._data([texts[row]])[0] if behind is None else behind
+        return found
 
-    def _without_lead(self, led: list[int], spaced: list[int]) -> list[int]:
+    def _behind_lead(self, led: list[int]) -> list[int] | None:
+        """What follows `_lead` in a text's tokens; None where a line end of its own joined it."""
         lead = self._lead or []
-        return led[len(lead) :] if led[: len(lead)] == lead else spaced
+        return led[len(lead) :] if led[: len(lead)] == lead else None
 
     def _data(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain text: control tokens are spelled out, none is added."""
@@ -247,7 +253,8 @@ class PromptEncoder:
                     ids = list(self._tokenizer.encode(piece, add_special_tokens=False))
                     if parts and self._lead is not None:
                         led = self._tokenizer.encode(f"\n{piece}", add_special_tokens=False)
-                        ids = self._without_lead(list(led), ids)
+                        behind = self._behind_lead(list(led))
+                        ids = ids if behind is None else behind
                     if ids and ids[-1] in self._tokenizer.added_tokens_decoder:
                         inside.discard(int(slot))
                     parts.append(ids)
