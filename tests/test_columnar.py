@@ -130,6 +130,21 @@ def test_rows_dropped_here_and_there_leave_every_type_as_it_was(tmp_path: Path, 
             assert after.column(name).to_pylist() == [values[n] for n in kept], name
 
 
+def test_rows_may_be_written_in_any_order_and_twice(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": ["x", "y"]}), tmp_path / "d.parquet")
+    source = open_records(str(tmp_path / "d.parquet"))
+    rows = [item.row for item in source if isinstance(item, Record)]
+    for order in ([1, 0], [0, 0], [1]):
+        with (tmp_path / "o.parquet").open("wb") as file:
+            writer = source.reader.writer(file)
+            for at in order:
+                writer.write(rows[at], {})
+            writer.close()
+        assert pq.read_table(tmp_path / "o.parquet")["answer"].to_pylist() == [
+            "xy"[n] for n in order
+        ]
+
+
 def test_categories_have_room_for_new_answers_and_other_files(tmp_path: Path) -> None:
     for part in ("a", "b"):
         words = [f"{part}{n}" for n in range(100)]

@@ -206,7 +206,7 @@ class ColumnWriter:
         if arrow.schema != self._schema:
             arrow = arrow.cast(self._schema)
         positions = [position for position, _ in self._rows]
-        if len(positions) < arrow.num_rows:
+        if positions != list(range(arrow.num_rows)):
             columns = [_taken(column, positions) for column in arrow.columns]
             arrow = pa.RecordBatch.from_arrays(columns, schema=self._schema)
         self._group.append(self._changed(arrow, [changes for _, changes in self._rows]))
