@@ -80,8 +80,8 @@ class PromptEncoder:
         if prompts and room > self.window - self.window // 4:
             raise UserError(
                 f"replies of up to {room} tokens leave too little of the model's window, "
-                f"{self.window} tokens, for the question; lower --answer-tokens or "
-                "--reasoning-tokens"
+                f"{self.window} tokens, for the question; expected a model with a longer one or, "
+                "where the command takes them, a lower --answer-tokens or --reasoning-tokens"
             )
         encoded = self.encode(prompts)
         self._cut(encoded, [room] * len(encoded))
