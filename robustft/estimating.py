@@ -40,6 +40,7 @@ class CostEstimate:
     prompt_tokens: int
     new_tokens: int
     hours: float
+    least_hours: float  # where the crowd settles labels or judges nothing: none answered again
     search_hours: float  # of these for nearest neighbours, which grow with the records' square
     memory_bytes: int  # peak, this process
     disk_bytes: int  # --out
@@ -48,12 +49,16 @@ class CostEstimate:
         search = ""
         if self.search_hours > _WORTH_TELLING * self.hours:
             search = f", up to {_duration(self.search_hours)} of it for nearest neighbours"
+        time, most = _duration(self.hours), ""
+        if self.least_hours < 0.9 * self.hours:
+            time = f"{_duration(self.least_hours)} to {time}"
+            most = ", the more the more records are answered again"
         tokens = f"{self.prompt_tokens:,} prompt and {self.new_tokens:,} new tokens"
         return "\n".join(
             (
                 f"{counted(self.records, 'record')}, {self.rejects:,} unreadable",
                 f"tokens        {tokens}",
-                f"time          {_duration(self.hours)} with one process like this one{search}",
+                f"time          {time} with one process like this one{most}{search}",
                 f"memory        {_size(self.memory_bytes)} at most",
                 f"disk          {_size(self.disk_bytes)} in --out",
                 f"measured on   {self.sample} records spread over the input, "
@@ -116,8 +121,9 @@ def estimate(
     if config.detector == "crowd":  # the learners' copies of the embeddings, in float64
         memory += min(records, _LEARNT_AT_ONCE) * 12 * embedder.dimensions
     alike = config.detector == "crowd" and len(result.options) == 1
-    pairs = _pairs(config, records, noisy, alike=alike)
-    search = pairs * _seconds_a_pair(embedder.dimensions, config.threads) / 3600
+    pair = _seconds_a_pair(embedder.dimensions, config.threads) / 3600
+    search = pair * _pairs(config, records, noisy, alike=alike)
+    vote = pair * _pairs(config, records, 0.0, alike=alike)
     return CostEstimate(
         records=records,
         rejects=rejects,
@@ -126,6 +132,11 @@ def estimate(
         prompt_tokens=round(share * sum(cost["prompt_tokens"] for cost in totals.values())),
         new_tokens=round(share * sum(cost["new_tokens"] for cost in totals.values())),
         hours=share * seconds / 3600 + search,
+        least_hours=(
+            share * (seconds - result.seconds["relabel"]) / 3600 + vote
+            if config.detector == "crowd"
+            else share * seconds / 3600 + search
+        ),
         search_hours=search,
         memory_bytes=peak + memory,
         disk_bytes=round(share * disk),

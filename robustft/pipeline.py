@@ -231,7 +231,7 @@ class ShardRun:
                 # Long questions that begin alike share one embedding: that is looked up once.
                 rows, which = np.unique(corpus[positions], axis=0, return_inverse=True)
                 found = corpus.index().search(rows, width, allowed=conclusion.clean)
-                ids[undecided], cosines[undecided] = (part[which] for part in found)
+                ids[undecided], cosines[undecided] = (part[which.reshape(-1)] for part in found)
             near = [[p for p in ids[row].tolist() if p >= 0] for row in undecided]
             nll[undecided] = self._ask_again(unit, chosen, near, corpus)
         return {"nll": nll, "ids": ids, "cosines": cosines}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from commandline import CommandLine, quiz, write
-from scripted import LetterEmbedder, ScriptedEngine
+from scripted import LetterEmbedder, ScriptedEngine, slowly
 
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig
@@ -50,7 +50,25 @@ def test_the_search_for_neighbours_grows_with_the_square(
     pairs = votes * 1500 * 500 + searches * found.noisy * 1500**2
     assert found.search_hours == pytest.approx(pairs)
     assert found.hours > found.search_hours
-    assert f"one process like this one, up to {pairs:,.1f} hours of it for" in str(found)
+    assert f", up to {pairs:,.1f} hours of it for nearest neighbours" in str(found)
+
+
+def test_the_crowd_may_answer_nobody_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(80))
+    hours, least, said = {}, {}, {}
+    for detector in ("paper", "crowd"):
+        config = CleanConfig(input=str(source), out=tmp_path / "out", detector=detector)
+        engine = ScriptedEngine(before_batch=slowly(0.01))
+        found = estimate(config, engine=engine, embedder=LetterEmbedder())
+        hours[detector], least[detector], said[detector] = (
+            found.hours,
+            found.least_hours,
+            str(found),
+        )
+    assert least["paper"] == hours["paper"]
+    assert 0.2 * hours["crowd"] < least["crowd"] < 0.9 * hours["crowd"]
+    assert "the more the more records are answered again" in said["crowd"]
+    assert "the more" not in said["paper"]
 
 
 def test_the_command(
