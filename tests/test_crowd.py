@@ -430,6 +430,27 @@ def test_a_copy_of_a_witness_is_told_from_one_that_agrees() -> None:
     assert (crowd.renumbered(twice[:, [0, 2, 4, 1]]) == found).all()
 
 
+@pytest.mark.parametrize("counts", [[827, 65, 57, 17, 34], [776, 70, 52, 57, 45]])
+def test_where_all_are_good_few_are_wrong(counts: list[int]) -> None:
+    """Partitions of three witnesses right 9 times in 10 or more, on easy and hard questions."""
+    patterns = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
+    partitions = np.repeat(patterns, counts, axis=0)
+    found = crowd.judge_partitions(partitions, ["a", "b"])
+    assert found.noise_rate is not None
+    assert found.noise_rate.high < 0.15
+    shared = (partitions[:, 1:] == 0).any(1)
+    assert (found.wrong[shared] < 0.5).all()
+    assert (found.wrong[(partitions == [0, 1, 1]).all(1)] > 0.5).all()
+
+
+def test_a_witness_that_is_often_silent_does_not_upset_the_search() -> None:
+    partitions, _ = witnesses(4, [0.7, 0.6, 0.7], 500)
+    partitions[np.random.default_rng(0).random(500) < 0.9, 2] = 3
+    with np.errstate(all="raise", under="ignore"):
+        found = crowd.judge_partitions(partitions, ["a", "b"])
+    assert not found.powerless
+
+
 def test_no_agreement_is_powerless() -> None:
     found = crowd.judge_partitions(np.tile([0, 1, 2], (50, 1)), ["a", "b"])
     assert found.powerless

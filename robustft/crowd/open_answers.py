@@ -37,6 +37,8 @@ _LOG_FAVOURITES = (float(np.log(1.4)), 1.0)  # log of log t's deviation between 
 # Where a witness contradicts the given answer, another that is right 99 times in 100 says the same
 # 96 times in 100 (of 30 % wrong given answers), and a copy always.
 _COPY, _CONTRADICTIONS = 0.97, 20
+_ABLE = 3.0  # how much better than expected, in logits, all witnesses may turn out to be
+_EXTREME = 20.0  # a logarithm beyond which nothing changes but that digits are lost
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
 
 Partitions = NDArray[np.int64]  # [N, K] cluster of every witness, numbered by first appearance
@@ -114,7 +116,7 @@ class _Patterns:
         With it [2, P, K + 1] its slopes by log t0 and by log f.
         """
         deviation = favourites * _FAVOURITE
-        logs = log_concentration + deviation
+        logs = np.clip(log_concentration + deviation, -_EXTREME, _EXTREME)
         concentration = np.exp(logs)
         wrong, clusters = self.wrong[..., None], self.wrong_clusters[..., None]
         terms = _FAVOURITE_LOG + clusters * logs + gammaln(concentration)
@@ -196,7 +198,10 @@ def _fit(patterns: _Patterns) -> tuple[Floats, float]:
         strayed = (flat - centre) / width
         return 0.5 * float(strayed @ strayed) - evidence, strayed / width - gradient
 
-    flat = np.asarray(minimize(loss, centre, jac=True, method="L-BFGS-B").x)
+    # Where all witnesses are good, a search that begins with middling ones ends on another peak.
+    starts = centre, centre + np.where(np.arange(len(centre)) < witnesses, _ABLE, 0.0)
+    found = [minimize(loss, start, jac=True, method="L-BFGS-B") for start in starts]
+    flat = np.asarray(min(found, key=lambda one: float(one.fun)).x)
     step = 1e-3
     curvature = np.empty((len(flat), len(flat)))
     for row in range(len(flat)):
@@ -210,7 +215,7 @@ def _fit(patterns: _Patterns) -> tuple[Floats, float]:
 
 def _evaluate(flat: Floats, patterns: _Patterns) -> tuple[float, Floats, Floats, Floats]:
     """(log-evidence, its gradient, [P] probability that the given answer is right, [K] mean)."""
-    abilities, (spread, favourites) = flat[:-3], np.exp(flat[[-3, -1]])
+    abilities, (spread, favourites) = flat[:-3], np.exp(np.minimum(flat[[-3, -1]], _EXTREME))
     scores = abilities - spread * _DIFFICULTY[:, None]  # [Q, K]
     nobody = -np.logaddexp(0.0, scores).sum(1) + _DIFFICULTY_LOG  # [Q] all wrong, and x
     coincidence, slopes = patterns.coincidence(float(flat[-2]), favourites)
