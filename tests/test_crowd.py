@@ -360,7 +360,7 @@ def test_a_rare_label_is_not_wrong_for_being_rare() -> None:
     ("said", "kind", "expected"),
     [
         (["18", "18.0", "17", "$18"], "number", [0, 0, 1, 0]),
-        (["The cat", "cat", None, None], "span", [0, 0, 1, 2]),
+        (["The cat", None, "cat", None, "dog"], "span", [0, -1, 0, -1, 1]),
         (["so 9 #### 18", "we get\n#### 18", "#### 17"], "text", [0, 0, 1]),
         (["b c d e f g h i", "b c d e p q r s", "p q r s t u v w"], "text", [0, 0, 0]),
         (["b c d e f g h i", "p q r s t u v w"], "text", [0, 1]),
@@ -443,9 +443,32 @@ def test_where_all_are_good_few_are_wrong(counts: list[int]) -> None:
     assert (found.wrong[(partitions == [0, 1, 1]).all(1)] > 0.5).all()
 
 
+def test_no_answer_is_not_a_wrong_one() -> None:
+    partitions, wrong = witnesses(5, [0.7, 0.6, 0.7], 3000)
+    every = crowd.judge_partitions(partitions, ["a", "b"])
+    partitions[:, 1:][np.random.default_rng(0).random((3000, 2)) < 0.3] = -1
+    found = crowd.judge_partitions(partitions, ["a", "b"])
+    assert found.noise_rate is not None
+    assert every.noise_rate is not None
+    assert abs(found.noise_rate.value - every.noise_rate.value) < 0.05
+    told = [((one.wrong > 0.5) & wrong).sum() / wrong.sum() for one in (found, every)]
+    assert told[0] > told[1] - 0.3
+
+
+def test_the_gradient_where_some_are_silent() -> None:
+    partitions, _ = witnesses(6, [0.5, 0.6, 0.3], 100, 3)
+    partitions[:, 1:][np.random.default_rng(0).random((100, 2)) < 0.3] = -1
+    patterns = open_answers._Patterns(partitions, np.ones(100))
+    at = np.array([0.3, -0.4, 0.8, 0.2, 1.0, 0.4])
+    gradient = open_answers._evaluate(at, patterns)[1]
+    for k, step in enumerate(1e-5 * np.eye(len(at))):
+        ahead, behind = (open_answers._evaluate(at + s, patterns)[0] for s in (step, -step))
+        assert math.isclose(gradient[k], (ahead - behind) / 2e-5, rel_tol=1e-4, abs_tol=1e-4)
+
+
 def test_a_witness_that_is_often_silent_does_not_upset_the_search() -> None:
     partitions, _ = witnesses(4, [0.7, 0.6, 0.7], 500)
-    partitions[np.random.default_rng(0).random(500) < 0.9, 2] = 3
+    partitions[np.random.default_rng(0).random(500) < 0.9, 2] = -1
     with np.errstate(all="raise", under="ignore"):
         found = crowd.judge_partitions(partitions, ["a", "b"])
     assert not found.powerless

@@ -41,7 +41,8 @@ _ABLE = 3.0  # how much better than expected, in logits, all witnesses may turn 
 _EXTREME = 20.0  # a logarithm beyond which nothing changes but that digits are lost
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
 
-Partitions = NDArray[np.int64]  # [N, K] cluster of every witness, numbered by first appearance
+# [N, K] cluster of every witness, numbered by first appearance; -1: it gave no answer
+Partitions = NDArray[np.int64]
 
 
 def _normal_grid(points: int) -> tuple[Floats, Floats]:
@@ -57,7 +58,7 @@ _FAVOURITE, _FAVOURITE_LOG = _normal_grid(7)
 def partition(said: Sequence[str | None], kind: Kind) -> list[int]:
     """Which of a question's answers are the same: connected components of `answers.matches`.
 
-    Clusters are numbered by first appearance; no answer (None) is the same as nothing.
+    Clusters are numbered by first appearance; no answer (None) is -1.
     """
     cluster = list(range(len(said)))
     for b, second in enumerate(said):
@@ -66,7 +67,10 @@ def partition(said: Sequence[str | None], kind: Kind) -> list[int]:
                 old, new = max(cluster[a], cluster[b]), min(cluster[a], cluster[b])
                 cluster = [new if number == old else number for number in cluster]
     order: dict[int, int] = {}
-    return [order.setdefault(number, len(order)) for number in cluster]
+    return [
+        -1 if answer is None else order.setdefault(number, len(order))
+        for answer, number in zip(said, cluster, strict=True)
+    ]
 
 
 def renumbered(partitions: Partitions) -> Partitions:
@@ -108,7 +112,8 @@ class _Patterns:
         orders = np.where(size > 0, gammaln(np.maximum(size, 1.0)), 0.0)
         self.orders = orders.sum(1, keepdims=True) - orders  # sum of log (n_c - 1)! of the wrong
         self.wrong_clusters = self.possible[:, :-1].sum(1, keepdims=True) - (size > 0)
-        self.wrong = witnesses - size
+        self.spoke = (partitions >= 0).astype(np.float64)  # [P, K]
+        self.wrong = self.spoke.sum(1, keepdims=True) - size
 
     def coincidence(self, log_concentration: float, favourites: float) -> tuple[Floats, Floats]:
         """[P, K + 1] log-probability that the wrong answers coincide as they do.
@@ -135,7 +140,8 @@ def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
 
     Parameters
     ----------
-    partitions: [N, K] rows of `partition`; column 0 is the given answer.
+    partitions: [N, K] rows of `partition`; column 0 is the given answer. A witness that gave no
+        answer (-1) says nothing there: not answering is not a wrong answer of its own.
     names: of the other K - 1 witnesses.
 
     A weight is the witness' share of the probability of being right. All are 0 where the given
@@ -217,17 +223,18 @@ def _evaluate(flat: Floats, patterns: _Patterns) -> tuple[float, Floats, Floats,
     """(log-evidence, its gradient, [P] probability that the given answer is right, [K] mean)."""
     abilities, (spread, favourites) = flat[:-3], np.exp(np.minimum(flat[[-3, -1]], _EXTREME))
     scores = abilities - spread * _DIFFICULTY[:, None]  # [Q, K]
-    nobody = -np.logaddexp(0.0, scores).sum(1) + _DIFFICULTY_LOG  # [Q] all wrong, and x
+    # [P, Q] all who spoke are wrong, and x
+    nobody = _DIFFICULTY_LOG - patterns.spoke @ np.logaddexp(0.0, scores).T
     coincidence, slopes = patterns.coincidence(float(flat[-2]), favourites)
     gains = np.einsum("pck,qk->pcq", patterns.right, scores)
-    joint = nobody + gains + coincidence[..., None]  # [P, K + 1, Q]
+    joint = nobody[:, None] + gains + coincidence[..., None]  # [P, K + 1, Q]
     total = logsumexp(joint, axis=(1, 2))
     posterior = np.exp(joint - total[:, None, None])
     counts = patterns.counts
     who = posterior.sum(2)  # [P, K + 1] which cluster is right
-    at = np.einsum("p,pcq->q", counts, posterior)
+    at = np.einsum("p,pcq,pk->qk", counts, posterior, patterns.spoke)
     surplus = np.einsum("p,pcq,pck->qk", counts, posterior, patterns.right)
-    surplus = surplus - at[:, None] * expit(scores)  # [Q, K] right beyond expectation
+    surplus = surplus - at * expit(scores)  # [Q, K] right beyond expectation
     by_spread = -float(spread * (surplus.sum(1) @ _DIFFICULTY))
     gradient = np.concatenate([surplus.sum(0), [by_spread], (who * slopes).sum(2) @ counts])
     right = np.einsum("pc,pck->pk", who, patterns.right)

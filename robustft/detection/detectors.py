@@ -113,7 +113,8 @@ class CrowdDetector:
         without options; options [n] int64, which set of options, or that the answer is free text;
         width [n] int8, how many; base, reasoned and those of every other model [n, options]
         probabilities; clusters [n, 2 + others] int8, which answers are the same: the given one,
-        the model's, the others' (without options); answered [n] bool, whether a model gave one.
+        the model's, the others' (without options; -1: no answer); answered [n] bool, whether a
+        model gave one.
         """
         width = max((len(a.record.options or ()) for a in asked), default=0)
         given = np.full(len(asked), -1, np.int8)
