@@ -428,6 +428,10 @@ def test_a_copy_of_a_witness_is_told_from_one_that_agrees() -> None:
     assert crowd.copies(twice) == {3: 1, 5: 2}
     assert crowd.copies(twice[:20]) == {}
     assert (crowd.renumbered(twice[:, [0, 2, 4, 1]]) == found).all()
+    silent = twice.copy()
+    silent[: len(silent) // 2, 3] = silent[: len(silent) // 4, 1] = -1
+    assert crowd.copies(silent) == {3: 1, 5: 2}
+    assert crowd.renumbered(np.array([[0, -1, 2, -1, 1, 2]])).tolist() == [[0, -1, 1, -1, 2, 1]]
 
 
 @pytest.mark.parametrize("counts", [[827, 65, 57, 17, 34], [776, 70, 52, 57, 45]])

@@ -76,8 +76,8 @@ def partition(said: Sequence[str | None], kind: Kind) -> list[int]:
 def renumbered(partitions: Partitions) -> Partitions:
     """Rows [n, K] whose clusters are numbered by first appearance again."""
     first = (partitions[:, :, None] == partitions[:, None, :]).argmax(2)
-    is_new = first == np.arange(partitions.shape[1])
-    return np.take_along_axis(is_new.cumsum(1) - 1, first, 1)
+    is_new = (first == np.arange(partitions.shape[1])) & (partitions >= 0)
+    return np.where(partitions < 0, -1, np.take_along_axis(is_new.cumsum(1) - 1, first, 1))
 
 
 def copies(partitions: Partitions) -> dict[int, int]:
@@ -89,7 +89,8 @@ def copies(partitions: Partitions) -> dict[int, int]:
     found: dict[int, int] = {}
     for column in range(2, partitions.shape[1]):
         for before in range(1, column):
-            against = partitions[:, before] != partitions[:, 0]
+            spoke = (partitions[:, [before, column]] >= 0).all(1)
+            against = spoke & (partitions[:, before] != partitions[:, 0])
             same = partitions[against, column] == partitions[against, before]
             if before not in found and len(same) >= _CONTRADICTIONS and same.mean() > _COPY:
                 found[column] = before
