@@ -421,6 +421,25 @@ def test_an_answer_that_the_only_other_witness_shares_is_never_the_likelier_erro
         assert found.wrong[0] < found.wrong[-1]
 
 
+@pytest.mark.parametrize(
+    "accuracies", [(0.9, 0.2, 0.1), (0.9, 0.4, 0.3), (0.8, 0.3, 0.2), (0.7, 0.5, 0.3)]
+)
+def test_two_weak_witnesses_do_not_outvote_good_answers(accuracies: tuple[float, ...]) -> None:
+    partitions, wrong = witnesses(3, list(accuracies), 1000)
+    found = crowd.judge_partitions(partitions, ["a", "b"])
+    assert not (found.wrong > 0.5).any()
+    assert found.noise_rate is not None
+    assert found.noise_rate.low < wrong.mean() < found.noise_rate.high
+
+
+@pytest.mark.parametrize("accuracies", [(0.9, 0.9, 0.9), (0.7, 0.8, 0.8), (0.3, 0.6, 0.6)])
+def test_two_good_witnesses_find_wrong_answers(accuracies: tuple[float, ...]) -> None:
+    partitions, wrong = witnesses(3, list(accuracies), 1000)
+    noisy = crowd.judge_partitions(partitions, ["a", "b"]).wrong > 0.5
+    assert (noisy & wrong).sum() / noisy.sum() > 0.75
+    assert (noisy & wrong).sum() / wrong.sum() > 0.9
+
+
 def test_a_copy_of_a_witness_is_told_from_one_that_agrees() -> None:
     found, _ = witnesses(0, [0.7, 0.95, 0.95, 0.5])
     assert crowd.copies(found) == {}

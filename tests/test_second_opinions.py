@@ -327,7 +327,7 @@ def test_the_cost_is_estimated_and_a_wrong_run_is_told_then(source: Path, other:
 
 @pytest.mark.data
 def test_real_solutions_beside_one_model_and_beside_two(real_data: Path, tmp_path: Path) -> None:
-    """Solutions of the smallest model, judged by the two largest: 78 % are wrong."""
+    """Solutions of the weakest model, 78 % of them wrong, judged by two others."""
     solved = read_jsonl(real_data / "gsm8k_solutions/solutions.jsonl")
 
     def solver(name: str) -> ScriptedEngine:
@@ -342,7 +342,7 @@ def test_real_solutions_beside_one_model_and_beside_two(real_data: Path, tmp_pat
     given = "6b_finetuning"
     rows = [{"question": one["question"], "answer": one[given]["solution"]} for one in solved]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
-    alone = run(source, tmp_path / "a", solver("175b_finetuning"))
+    alone = run(source, tmp_path / "a", solver("6b_verification"))
     assert alone.counts["noisy"] == 0
     run(source, tmp_path / "b", solver("175b_verification"),
         second_opinion=(str(tmp_path / "a"),))  # fmt: skip

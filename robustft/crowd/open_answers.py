@@ -15,7 +15,9 @@ each is (Dawid and Skene 1979).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +29,11 @@ from robustft.answers import Kind
 from robustft.crowd.judgement import Floats, Judgement, rate_estimate
 
 _ABILITY = (0.0, 1.5)  # a_k ~ N(0, 1.5), in logits
-# Beside a single other witness nothing but the prior tells whose fault a difference is: given
-# answers are then expected to be right 8 times in 10, and how often wrong ones coincide is open.
-_GIVEN_BESIDE_ONE = (1.4, 1.0)
+# Beside one or two other witnesses nothing but the prior tells whose fault a difference is: given
+# answers are then expected to be right 8 times in 10. Beside one, how often wrong answers coincide
+# is open as well.
+_FEW = 3
+_GIVEN_BESIDE_FEW = (1.4, 1.0)
 _COINCIDENCE_BESIDE_ONE = (1.5, 2.0)
 _LOG_SPREAD = (float(np.log(1.5)), 0.5)  # log s ~ N(log 1.5, 0.5)
 _LOG_CONCENTRATION = (1.5, 0.2)  # log t, typical question: two wrong answers coincide at 18 %
@@ -37,7 +41,8 @@ _LOG_FAVOURITES = (float(np.log(1.4)), 1.0)  # log of log t's deviation between 
 # Where a witness contradicts the given answer, another that is right 99 times in 100 says the same
 # 96 times in 100 (of 30 % wrong given answers), and a copy always.
 _COPY, _CONTRADICTIONS = 0.97, 20
-_ABLE = 3.0  # how much better than expected, in logits, all witnesses may turn out to be
+_ABLE = 3.0  # how much better or worse than expected, in logits, a search begins
+_SAME_PEAK = 0.05  # heights in nats that differ less are one peak's, reached twice
 _EXTREME = 20.0  # a logarithm beyond which nothing changes but that digits are lost
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
 
@@ -160,20 +165,26 @@ def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
         return nothing
     kept = np.argsort(-counts, kind="stable")[:_FIT_PATTERNS]
     fitted = _Patterns(patterns[kept], counts[kept].astype(np.float64))
-    flat, spread = _fit(fitted)
+    peaks = _peaks(fitted)
     whole = fitted if len(kept) == len(patterns) else _Patterns(patterns, counts.astype(np.float64))
     if whole is fitted:
         place = np.empty(len(kept), np.int64)
         place[kept] = np.arange(len(kept))
         inverse = place[inverse]
-    _, _, given_right, right = _evaluate(flat, whole)
+    given_right, right, rates, likely = np.zeros(len(patterns)), np.zeros(len(names)), [], []
+    for peak in peaks:
+        _, _, given, mean = _evaluate(peak.flat, whole)
+        given_right += peak.share * given
+        right += peak.share * mean[1:]
+        rate = 1.0 - float(given @ whole.counts) / len(partitions)
+        # It follows the given answers' ability a_0; its error is that of a_0 on the logit scale.
+        off = peak.error * np.array([-1.0, 0.0, 1.0]) * 3**0.5
+        rates.append(expit(np.log(rate / (1.0 - rate)) + off))
+        likely.append(peak.share * np.array([1, 4, 1]) / 6)
     if not _confirms(given_right[inverse], partitions):
         return nothing
-    rate = 1.0 - float(given_right @ whole.counts) / len(partitions)
-    # The rate follows the given answers' ability a_0; its error is that of a_0 on the logit scale.
-    rates = expit(np.log(rate / (1.0 - rate)) + spread * np.array([-1.0, 0.0, 1.0]) * 3**0.5)
-    estimate = rate_estimate(rates, np.array([1, 4, 1]) / 6, len(partitions))
-    shares = right[1:] / max(float(right[1:].sum()), 1e-12)
+    estimate = rate_estimate(np.concatenate(rates), np.concatenate(likely), len(partitions))
+    shares = right / max(float(right.sum()), 1e-12)
     weights = dict(zip(names, shares.tolist(), strict=True))
     return Judgement(np.clip(1.0 - given_right[inverse], 0.0, 1.0), estimate, weights)
 
@@ -192,12 +203,25 @@ def _confirms(given_right: Floats, partitions: Partitions) -> bool:
     return bool(shared.all() or given_right[shared].mean() > given_right[~shared].mean())
 
 
-def _fit(patterns: _Patterns) -> tuple[Floats, float]:
-    """Abilities, log s, log t0, log f with the highest posterior; standard error of ability 0."""
+class _Peak(NamedTuple):
+    """A peak of the posterior."""
+
+    flat: Floats  # abilities, log s, log t0, log f
+    error: float  # standard error of ability 0
+    share: float  # of the posterior of all peaks, by their heights
+
+
+def _peaks(patterns: _Patterns) -> list[_Peak]:
+    """Where the posterior is highest: three witnesses seldom tell for certain who is the good one.
+
+    Every search begins with other witnesses able: with all, none, or one.
+    """
     witnesses = patterns.right.shape[2]
     prior = [_ABILITY] * witnesses + [_LOG_SPREAD, _LOG_CONCENTRATION, _LOG_FAVOURITES]
+    if witnesses <= _FEW:
+        prior[0] = _GIVEN_BESIDE_FEW
     if witnesses == 2:
-        prior[0], prior[-2] = _GIVEN_BESIDE_ONE, _COINCIDENCE_BESIDE_ONE
+        prior[-2] = _COINCIDENCE_BESIDE_ONE
     centre, width = np.array(prior).T
 
     def loss(flat: Floats) -> tuple[float, Floats]:
@@ -205,10 +229,24 @@ def _fit(patterns: _Patterns) -> tuple[Floats, float]:
         strayed = (flat - centre) / width
         return 0.5 * float(strayed @ strayed) - evidence, strayed / width - gradient
 
-    # Where all witnesses are good, a search that begins with middling ones ends on another peak.
-    starts = centre, centre + np.where(np.arange(len(centre)) < witnesses, _ABLE, 0.0)
+    able = np.vstack([np.zeros(witnesses), np.ones(witnesses), 2 * np.eye(witnesses) - 1])
+    starts = centre + _ABLE * np.pad(able, ((0, 0), (0, 3)))
     found = [minimize(loss, start, jac=True, method="L-BFGS-B") for start in starts]
-    flat = np.asarray(min(found, key=lambda one: float(one.fun)).x)
+    found.sort(key=lambda one: float(one.fun))
+    tops = [found[0]]
+    for one in found[1:]:
+        if one.fun > tops[-1].fun + _SAME_PEAK:
+            tops.append(one)
+    shares = np.exp(tops[0].fun - np.array([one.fun for one in tops]))
+    shares /= shares.sum()
+    return [
+        _Peak(np.asarray(one.x), _error_of_first(one.x, loss), float(share))
+        for one, share in zip(tops, shares, strict=True)
+    ]
+
+
+def _error_of_first(flat: Floats, loss: Callable[[Floats], tuple[float, Floats]]) -> float:
+    """Standard error of the first parameter, by the curvature of the posterior at its peak."""
     step = 1e-3
     curvature = np.empty((len(flat), len(flat)))
     for row in range(len(flat)):
@@ -216,8 +254,8 @@ def _fit(patterns: _Patterns) -> tuple[Floats, float]:
         ahead[row] += step
         behind[row] -= step
         curvature[row] = (loss(ahead)[1] - loss(behind)[1]) / (2 * step)
-    variance = np.linalg.pinv((curvature + curvature.T) / 2)[0, 0]
-    return flat, float(max(variance, 0.0)) ** 0.5
+    variance = float(np.linalg.pinv((curvature + curvature.T) / 2)[0, 0])
+    return math.sqrt(max(variance, 0.0))
 
 
 def _evaluate(flat: Floats, patterns: _Patterns) -> tuple[float, Floats, Floats, Floats]:
