@@ -290,11 +290,12 @@ def _warnings(
     if rate is None or rate.high - rate.low <= _WIDE:
         return
     either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"
-    heard = [name for one in found if "model" in one.weights for name in one.weights]
-    if (evidence["given"][judged] < 0).mean() > 0.5 and set(heard) == {"model"}:
+    if (evidence["given"][judged] < 0).mean() > 0.5:
+        heard = {name for one in found if "model" in one.weights for name in one.weights}
+        witnesses = "one model alone" if len(heard) == 1 else f"{len(heard)} models"
         yield (
-            f"beside one model alone it stays {either}: little is changed; another model's run as "
-            "--second-opinion tells more, and --detector paper goes by the model's word"
+            f"beside {witnesses} it stays {either}: another model's run as --second-opinion tells "
+            "more, and --detector paper goes by this model's word"
         )
     else:
         yield (
