@@ -338,11 +338,13 @@ def linear_token_stats_backward_op(
             x = x.to(h.dtype)
             hidden_grad[rows] = x @ w
             if needs_weight:
-                product = x.t() @ h
-                if weight_grad is not None:
-                    weight_grad += product
-                else:
+                if weight_grad is None:
+                    product = x.t() @ h
                     weight_grad = product if step >= n else product.to(_wide(weight))
+                elif weight_grad.dtype == h.dtype:
+                    weight_grad.addmm_(x.t(), h)
+                else:
+                    weight_grad += x.t() @ h
     nothing = hidden.new_empty(0)
     return (
         hidden_grad,
