@@ -497,6 +497,15 @@ def test_a_witness_that_is_often_silent_does_not_upset_the_search() -> None:
     assert not found.powerless
 
 
+@pytest.mark.parametrize("others", [1, 3, 5])
+def test_where_all_agree_nothing_is_wrong(others: int) -> None:
+    partitions = np.zeros((200_000, 1 + others), np.int64)
+    with np.errstate(all="raise", under="ignore"):
+        found = crowd.judge_partitions(partitions, list("abcde"[:others]))
+    assert found.noise_rate is not None
+    assert 0 <= found.noise_rate.low <= found.noise_rate.value <= found.noise_rate.high < 1e-4
+
+
 def test_no_agreement_is_powerless() -> None:
     found = crowd.judge_partitions(np.tile([0, 1, 2], (50, 1)), ["a", "b"])
     assert found.powerless

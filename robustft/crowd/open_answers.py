@@ -44,6 +44,7 @@ _COPY, _CONTRADICTIONS = 0.97, 20
 _ABLE = 3.0  # how much better or worse than expected, in logits, a search begins
 _SAME_PEAK = 0.05  # heights in nats that differ less are one peak's, reached twice
 _EXTREME = 20.0  # a logarithm beyond which nothing changes but that digits are lost
+_LEAST_RATE = 1e-12  # rounding takes the rate of a corpus where all agree below 0
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
 
 # [N, K] cluster of every witness, numbered by first appearance; -1: it gave no answer
@@ -177,6 +178,7 @@ def judge_partitions(partitions: Partitions, names: Sequence[str]) -> Judgement:
         given_right += peak.share * given
         right += peak.share * mean[1:]
         rate = 1.0 - float(given @ whole.counts) / len(partitions)
+        rate = min(max(rate, _LEAST_RATE), 1.0 - _LEAST_RATE)
         # It follows the given answers' ability a_0; its error is that of a_0 on the logit scale.
         off = peak.error * np.array([-1.0, 0.0, 1.0]) * 3**0.5
         rates.append(expit(np.log(rate / (1.0 - rate)) + off))
