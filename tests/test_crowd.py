@@ -506,6 +506,15 @@ def test_where_all_agree_nothing_is_wrong(others: int) -> None:
     assert 0 <= found.noise_rate.low <= found.noise_rate.value <= found.noise_rate.high < 1e-4
 
 
+def test_peaks_of_one_height_all_count() -> None:
+    partitions = np.repeat(
+        [[0, 1, 0], [0, 0, 1], [0, 1, 2], [0, 0, 0], [0, 1, 1]], [40, 40, 60, 20, 5], axis=0
+    )
+    found = crowd.judge_partitions(partitions, ["a", "b"])
+    assert abs(found.weights["a"] - found.weights["b"]) < 0.02
+    assert abs(found.wrong[0] - found.wrong[40]) < 0.02
+
+
 def test_no_agreement_is_powerless() -> None:
     found = crowd.judge_partitions(np.tile([0, 1, 2], (50, 1)), ["a", "b"])
     assert found.powerless

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,8 @@ _LOG_FAVOURITES = (float(np.log(1.4)), 1.0)  # log of log t's deviation between 
 # 96 times in 100 (of 30 % wrong given answers), and a copy always.
 _COPY, _CONTRADICTIONS = 0.97, 20
 _ABLE = 3.0  # how much better or worse than expected, in logits, a search begins
-_SAME_PEAK = 0.05  # heights in nats that differ less are one peak's, reached twice
+# Searches that end nearer than this, in nats of height and in logits, have reached one peak.
+_SAME_HEIGHT, _SAME_PLACE = 0.05, 1.0
 _EXTREME = 20.0  # a logarithm beyond which nothing changes but that digits are lost
 _LEAST_RATE = 1e-12  # rounding takes the rate of a corpus where all agree below 0
 _FIT_PATTERNS = 5_000  # the model is fitted on at most this many different partitions
@@ -235,9 +236,12 @@ def _peaks(patterns: _Patterns) -> list[_Peak]:
     starts = centre + _ABLE * np.pad(able, ((0, 0), (0, 3)))
     found = [minimize(loss, start, jac=True, method="L-BFGS-B") for start in starts]
     found.sort(key=lambda one: float(one.fun))
-    tops = [found[0]]
-    for one in found[1:]:
-        if one.fun > tops[-1].fun + _SAME_PEAK:
+    tops: list[Any] = []
+    for one in found:
+        if not any(
+            one.fun <= top.fun + _SAME_HEIGHT and np.abs(one.x - top.x).max() < _SAME_PLACE
+            for top in tops
+        ):
             tops.append(one)
     shares = np.exp(tops[0].fun - np.array([one.fun for one in tops]))
     shares /= shares.sum()
