@@ -13,8 +13,10 @@ import pytest
 from scripted import LetterEmbedder, ScriptedEngine
 from test_pipeline import choice_rows, read_jsonl, write_jsonl
 
+from robustft import crowd
 from robustft.cleaning import clean, run_clean
 from robustft.config import CleanConfig
+from robustft.detection.detectors import CrowdDetector
 from robustft.distributed import merge, run_shard
 from robustft.engines import Prompt
 from robustft.errors import UnfinishedError, UserError
@@ -177,6 +179,25 @@ def test_a_copy_of_the_model_confirms_nothing(source: Path, other: Path) -> None
         "other gives this model's answers where both contradict the given one" in found.warnings[0]
     )
     assert "beside one model alone" in found.warnings[1]
+
+
+def test_where_a_copy_alone_gave_an_answer_nothing_is_judged() -> None:
+    rng = np.random.default_rng(0)
+    others_right = rng.random((1000, 2)) < 0.8
+    given_right = rng.random(1000) < 0.3
+    said = np.column_stack([given_right, others_right[:, [0, 0]], others_right[:, 1]])
+    clusters = crowd.renumbered(np.where(said, 0, rng.integers(1, 9, (1000, 4))[:, [0, 1, 1, 2]]))
+    clusters[:200, [1, 3]] = -1
+    nobody = np.zeros(1000, np.int64)
+    evidence = {
+        "unjudged": nobody > 0, "question": np.arange(1000), "given": nobody - 1,
+        "options": nobody, "width": nobody, "clusters": crowd.renumbered(clusters),
+    }  # fmt: skip
+    found = CrowdDetector(["copy", "other"]).conclude(evidence, None)  # type: ignore[arg-type]
+    assert "copy gives this model's answers" in found.warnings[0]
+    assert not found.noisy[:200].any()
+    assert np.isnan(found.wrong[:200]).all()
+    assert found.noisy[200:].mean() > 0.6
 
 
 @pytest.mark.parametrize(

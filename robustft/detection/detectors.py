@@ -113,15 +113,13 @@ class CrowdDetector:
         without options; options [n] int64, which set of options, or that the answer is free text;
         width [n] int8, how many; base, reasoned and those of every other model [n, options]
         probabilities; clusters [n, 2 + others] int8, which answers are the same: the given one,
-        the model's, the others' (without options; -1: no answer); answered [n] bool, whether a
-        model gave one.
+        the model's, the others' (without options; -1: no answer).
         """
         width = max((len(a.record.options or ()) for a in asked), default=0)
         given = np.full(len(asked), -1, np.int8)
         kinds = np.zeros(len(asked), np.int64)
         widths = np.zeros(len(asked), np.int8)
         clusters = np.zeros((len(asked), 2 + len(self.others)), np.int8)
-        answered = np.ones(len(asked), np.bool_)
         heard = [name for name in PANEL if asked and getattr(asked[0], name) is not None]
         panel = {
             name: np.zeros((len(asked), width), np.float32)
@@ -137,7 +135,6 @@ class CrowdDetector:
                 free = kind == "text" and not answers.parse_final_number(one.record.answer).answer
                 kinds[position] = _FREE_TEXT if free else 0
                 clusters[position] = crowd.partition([one.record.answer, *said], kind)
-                answered[position] = any(a is not None for a in (said[:1] if free else said))
                 continue
             letter = LETTERS.index(one.record.answer)
             given[position], widths[position] = letter, len(options)
@@ -150,7 +147,7 @@ class CrowdDetector:
         keys = [one.record.question_key[:8] for one in asked]
         return {
             "unjudged": skipped, "question": np.frombuffer(b"".join(keys), "<i8"), "given": given,
-            "options": kinds, "width": widths, "clusters": clusters, "answered": answered, **panel,
+            "options": kinds, "width": widths, "clusters": clusters, **panel,
         }  # fmt: skip
 
     def conclude(
@@ -184,10 +181,9 @@ class CrowdDetector:
         apart = (evidence["options"][opened] == _FREE_TEXT) & bool(self.others)
         for positions, columns in ((opened[~apart], None), (opened[apart], 2)):
             if len(positions):
-                answered = positions[evidence["answered"][positions]]
-                clusters = evidence["clusters"][answered, :columns].astype(np.int64)
-                judgement, copied = self._judge_open(clusters)
-                hear(judgement, answered)
+                clusters = evidence["clusters"][positions, :columns].astype(np.int64)
+                judgement, answered, copied = self._judge_open(clusters)
+                hear(judgement, positions[answered])
                 jury[positions] = len(found) - 1
                 told += copied
         if apart.any():
@@ -229,8 +225,13 @@ class CrowdDetector:
             panel, given, classes, learners, tuned, options=widths, progress=progress
         )
 
-    def _judge_open(self, clusters: NDArray[np.int64]) -> tuple[Judgement, list[str]]:
-        """Judge partitions [n, 2 or more]; with it what the user should know of copies."""
+    def _judge_open(
+        self, clusters: NDArray[np.int64]
+    ) -> tuple[Judgement, NDArray[np.bool_], list[str]]:
+        """Judge partitions [n, 2 or more] where a model that is heard gave an answer.
+
+        With it [n] where that is, and what the user should know of copies.
+        """
         names = ["model", *self.others]
         copied = crowd.copies(clusters)
         whose = ["", "this model's", *(f"{name}'s" for name in self.others)]
@@ -241,7 +242,9 @@ class CrowdDetector:
         ]
         heard = [column for column in range(clusters.shape[1]) if column not in copied]
         clusters = crowd.renumbered(clusters[:, heard])
-        return crowd.judge_partitions(clusters, [names[n - 1] for n in heard[1:]]), told
+        answered = np.asarray((clusters[:, 1:] >= 0).any(1))
+        judgement = crowd.judge_partitions(clusters[answered], [names[n - 1] for n in heard[1:]])
+        return judgement, answered, told
 
 
 def _other(number: int) -> str:
