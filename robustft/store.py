@@ -31,7 +31,7 @@ from robustft.outputs import EXCHANGE, OUTPUTS
 
 UNIT_ROWS = 512  # records of one unit, the last one's but for the remainder
 
-_FORMAT = 3  # raised where a run folder of before cannot be read any more
+_FORMAT = 2  # raised where a run folder of before cannot be read any more
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (  -- one row a finished batch: what was said and what it cost

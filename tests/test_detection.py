@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_pipeline import write_jsonl
 
@@ -39,6 +40,18 @@ def test_of_numbers_that_agree_half_the_time_one_model_cannot_tell(tmp_path: Pat
 def test_free_texts_that_share_no_words(tmp_path: Path) -> None:
     found = warned(tmp_path, [f"{LONG} {n}" for n in range(20)], ["quite another reply"] * 20)
     assert found == (TEXTS_DIFFER, NO_BETTER_THAN_CHANCE)
+
+
+def test_evidence_of_before_tells_who_was_silent() -> None:
+    nobody = np.zeros(40, np.int64)
+    evidence = {
+        "unjudged": nobody > 0, "question": np.arange(40), "given": nobody - 1, "options": nobody,
+        "width": nobody, "clusters": np.array([[0, 0]] * 30 + [[0, 1]] * 10),
+        "answered": np.arange(40) < 35,
+    }  # fmt: skip
+    wrong = CrowdDetector().conclude(evidence, None).wrong  # type: ignore[arg-type]
+    assert np.isnan(wrong[35:]).all()
+    assert not np.isnan(wrong[:35]).any()
 
 
 @pytest.mark.parametrize("given", ["7", "a few words", f"{LONG}\n#### 7"])

@@ -192,6 +192,7 @@ def test_where_a_copy_alone_gave_an_answer_nothing_is_judged() -> None:
     evidence = {
         "unjudged": nobody > 0, "question": np.arange(1000), "given": nobody - 1,
         "options": nobody, "width": nobody, "clusters": crowd.renumbered(clusters),
+        "answered": nobody == 0,
     }  # fmt: skip
     found = CrowdDetector(["copy", "other"]).conclude(evidence, None)  # type: ignore[arg-type]
     assert "copy gives this model's answers" in found.warnings[0]

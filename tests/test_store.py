@@ -108,7 +108,7 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
         pass
     with contextlib.closing(sqlite3.connect(tmp_path / "run.sqlite")) as database:
         database.execute("PRAGMA user_version=1")
-    with pytest.raises(UserError, match=r"another version of robustft \(format 1, here 3\)"):
+    with pytest.raises(UserError, match=r"another version of robustft \(format 1, here 2\)"):
         Store(tmp_path / "run.sqlite")
 
 

@@ -113,13 +113,15 @@ class CrowdDetector:
         without options; options [n] int64, which set of options, or that the answer is free text;
         width [n] int8, how many; base, reasoned and those of every other model [n, options]
         probabilities; clusters [n, 2 + others] int8, which answers are the same: the given one,
-        the model's, the others' (without options; -1: no answer).
+        the model's, the others' (without options; -1: no answer); answered [n] bool, whether any
+        of these models gave one.
         """
         width = max((len(a.record.options or ()) for a in asked), default=0)
         given = np.full(len(asked), -1, np.int8)
         kinds = np.zeros(len(asked), np.int64)
         widths = np.zeros(len(asked), np.int8)
         clusters = np.zeros((len(asked), 2 + len(self.others)), np.int8)
+        answered = np.ones(len(asked), np.bool_)
         heard = [name for name in PANEL if asked and getattr(asked[0], name) is not None]
         panel = {
             name: np.zeros((len(asked), width), np.float32)
@@ -135,6 +137,7 @@ class CrowdDetector:
                 free = kind == "text" and not answers.parse_final_number(one.record.answer).answer
                 kinds[position] = _FREE_TEXT if free else 0
                 clusters[position] = crowd.partition([one.record.answer, *said], kind)
+                answered[position] = any(answer is not None for answer in said)
                 continue
             letter = LETTERS.index(one.record.answer)
             given[position], widths[position] = letter, len(options)
@@ -147,7 +150,7 @@ class CrowdDetector:
         keys = [one.record.question_key[:8] for one in asked]
         return {
             "unjudged": skipped, "question": np.frombuffer(b"".join(keys), "<i8"), "given": given,
-            "options": kinds, "width": widths, "clusters": clusters, **panel,
+            "options": kinds, "width": widths, "clusters": clusters, "answered": answered, **panel,
         }  # fmt: skip
 
     def conclude(
@@ -182,6 +185,8 @@ class CrowdDetector:
         for positions, columns in ((opened[~apart], None), (opened[apart], 2)):
             if len(positions):
                 clusters = evidence["clusters"][positions, :columns].astype(np.int64)
+                # In runs of before this alone tells who was silent.
+                clusters[~evidence["answered"][positions], 1:] = -1
                 judgement, answered, copied = self._judge_open(clusters)
                 hear(judgement, positions[answered])
                 jury[positions] = len(found) - 1
