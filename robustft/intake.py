@@ -29,13 +29,14 @@ from robustft.records import Place, Record, RecordSource, Reject
 from robustft.shards import Published, Shard, publishing
 from robustft.store import UNIT_ROWS
 
+READ_BY = ("schema", "split", "limit")  # settings that say which records of an input are read
 _BLOCK_BYTES = 1 << 20  # lines are written and read together up to this much
 _REASONS = 1000  # kinds of rejects told apart; the rest are counted together
 
 
 def intake_folder(out: Path, identity: Mapping[str, Any]) -> Path:
     """Where the intake of an input belongs; another input or another way to read it never fits."""
-    how = orjson.dumps([identity.get(name) for name in ("input", "schema", "split", "limit")])
+    how = orjson.dumps([identity.get(name) for name in ("input", *READ_BY)])
     return out / "phases" / f"input-{hashlib.blake2b(how, digest_size=8).hexdigest()}"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 
 from robustft.errors import UserError
+from robustft.intake import READ_BY
 from robustft.outputs import read_manifest
 from robustft.prompts import LETTERS
 from robustft.records import Record, RecordSource
@@ -30,7 +31,6 @@ _TAKEN = (
 )  # fmt: skip
 _LONGEST = 48  # letters of a name: it stands in every verdict, and within a file's name
 _BLOCK_BYTES = 1 << 22
-_SAME = ("schema", "split", "limit")  # settings that say which records a run has read
 
 
 class SecondOpinions:
@@ -82,7 +82,7 @@ class SecondOpinions:
         for run in self._runs:
             before = run.manifest["config"]
             other = run.manifest["input"]["blake2b"] != source.content_hash
-            if other or any(before.get(name) != settings[name] for name in _SAME):
+            if other or any(before.get(name) != settings[name] for name in READ_BY):
                 raise UserError(
                     f"--second-opinion {run.folder}: expected a run on the same input with the "
                     f"same --schema, --split and --limit, found one on "

@@ -8,6 +8,7 @@ log-probability, as in entropy-regularised training; peers of packages have the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -108,21 +109,19 @@ def packages(
 ) -> tuple[token_peers.Calls, dict[str, str]]:
     """The gradients of packages' losses, and why those of others cannot be had."""
     forward, refused = token_peers.packages_from_hidden(hidden, weight, ids)
-    calls: token_peers.Calls = {}
-    for name, outputs in forward.items():
 
-        def call(outputs: token_peers.Call = outputs) -> Any:
+    def differentiated(outputs: token_peers.Call) -> token_peers.Call:
+        def call() -> Any:
             found = outputs()
             loss = found[0] if isinstance(found, tuple) else found
             return torch.autograd.grad(loss.sum(), (hidden, weight))
 
-        try:
-            call()
-        except Exception as error:  # a peer that fails must not end the benchmark
-            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-        else:
-            calls[name] = call
-    return calls, refused
+        return call
+
+    calls, more = token_peers.runnable(
+        {name: functools.partial(differentiated, outputs) for name, outputs in forward.items()}
+    )
+    return calls, refused | more
 
 
 def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, str]]:

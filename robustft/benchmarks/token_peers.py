@@ -70,7 +70,7 @@ def packages_from_logits(x: Tensor, ids: Tensor) -> tuple[Calls, dict[str, str]]
 
         return lambda: call(x, ids, reduction="none")
 
-    return _runnable(
+    return runnable(
         {
             "TRL logprob and entropy": trl,
             "Liger cross-entropy": liger,
@@ -110,7 +110,7 @@ def packages_from_hidden(
 
         return lambda: call(hidden, weight, ids, 1.0, "none")
 
-    return _runnable(
+    return runnable(
         {
             "cut-cross-entropy": cut,
             "Liger linear cross-entropy": liger,
@@ -121,7 +121,8 @@ def packages_from_hidden(
     )
 
 
-def _runnable(makers: dict[str, Callable[[], Callable[[], Any]]]) -> tuple[Calls, dict[str, str]]:
+def runnable(makers: dict[str, Callable[[], Callable[[], Any]]]) -> tuple[Calls, dict[str, str]]:
+    """The calls that makers make and that run, by name; and why the others do not."""
     calls: Calls = {}
     refused: dict[str, str] = {}
     for name, make in makers.items():

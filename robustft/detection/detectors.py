@@ -286,10 +286,9 @@ def _warnings(
 ) -> Iterator[str]:
     """What the user should know of juries that could not tell, or hardly."""
     judged = ~evidence["unjudged"]
-    powerless = bool(found) and all(one.powerless for one in found)
-    if powerless and (evidence["options"][judged] == _FREE_TEXT).mean() > 0.5:
-        yield TEXTS_DIFFER
-    if powerless:
+    if found and all(one.powerless for one in found):
+        if (evidence["options"][judged] == _FREE_TEXT).mean() > 0.5:
+            yield TEXTS_DIFFER
         yield NO_BETTER_THAN_CHANCE
         return
     lost = sum(size for one, size in zip(found, sizes, strict=True) if one.powerless)
