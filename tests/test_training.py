@@ -67,10 +67,12 @@ def config_for(corpus: Path, model: Path, out: Path, **changes: object) -> Train
     return replace(base, **changes)
 
 
-def loop_for(config: TrainConfig, checkpoint: Path) -> TrainingLoop:
+def loop_for(
+    config: TrainConfig, checkpoint: Path, dtype: torch.dtype = torch.float32
+) -> TrainingLoop:
     source = find_model(config.engine.model)
     data = encode_records(open_records(config.input), load_tokenizer(source), config.cutoff)
-    model = attach_adapter(load_causal_lm(source, dtype=torch.float32), config, "tiny")
+    model = attach_adapter(load_causal_lm(source, dtype=dtype), config, "tiny")
     return TrainingLoop(model, data, config, checkpoint)
 
 
@@ -465,6 +467,26 @@ def test_training_learns_and_the_adapter_is_standard_peft(
     half = load_causal_lm(find_model(str(tiny_model)), dtype=torch.bfloat16)
     close = load_adapter(half, out)(input_ids=ids).logits.float()
     assert (close - theirs).abs().mean() < 0.1 * theirs.abs().mean()
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e3])
+def test_float16_gradients_neither_underflow_nor_overflow(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    plain = TrainingLoop.response_loss
+    monkeypatch.setattr(
+        TrainingLoop, "response_loss", lambda self, examples: factor * plain(self, examples)
+    )
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, _: clip(p, float("inf")))
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        loop = loop_for(config_for(corpus, tiny_model, tmp_path), tmp_path / "none", dtype)
+        loop._step(range(8))
+        gradients.append(torch.cat([p.grad.flatten() for p in loop._trained.values()]))
+        assert loop.history.loss_scale <= (1 if dtype == torch.float32 else 2**16)
+    exact, scaled = gradients
+    assert (scaled - exact).norm() < 0.02 * exact.norm()
 
 
 def test_records_are_cut_to_the_models_window(

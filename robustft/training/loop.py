@@ -43,6 +43,7 @@ from robustft_kernels import token_stats
 _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 16384
 _MAX_GRADIENT_NORM = 1.0
+_FLOAT16_LOSS_SCALE = 2.0**16
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
@@ -57,6 +58,7 @@ class History:
     epoch_losses: list[float] = field(default_factory=list)  # mean nats per response token
     loss_sum: float = 0.0  # of the unfinished epoch
     loss_tokens: int = 0
+    loss_scale: float = 1.0  # a power of two; float16 gradients would underflow without
 
 
 class TrainingLoop:
@@ -68,7 +70,8 @@ class TrainingLoop:
         self.model = model
         self.device = next(model.parameters()).device
         self.config = config
-        self.history = History()
+        half = next(model.parameters()).dtype == torch.float16
+        self.history = History(loss_scale=_FLOAT16_LOSS_SCALE if half else 1.0)
         self._examples: Sequence[Example] = data.examples
         self._lengths = data.lengths
         self._checkpoint = checkpoint
@@ -147,8 +150,7 @@ class TrainingLoop:
         torch.manual_seed(hash((self.config.seed, step)) % 2**63)  # dropout
         while True:
             try:
-                loss = self._gradients(batch, response)
-                break
+                loss, norm = self._gradients(batch, response)
             except torch.OutOfMemoryError as error:
                 widest = int(self._lengths[list(batch)].max())
                 if self._budget < widest:
@@ -160,19 +162,25 @@ class TrainingLoop:
                         f"{elsewhere if self._checkpoint.exists() else ''}"
                     ) from error
                 self._budget = min(self._budget, widest * len(batch)) // 2
-            torch.cuda.empty_cache()
-        if not math.isfinite(loss):
+                torch.cuda.empty_cache()
+                continue
+            if math.isfinite(norm) or not math.isfinite(loss) or self.history.loss_scale == 1:
+                break
+            self.history.loss_scale /= 2  # a scaled gradient was beyond float16
+        if not math.isfinite(loss + norm):
             # Resumed, it would come to the same; without it the folder is free for another rate.
             self._checkpoint.unlink(missing_ok=True)
+            what = "gradient" if math.isfinite(loss) else "loss"
+            narrow = ", or leave --dtype float16" if self.history.loss_scale > 1 else ""
             raise UserError(
-                f"the loss became {loss} at step {step + 1}; lower --learning-rate "
-                f"(now {self.config.learning_rate:g})"
+                f"the {what} became {norm if math.isfinite(loss) else loss} at step {step + 1}; "
+                "lower --learning-rate "
+                f"(now {self.config.learning_rate:g}){narrow}"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate_at(
                 step, self.steps, self.config.learning_rate, self.config.warmup
             )
-        torch.nn.utils.clip_grad_norm_(self._trained.values(), _MAX_GRADIENT_NORM)
         self._optimizer.step()
         history = self.history
         history.tokens += int(self._lengths[list(batch)].sum())
@@ -188,17 +196,24 @@ class TrainingLoop:
         signals = self._signals.take() if self._signals else {}
         return {"loss": loss, "learning_rate": rate, "epoch": step / self._per_epoch, **signals}
 
-    def _gradients(self, batch: Sequence[int], response: int) -> float:
-        """Gradients of the mean loss over the batch's response tokens; that mean."""
+    def _gradients(self, batch: Sequence[int], response: int) -> tuple[float, float]:
+        """Gradients of the mean loss over the batch's response tokens, clipped.
+
+        Returns that mean and the norm of the gradients before they were clipped.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         if self._signals is not None:
             self._signals.take()  # what an attempt that ran out of memory left behind
-        loss = 0.0
+        loss, scale = 0.0, self.history.loss_scale
         for rows in micro_batches(batch, self._lengths, self._budget):
             part = self.response_loss([self._examples[row] for row in rows]) / response
-            part.backward()  # type: ignore[no-untyped-call]
+            (part * scale).backward()  # type: ignore[no-untyped-call]
             loss += part.item()
-        return loss
+        for parameter in self._trained.values():
+            if scale != 1 and parameter.grad is not None:
+                parameter.grad /= scale
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), _MAX_GRADIENT_NORM)
+        return loss, norm.item()
 
     def response_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """Return the sum of -log p over response tokens, logits made where they are needed.
