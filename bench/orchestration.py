@@ -39,7 +39,7 @@ from robustft.benchmarks.measure import (
     versions,
 )
 from robustft.cleaning import load, run_clean
-from robustft.config import CleanConfig
+from robustft.config import CleanConfig, experts_for
 from robustft.engines import Abilities, Choice, Generation, Prompt
 from robustft.provenance import commit
 
@@ -139,7 +139,7 @@ def measure(records: int, panel: str, *, default_model: bool) -> dict[str, float
         make_input(path, records)
         config = CleanConfig(
             input=str(path), out=out, without=frozenset(PANELS[panel]),
-            detector="crowd" if default_model else "paper",
+            detector="crowd" if default_model else "paper", experts=experts_for(default_model),
         )  # fmt: skip
         models = [Timed(one) for one in (load(config) if default_model else (Stub(), Table()))]
         begin, cpu = time.perf_counter(), time.process_time()

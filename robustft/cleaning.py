@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
+from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig, experts_for
 from robustft.corpus import Corpus
 from robustft.detection import Conclusion
 from robustft.embedding import Embedder, TextEmbedder
@@ -25,6 +25,7 @@ from robustft.errors import UserError
 from robustft.files import atomic_file, spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import Intake, intake_folder, take_in
+from robustft.models import is_small
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
@@ -99,6 +100,9 @@ def clean(
         rest["second_opinion"] = tuple(map(str, several))
     described = engine if isinstance(engine, EngineConfig) else EngineConfig(model, **run_by)
     tuned = TunedConfig(**folds)
+    ready = None if isinstance(embedder, str) else embedder
+    loaded = None if isinstance(engine, EngineConfig) else engine
+    small = is_small(described) if loaded is None else bool(getattr(loaded, "embedded", False))
     exchange = bool(rest.get("dataset_info"))
     with output_folder(out, data, exchange=exchange) as folder:
         if not isinstance(data, str | Path):
@@ -108,12 +112,12 @@ def clean(
             out=folder,
             engine=described,
             embedder=embedder if isinstance(embedder, str) else None,
-            experts=dataclasses.replace(experts or ExpertConfig(), **asked),
+            experts=dataclasses.replace(experts, **asked)
+            if experts
+            else experts_for(small, **asked),
             tuned=tuned,
             **rest,
         )
-        ready = None if isinstance(embedder, str) else embedder
-        loaded = None if isinstance(engine, EngineConfig) else engine
         return run_clean(config, engine=loaded, embedder=ready)
 
 

@@ -81,8 +81,8 @@ class ExpertConfig:
 
     rounds: int = 2  # alternations of reasoning and reflection (eq. 2)
     samples: int = 1  # chains of reasoning whose answers are made into one (self-consistency)
-    reasoning_tokens: int = 64  # at most, for each reasoning and each reflection
-    answer_tokens: int = 128  # at most, for one free-text answer
+    reasoning_tokens: int = 256  # at most, for each reasoning and each reflection
+    answer_tokens: int = 512  # at most, for one free-text answer
     choice: Literal["likelihood", "generate"] = "likelihood"  # how a lettered answer is read
     calibrate: bool = False  # divide the letters' content-free probabilities out (Zhao et al. 2021)
 
@@ -97,6 +97,16 @@ class ExpertConfig:
         _require(self.choice in modes, "choice", f"one of {', '.join(modes)}", self.choice)
         read = "likelihood where letters are calibrated: generated ones have no probabilities"
         _require(not self.calibrate or self.choice == "likelihood", "choice", read, self.choice)
+
+
+def experts_for(small: bool, **settings: Any) -> ExpertConfig:
+    """How to ask a model: `settings` (None: not given) over the defaults.
+
+    The embedded small model rambles on as long as it may: it gets less room to reason and write.
+    """
+    room = {"reasoning_tokens": 64, "answer_tokens": 128} if small else {}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return ExpertConfig(**{**room, **given})
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustft.config import EngineConfig
 from robustft.errors import UserError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -45,6 +46,11 @@ class ModelSource:
     def local(self) -> bool:
         """Whether the weights lie in a folder of this machine."""
         return Path(self.path).is_dir()
+
+
+def is_small(engine: EngineConfig) -> bool:
+    """Whether an engine runs the embedded small model."""
+    return engine.engine != "openai" and engine.model in (None, DEFAULT_MODEL)
 
 
 def cache_dir() -> Path:

@@ -10,6 +10,8 @@ import pytest
 from scripted import LetterEmbedder, ScriptedEngine
 
 import robustft as rft
+from robustft.cli.clean import _clean_config
+from robustft.cli.settings import parse
 from robustft.config import TunedConfig
 from robustft.errors import UserError
 from robustft.methods import clean_by
@@ -44,6 +46,37 @@ def test_settings_of_the_engine_are_settings_where_none_is_given(
     assert config.experts.samples == 3
     with pytest.raises(UserError, match="give device, temperature or engine, not both"):
         clean(tmp_path, temperature=0.7, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "room"),
+    [
+        ({}, (64, 128)),
+        ({"model": "m"}, (256, 512)),
+        ({"engine": rft.EngineConfig(engine="openai", base_url="http://x/v1")}, (256, 512)),
+        ({"engine": ScriptedEngine()}, (256, 512)),
+        ({"reasoning_tokens": 9}, (9, 128)),
+        ({"experts": rft.ExpertConfig(answer_tokens=7), "reasoning_tokens": 9}, (9, 7)),
+    ],
+)
+def test_the_embedded_model_gets_less_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], room: tuple[int, int]
+) -> None:
+    asked: list[rft.CleanConfig] = []
+    monkeypatch.setattr("robustft.cleaning.run_clean", lambda config, **_: asked.append(config))
+    rft.clean(ROWS, out=tmp_path, **given)
+    assert (asked[0].experts.reasoning_tokens, asked[0].experts.answer_tokens) == room
+
+
+@pytest.mark.parametrize(
+    ("options", "room"),
+    [([], (64, 128)), (["--model", "m"], (256, 512)), (["--answer-tokens", "9"], (64, 9))],
+)
+def test_so_does_it_from_the_command_line(
+    tmp_path: Path, options: list[str], room: tuple[int, int]
+) -> None:
+    config = _clean_config(parse(["clean", "in.jsonl", "--out", str(tmp_path), *options]))
+    assert (config.experts.reasoning_tokens, config.experts.answer_tokens) == room
 
 
 def test_an_engine_is_one_or_says_how_to_get_one(tmp_path: Path) -> None:

@@ -699,7 +699,7 @@ def test_free_text_is_judged_by_agreement(tmp_path: Path) -> None:
     report = (tmp_path / "out/report.html").read_text()
     assert "by estimate" in report
     shown = re.sub("(<[^>]*>)+", " ", report)
-    for option, value in (("--reasoning-tokens", 64), ("--without", "not given")):
+    for option, value in (("--reasoning-tokens", 256), ("--without", "not given")):
         assert f"{option} {value} " in shown
 
 
@@ -722,7 +722,7 @@ def test_a_text_that_was_cut_off_is_no_answer(tmp_path: Path) -> None:
     assert {one["answer"] for one in cut["experts"].values()} == {None}
     assert (cut["action"], cut["answer"]) == ("drop", None)
     assert result.cut_off == 3  # base, reasoned and context
-    assert "3 replies did not end within --answer-tokens 128" in "".join(result.warnings)
+    assert "3 replies did not end within --answer-tokens 512" in "".join(result.warnings)
 
 
 @pytest.mark.parametrize("silent", ["context", "reasoned"])

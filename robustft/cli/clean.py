@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from robustft.cli.console import (
 from robustft.cli.options import build_parser
 from robustft.cli.settings import config_of, engine_config, optional_path, parse
 from robustft.cli.status import DONE, POWERLESS
-from robustft.config import CleanConfig, ExpertConfig, TunedConfig
+from robustft.config import CleanConfig, ExpertConfig, TunedConfig, experts_for
 from robustft.errors import UserError
 
 
@@ -146,14 +147,18 @@ def run_merge(options: argparse.Namespace) -> int:
 
 
 def _clean_config(options: argparse.Namespace) -> CleanConfig:
+    from robustft.models import is_small
+
+    engine = engine_config(options)
+    experts = {field.name: getattr(options, field.name) for field in fields(ExpertConfig)}
     return config_of(
         CleanConfig,
         options,
         out=Path(options.out),
         without=frozenset(options.without),
         second_opinion=tuple(options.second_opinion),
-        engine=engine_config(options),
-        experts=config_of(ExpertConfig, options),
+        engine=engine,
+        experts=experts_for(is_small(engine), **experts),
         tuned=config_of(TunedConfig, options, folds=options.folds or 0),
     )
 

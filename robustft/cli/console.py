@@ -34,9 +34,9 @@ def print_announcement(known: Announcement) -> None:
 
 def tell_small_model(engine: EngineConfig) -> None:
     """Beside a result: what it is worth, where the default model made it."""
-    from robustft.models import DEFAULT_MODEL
+    from robustft.models import is_small
 
-    if engine.engine != "openai" and engine.model in (None, DEFAULT_MODEL):
+    if is_small(engine):
         print_small_model()
 
 

@@ -252,12 +252,12 @@ def _add_expert_options(parser: Parser) -> None:
         "(self-consistency)",
     )  # fmt: skip
     group.add_argument(
-        "--reasoning-tokens", type=_positive, default=64, metavar="N",
-        help="longest reasoning and longest reflection",
+        "--reasoning-tokens", type=_positive, metavar="N",
+        help="longest reasoning and longest reflection (default: 256, of the embedded model 64)",
     )  # fmt: skip
     group.add_argument(
-        "--answer-tokens", type=_positive, default=128, metavar="N",
-        help="longest free-text answer",
+        "--answer-tokens", type=_positive, metavar="N",
+        help="longest free-text answer (default: 512, of the embedded model 128)",
     )  # fmt: skip
     group.add_argument(
         "--choice", choices=("likelihood", "generate"), default="likelihood",

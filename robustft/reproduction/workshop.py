@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustft.cache import Cache, content_key
-from robustft.config import CleanConfig, EngineConfig, EvalConfig, ExpertConfig, TrainConfig
+from robustft.config import CleanConfig, EngineConfig, EvalConfig, TrainConfig, experts_for
 from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine, Failure
 from robustft.engines.cached import CachedEngine
@@ -122,8 +122,10 @@ class Workshop:
         return CleanConfig(
             input=str(data.path), out=self.folder, limit=data.limit, seed=seed,
             embedder=self._embedder, engine=self.config,
-            experts=ExpertConfig(
-                rounds=self.preset.rounds, reasoning_tokens=self.preset.reasoning_tokens
+            experts=experts_for(
+                self.source.embedded,
+                rounds=self.preset.rounds,
+                reasoning_tokens=self.preset.reasoning_tokens,
             ),
             **settings,
         )  # fmt: skip

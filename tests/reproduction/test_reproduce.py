@@ -192,9 +192,9 @@ def test_a_dry_run_counts_what_open_questions_may_be_answered_with(
     )  # fmt: skip
     assert main(command) == 0
     found = re.findall(r"([\d,]+) written", capsys.readouterr().out)
-    # 3 test answers of 256 tokens; 4 training answers of 128, for RobustFT three times and with
+    # 3 test answers of 256 tokens; 4 training answers of 512, for RobustFT three times and with
     # two thoughts of 4 tokens.
-    assert found == ["768", "1,280", "2,336"]
+    assert found == ["768", "2,816", "6,944"]
 
 
 def test_what_the_last_step_lacks_is_told_before_the_first(
