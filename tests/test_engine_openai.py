@@ -72,10 +72,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     made.close()
 
 
-def client(server: FaultyServer, retries: int = 3, timeout: float = 30.0) -> JsonClient:
+def client(
+    server: FaultyServer, retries: int = 3, timeout: float = 30.0, longest_wait: float = 0.05
+) -> JsonClient:
     return JsonClient(
         server.url, concurrency=16, timeout=timeout, retries=retries, backoff=0.005,
-        longest_wait=0.05, largest=2**22,
+        longest_wait=longest_wait, largest=2**22,
     )  # fmt: skip
 
 
@@ -363,8 +365,34 @@ def test_scores_of_the_tokens_next_door_are_found_out(
 
 def test_requests_in_flight_are_bounded(server: FaultyServer, tiny_model: Path) -> None:
     made = engine(server, tiny_model)
-    made.choose(*questions(100))
+    server.edit = lambda body, reply: time.sleep(0.05)
+    made.choose(*questions(20))
     assert 1 < server.most_at_once <= 16
+
+
+def test_a_server_gets_as_many_requests_as_it_takes(
+    server: FaultyServer, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = engine(server, tiny_model, retries=0, longest_wait=10.0)
+    server.fault = "too_many_requests"
+    server.strikes = lambda digest, tries: digest % 3 == 0 and tries < 3
+    replies = made.choose(*questions(100))
+    assert not [one for one in replies if isinstance(one, Failure)]
+    assert [r.getMessage().split(": ", 1)[1] for r in caplog.records] == [
+        "takes fewer than 16 requests at a time (--concurrency); it gets as many as it takes"
+    ]
+
+
+def test_a_server_that_takes_no_request_is_not_asked_for_ever(
+    server: FaultyServer, tiny_model: Path
+) -> None:
+    made = engine(server, tiny_model)
+    server.fault, server.strikes = "too_many_requests", lambda digest, tries: True
+    replies = made.choose(*questions(20))
+    assert {str(one.reason) for one in replies if isinstance(one, Failure)} == {
+        "HTTP 429: slow down (and nothing else for 0.1 s)"
+    }
+    assert len(replies) == 20
 
 
 @pytest.mark.parametrize("closed", [True, False])

@@ -205,7 +205,7 @@ def _add_engine(parser: Parser) -> None:
         help="environment variable that holds the server's key, where it needs one",
     )  # fmt: skip
     group.add_argument(
-        "--concurrency", type=_positive, default=16, metavar="N",
+        "--concurrency", type=_positive, default=64, metavar="N",
         help="requests to the server at a time, at most",
     )  # fmt: skip
     group.add_argument(

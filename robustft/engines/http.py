@@ -1,15 +1,17 @@
 """JSON over HTTP to a server that is not trusted: bounded in number, size and time.
 
-Every request is tried again after what may pass (no connection, 408, 429, 5xx, a garbled reply),
-with exponential back-off, and given up for good on anything else. A request given up is a `Failure`
-in its place; many in a row, and none answered in between, are a server lost. Requests refused for
-what they are (400) may be too long, each of them: then one cut short is answered.
+Every request is tried again after what may pass (no connection, 408, 5xx, a garbled reply), with
+exponential back-off, and given up for good on anything else. One that comes too soon (429) waits as
+long as others are answered, and fewer are sent. A request given up is a `Failure` in its place;
+many in a row, and none answered in between, are a server lost. Requests refused for what they are
+(400) may be too long, each of them: then one cut short is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import logging
 import os
 import re
 import threading
@@ -25,15 +27,18 @@ import tenacity
 
 import robustft
 from robustft.engines import Failure
+from robustft.engines.throttle import Throttle
 from robustft.errors import EngineLost, UserError
 
 _T = TypeVar("_T")
+_log = logging.getLogger("robustft")
 _LARGEST_REPLY = 32 * 2**20  # bytes
 _LARGEST_ERROR = 64 * 2**10  # bytes of an error's body that are read
 _LOST_AFTER = 64  # requests given up in a row
 _REFUSED = {400, 413, 422}  # this request, too long for the model say, by a server that is there
 _SHORT = 16  # tokens or characters that no server finds too long
-_PASSING = {408, 409, 425, 429, *range(500, 600)}
+_TOO_MANY = 429
+_PASSING = {408, 409, 425, _TOO_MANY, *range(500, 600)}
 
 
 class RequestError(Exception):
@@ -48,6 +53,10 @@ class RequestError(Exception):
         self.retry_after = retry_after  # seconds
 
 
+class _TooSoon(RequestError):
+    """The server takes no more requests for now."""
+
+
 class JsonClient:
     """Posts JSON to one server, many requests at a time, from any thread.
 
@@ -55,7 +64,7 @@ class JsonClient:
         base_url: http(s) address, with its path ("http://localhost:8000/v1").
         key_variable: the environment variable that holds the key, sent as a bearer token where it
             is set. The key is never logged, raised or kept anywhere but in memory.
-        concurrency: requests in flight at most.
+        concurrency: requests in flight at most; fewer where the server says that they are too many.
         timeout: seconds for one try of one request, from connecting to the last byte.
         retries: tries after the first.
         backoff: seconds before the first retry; doubles with each.
@@ -71,7 +80,7 @@ class JsonClient:
         base_url: str,
         *,
         key_variable: str = "OPENAI_API_KEY",
-        concurrency: int = 16,
+        concurrency: int = 64,
         timeout: float = 300.0,
         retries: int = 5,
         backoff: float = 0.5,
@@ -84,6 +93,8 @@ class JsonClient:
         self._tries = retries + 1
         self._backoff = backoff
         self._longest_wait = longest_wait
+        self._patience = 2 * longest_wait  # with refusals for number alone
+        self._told = False  # that it takes fewer requests
         self._largest = largest
         self._given_up = 0  # in a row
         self._refused = 0  # in a row, none of them given up
@@ -100,7 +111,7 @@ class JsonClient:
         self._end.atexit = False
 
     async def _open(self) -> httpx2.AsyncClient:
-        self._free = asyncio.Semaphore(self._concurrency)
+        self._throttle = Throttle(self._concurrency, self._patience)
         headers = {
             "accept": "application/json",
             "accept-encoding": "identity",
@@ -177,27 +188,57 @@ class JsonClient:
         )
 
     async def _ask_or_fail(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T | Failure:
-        async with self._free:
+        too_soon = tenacity.AsyncRetrying(
+            wait=self._wait, retry=tenacity.retry_if_exception_type(_TooSoon)
+        )
+        found: _T | Failure = await too_soon(self._ask_in_turn, path, body, read)
+        return found
+
+    async def _ask_in_turn(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T | Failure:
+        """One request in a slot of the throttle; _TooSoon where it is to come back later."""
+        async with self._throttle.slot() as began:
             # A server that is gone is not worth the full patience for every request in the batch.
             tries = 1 if self._given_up >= _LOST_AFTER else self._tries
             try:
-                found = await self._persist(path, body, read, tries)
+                found = await self._persist(path, body, read, tries, apart=_TOO_MANY)
             except RequestError as error:
+                if error.status == _TOO_MANY and self._come_back(began):
+                    raise _TooSoon(str(error), retry_after=error.retry_after) from None
                 refused = error.status in _REFUSED
                 self._given_up = 0 if refused else self._given_up + 1
                 self._refused = self._refused + 1 if refused else 0
                 self._last_failure = str(error)
+                if error.status == _TOO_MANY:
+                    return Failure(f"{error} (and nothing else for {self._patience:g} s)")
                 return Failure(f"{error} ({tries} tries)" if error.passing else str(error))
             self._given_up = self._refused = 0
+            self._throttle.answered()
             return found
 
-    async def _persist(self, path: str, body: Any, read: Callable[[bytes], _T], tries: int) -> _T:
+    def _come_back(self, began: int) -> bool:
+        """Whether a request that was one too many is worth another try."""
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "%s: takes fewer than %d requests at a time (--concurrency); it gets as many as it "
+                "takes",
+                self.base_url,
+                self._concurrency,
+            )
+        return self._throttle.refused(began)
+
+    async def _persist(
+        self, path: str, body: Any, read: Callable[[bytes], _T], tries: int, apart: int = 0
+    ) -> _T:
+        """Up to `tries` tries of one request; replies of the status `apart` end them at once."""
+
+        def again(error: BaseException) -> bool:
+            return isinstance(error, RequestError) and error.passing and error.status != apart
+
         patient = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(tries),
             wait=self._wait,
-            retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, RequestError) and error.passing
-            ),
+            retry=tenacity.retry_if_exception(again),
             reraise=True,
         )
         found: _T = await patient(self._once, path, body, read)

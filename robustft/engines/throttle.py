@@ -1,0 +1,66 @@
+"""How many requests to a server may be in flight at a time: as many as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+
+class Throttle:
+    """Slots for requests: half as many where the server refuses one as too many, then more again.
+
+    Additive increase, multiplicative decrease (Chiu and Jain 1989): one slot more after as many
+    answers as there are slots. All on one event loop.
+
+    Args:
+        most: slots at first and at most.
+        patience: seconds in which nothing but refusals came, after which they count as failures.
+    """
+
+    def __init__(self, most: int, patience: float) -> None:
+        self.slots = most
+        self._most = most
+        self._patience = patience
+        self._free = asyncio.Semaphore(most)
+        self._owed = 0  # slots that are no more, once they come free
+        self._cuts = 0
+        self._answers = 0  # since the number of slots changed
+        self._refusing_since: float | None = None
+
+    @contextlib.asynccontextmanager
+    async def slot(self) -> AsyncIterator[int]:
+        """One request in flight; what it yields tells `refused` when that began."""
+        await self._free.acquire()
+        try:
+            yield self._cuts
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._owed:
+            self._owed -= 1
+        else:
+            self._free.release()
+
+    def answered(self) -> None:
+        """A request was answered."""
+        self._refusing_since = None
+        self._answers += self.slots < self._most
+        if self._answers == self.slots:
+            self._answers = 0
+            self.slots += 1
+            self._release()
+
+    def refused(self, began: int) -> bool:
+        """A request was one too many; whether it is worth another try."""
+        if began == self._cuts and self.slots > 1:  # else it was in flight before the last cut
+            self._owed += self.slots // 2
+            self.slots -= self.slots // 2
+            self._cuts += 1
+            self._answers = 0
+        now = time.monotonic()
+        if self._refusing_since is None:
+            self._refusing_since = now
+        return now - self._refusing_since < self._patience

@@ -1,0 +1,76 @@
+"""How many requests may be in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from robustft.engines.throttle import Throttle
+
+
+async def in_flight(throttle: Throttle) -> int:
+    """How many more slots are to be had at once."""
+    async with contextlib.AsyncExitStack() as held:
+        for count in range(1000):
+            try:
+                await asyncio.wait_for(held.enter_async_context(throttle.slot()), 0.01)
+            except TimeoutError:
+                return count
+    raise AssertionError("no end of slots")
+
+
+def test_a_burst_of_refusals_halves_the_slots_once() -> None:
+    async def play() -> None:
+        throttle = Throttle(8, patience=60)
+        async with contextlib.AsyncExitStack() as held:
+            begun = [await held.enter_async_context(throttle.slot()) for _ in range(8)]
+            assert all(throttle.refused(one) for one in begun)
+            assert throttle.slots == 4
+            assert await in_flight(throttle) == 0
+        assert await in_flight(throttle) == 4
+
+    asyncio.run(play())
+
+
+def test_as_many_answers_as_slots_add_one_up_to_the_most() -> None:
+    async def play() -> None:
+        throttle = Throttle(5, patience=60)
+        async with throttle.slot() as began:
+            throttle.refused(began)
+        seen = []
+        for _ in range(20):
+            throttle.answered()
+            seen.append(throttle.slots)
+        assert seen == [3] * 2 + [4] * 4 + [5] * 14
+        assert await in_flight(throttle) == 5
+
+    asyncio.run(play())
+
+
+def test_one_slot_is_left() -> None:
+    async def play() -> None:
+        throttle = Throttle(3, patience=60)
+        for _ in range(9):
+            async with throttle.slot() as began:
+                assert throttle.refused(began)
+        assert throttle.slots == await in_flight(throttle) == 1
+
+    asyncio.run(play())
+
+
+def test_refusals_count_as_failures_where_nothing_else_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    throttle = Throttle(1, patience=60)
+    assert throttle.refused(0)
+    now = 159.0
+    assert throttle.refused(0)
+    throttle.answered()
+    now = 165.0
+    assert throttle.refused(0)
+    now = 225.0
+    assert not throttle.refused(0)
