@@ -595,6 +595,21 @@ def test_a_server_whose_likeliest_tokens_are_no_answer_is_not_lost(
     assert isinstance(choice, Choice)
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_filtered_reply_is_no_answer_and_is_not_asked_for_again(
+    server: FaultyServer, tiny_model: Path, chat: bool
+) -> None:
+    made = engine(server, None if chat else tiny_model)
+    server.edit = lambda body, reply: reply["choices"][0].update(
+        finish_reason="content_filter", message={"content": None}, text="", logprobs=None
+    )
+    before = server.requests
+    prompts, candidates = questions(70)
+    for said in [*made.choose(prompts, candidates), *made.generate(prompts, 3)]:
+        assert said == Failure("the server's content filter held the reply back")
+    assert server.requests == before + 140
+
+
 # --- what the user got wrong ---------------------------------------------------------------------
 
 

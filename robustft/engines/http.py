@@ -57,6 +57,13 @@ class _TooSoon(RequestError):
     """The server takes no more requests for now."""
 
 
+class NoAnswer(RequestError):
+    """A sound reply that holds no answer, and would hold none if asked for again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, status=200, passing=False)
+
+
 class JsonClient:
     """Posts JSON to one server, many requests at a time, from any thread.
 
@@ -152,7 +159,8 @@ class JsonClient:
     ) -> list[_T | Failure]:
         """Post every body; `readers` turn the replies into results, ValueError where they cannot.
 
-        A sound reply without an answer is theirs to turn into a `Failure`: no server is lost by it.
+        A sound reply without an answer is theirs to turn into a `Failure`, or to raise `NoAnswer`
+        at: it is not asked for again, and no server is lost by it.
 
         Raises:
             EngineLost: dozens of requests in a row got no usable reply, or were refused, and a
@@ -200,7 +208,10 @@ class JsonClient:
             # A server that is gone is not worth the full patience for every request in the batch.
             tries = 1 if self._given_up >= _LOST_AFTER else self._tries
             try:
+                found: _T | Failure
                 found = await self._persist(path, body, read, tries, apart=_TOO_MANY)
+            except NoAnswer as error:
+                found = Failure(str(error))
             except RequestError as error:
                 if error.status == _TOO_MANY and self._come_back(began):
                     raise _TooSoon(str(error), retry_after=error.retry_after) from None

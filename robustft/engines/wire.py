@@ -1,7 +1,7 @@
 """The replies of an OpenAI-compatible server, typed and checked: nothing in them is trusted.
 
 Every reader raises ValueError (pydantic's ValidationError is one) on a reply that is not what was
-asked for, log-probabilities that cannot be ones included.
+asked for, log-probabilities that cannot be ones included, and `NoAnswer` on one that was filtered.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from robustft.engines.http import NoAnswer
 
 _SLACK = 0.02  # nats: greedy choices are the likeliest up to what a server rounds to
 _ENDS = {"stop", "length", "eos", "eos_token", "stop_sequence", None}
@@ -131,6 +133,7 @@ def read_completion(payload: bytes, *, most: int, greedy: bool) -> Written:
     """A reply of /completions with at most `most` tokens."""
     reply = parsed(Completion, payload)
     choice = reply.choices[0]
+    _require_unfiltered(choice.finish_reason)
     pieces, logprobs = None, None
     tops: tuple[dict[str, float], ...] = ()
     if choice.logprobs is not None:
@@ -156,6 +159,7 @@ def read_chat(payload: bytes, *, most: int, greedy: bool) -> Written:
     """A reply of /chat/completions with at most `most` tokens."""
     reply = parsed(Chat, payload)
     choice = reply.choices[0]
+    _require_unfiltered(choice.finish_reason)
     message = choice.message
     thinking = not message.content and bool(message.reasoning or message.reasoning_content)
     _require(message.content is not None or thinking, "a message with content")
@@ -290,6 +294,11 @@ def read_echo(payload: bytes, head: Sequence[int], tail: Sequence[int]) -> Force
         rank = 0.0 if top and value >= ordered[0] else float("nan")
         rows.append((min(value, 0.0), ordered[0], second, rank))
     return Forced(*np.array(rows, dtype=np.float32).reshape(-1, 4).T)
+
+
+def _require_unfiltered(finish: str | None) -> None:
+    if finish == "content_filter":
+        raise NoAnswer("the server's content filter held the reply back")
 
 
 def _require(condition: bool, expected: str, found: object = "something else") -> None:
