@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -378,7 +379,15 @@ def test_threads_give_the_same_bits() -> None:
     [
         ([["a"]], {"metric": "rouge"}, ValueError, "metric must be one of"),
         ([["a"]], {"threshold": 0}, ValueError, r"threshold must be in \(0, 1\], got 0"),
-        ([["a"]], {"threads": 0}, ValueError, "threads must be at least 1, got 0"),
+        ([["a"]], {"threads": 0}, ValueError, r"threads must be in \[1, 2147483647\], got 0"),
+        (
+            [["a"]],
+            {"threads": 2**64},
+            ValueError,
+            "threads must be in .*, got 18446744073709551616",
+        ),
+        ([["a"]], {"threads": 1.5}, TypeError, "threads must be a whole number, got 1.5"),
+        ([["a"]], {"threads": True}, TypeError, "threads must be a whole number, got True"),
         ([["a"]], {"clustering": "x"}, ValueError, "clustering must be one of"),
         ([["a"]], {"given": "b"}, ValueError, "given must be one string per question"),
         ([["a"]], {"given": ["b", "c"]}, ValueError, r"question \(1\), got 2$"),
@@ -445,6 +454,24 @@ def test_native_module_refuses_answers_outside_the_tokens() -> None:
         _core.consistency_summarise(
             np.zeros((1, 65, 65), np.float32), np.ones((1, 65), bool), None, 0.5, "components", 1
         )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "missing"), [("True", "Triton is not installed"), ("False", "there is no GPU")]
+)
+def test_triton_that_cannot_run_is_said(hidden: str, missing: str) -> None:
+    code = (
+        f"import sys, torch; sys.modules.update({{'triton': None}} if {hidden} else {{}})\n"
+        "torch.cuda.is_available = lambda: False\n"
+        "from robustft_kernels import answer_consistency\n"
+        "try: answer_consistency([['a']], backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    told = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
+    assert told.stdout == f"backend must be 'cpu' where {missing}, got 'triton'\n"
 
 
 def test_strings_need_neither_triton_nor_a_gpu() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import json
 import math
 import multiprocessing
@@ -392,6 +393,12 @@ def two_rows() -> CosineKNN:
     return CosineKNN(gaussian(2, 3))
 
 
+def one_row(k: int = 1, threads: int | None = None) -> None:
+    rows = gaussian(1, 3)
+    ids, _ = CosineKNN(rows, threads=threads).search(rows, k)
+    assert ids[0, 0] == 0
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -403,12 +410,15 @@ def two_rows() -> CosineKNN:
         (lambda: CosineKNN(gaussian(2, 3), ids=[1]), ValueError, r"ids must be \[2\], got \[1\]"),
         (lambda: CosineKNN(gaussian(2, 3), ids=[1, -2]), ValueError, "ids must be >= 0.*got -2"),
         (lambda: CosineKNN(gaussian(2, 3), ids=[1.5, 2]), TypeError, "ids must be integers"),
-        (lambda: CosineKNN(gaussian(2, 3), threads=0), ValueError, "threads must be >= 1, got 0"),
-        (lambda: two_rows().search(gaussian(1, 3), 0), ValueError, "k must be >= 1, got 0"),
-        (
-            lambda: two_rows().search(gaussian(1, 3), 1.5),
-            TypeError,
-            "k must be a whole number, got 1.5",
+        *(
+            (functools.partial(one_row, **{name: value}), error, message)
+            for name in ("threads", "k")
+            for value, error, message in (
+                (0, ValueError, rf"{name} must be in \[1, 2147483647\], got 0"),
+                (2**64, ValueError, rf"{name} must be in .*, got {2**64}"),
+                (1.5, TypeError, f"{name} must be a whole number, got 1.5"),
+                (True, TypeError, f"{name} must be a whole number, got True"),
+            )
         ),
         (lambda: two_rows().search(gaussian(1, 4), 1), ValueError, r"be \[Q, 3\], got \[1, 4\]"),
         (
@@ -442,6 +452,11 @@ def two_rows() -> CosineKNN:
 def test_wrong_arguments_are_named(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
+def test_numpy_integers_are_whole_numbers(kind: type) -> None:
+    one_row(k=kind(1), threads=kind(2))
 
 
 def test_many_python_threads_share_an_index() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ def answer_consistency(
     limit, workers = _check_arguments(metric, clustering, backend, threshold, threads)
     on_device = is_tensor(answers) and answers.device.type != "cpu"
     xp = Library(answers, triton=backend == "triton" or (backend == "auto" and on_device))
+    if xp.triton:
+        _check_triton(backend)
     if metric == "cosine":
         others = {"cu_seqlens": cu_seqlens, "counts": counts, "normaliser": normaliser}
         for name, value in others.items():
@@ -135,12 +138,33 @@ def _check_arguments(
     limit = DEFAULT_THRESHOLD[metric] if threshold is None else float(threshold)
     if not 0.0 < limit <= 1.0:
         raise ValueError(f"threshold must be in (0, 1], got {threshold}")
-    workers = min(cores(), 16) if threads is None else threads
-    if workers < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    workers = min(cores(), 16) if threads is None else _checked_threads(threads)
     # Agreement is float32: compare like with like, but no threshold becomes 0.
     least = np.finfo(np.float32).smallest_subnormal
     return float(max(np.float32(limit), least)), workers
+
+
+def _checked_threads(threads: int) -> int:
+    try:
+        workers = operator.index(None if isinstance(threads, bool) else threads)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"threads must be a whole number, got {threads!r}") from None
+    if not 1 <= workers < 2**31:
+        raise ValueError(f"threads must be in [1, {2**31 - 1}], got {threads}")
+    return workers
+
+
+def _check_triton(backend: str) -> None:
+    import torch
+
+    try:
+        from triton import knobs
+    except ImportError:
+        raise ValueError(
+            f"backend must be 'cpu' where Triton is not installed, got {backend!r}"
+        ) from None
+    if not torch.cuda.is_available() and not knobs.runtime.interpret:
+        raise ValueError(f"backend must be 'cpu' where there is no GPU, got {backend!r}")
 
 
 def cores() -> int:

@@ -31,6 +31,7 @@ Found: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 _FIRST_TAIL = 1024  # rows of the first buffer `add` copies into; later ones double
 _LARGEST_TAIL = 1 << 16
+_MOST = 2**31 - 1  # neighbours, or threads
 
 
 class NeighbourIndex(Protocol):
@@ -128,7 +129,7 @@ class CosineKNN:
 
         Args:
             queries: [Q, d] in any of the supported dtypes, not necessarily that of the rows.
-            k: neighbours per query, >= 1; may exceed N.
+            k: neighbours per query, in [1, 2**31 - 1]; may exceed N.
             exclude: [Q] one id per query to leave out (the query itself, say); -1 for none.
             threshold: only neighbours whose cosine is above it.
             allowed: the rows to look at: [N] booleans, or a list of ids.
@@ -139,7 +140,7 @@ class CosineKNN:
             than k neighbours the rest of the row is id -1 and cosine NaN.
 
         Raises:
-            TypeError: an unsupported dtype.
+            TypeError: an unsupported dtype, or a k that is no whole number.
             ValueError: a wrong shape or value, or a query with NaN or infinity.
             KeyboardInterrupt: on Ctrl-C, within a fraction of a second.
         """
@@ -340,11 +341,11 @@ def _page_release(rows: NDArray[Any]) -> Callable[[int], None] | None:
 
 def _positive(value: int, name: str) -> int:
     try:
-        number = operator.index(value)
+        number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be >= 1, got {number}")
+    if not 1 <= number <= _MOST:
+        raise ValueError(f"{name} must be in [1, {_MOST}], got {number}")
     return number
 
 
