@@ -89,11 +89,7 @@ def find_model(spec: str | None) -> ModelSource:
 def _check_folder(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
     if "adapter_config.json" in names:
-        # transformers would lay it over the model unasked, and unchecked.
-        raise UserError(
-            f"{path}: holds a LoRA adapter; expected a model's folder without one, and the "
-            "adapter's own folder as --adapter, where one is taken"
-        )
+        raise _adapted(path)
     if "config.json" not in names:
         raise UserError(f"{path}: expected a model folder with config.json, found none")
     if not any(name.endswith(".safetensors") for name in names):
@@ -109,6 +105,14 @@ def _check_folder(path: Path) -> None:
         raise UserError(
             f"{path}: expected a tokenizer (tokenizer.json or tokenizer.model), found none"
         )
+
+
+def _adapted(path: Path | str) -> UserError:
+    """What a model with an adapter in it is met with: transformers would lay it on, unchecked."""
+    return UserError(
+        f"{path}: holds a LoRA adapter; expected a model without one, and the adapter's own "
+        "folder as --adapter, where one is taken"
+    )
 
 
 def content_digest(source: ModelSource) -> str:
@@ -159,11 +163,16 @@ def hub_answers() -> bool:
 
 
 def _origin(source: ModelSource) -> dict[str, Any]:
-    """Arguments of every `from_pretrained`: no code of the model's, no waiting in vain."""
-    return {
-        "trust_remote_code": False,
-        "local_files_only": not source.local and not hub_answers(),
-    }
+    """Arguments of every `from_pretrained`: no code of the model's, no waiting in vain.
+
+    Raises UserError for a hub id with an adapter in it, as `find_model` does for a folder.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    offline = not source.local and not hub_answers()
+    if not source.local and find_adapter_config_file(source.path, local_files_only=offline):
+        raise _adapted(source.path)
+    return {"trust_remote_code": False, "local_files_only": offline}
 
 
 @contextlib.contextmanager

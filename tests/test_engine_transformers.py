@@ -462,6 +462,20 @@ def test_a_model_folder_with_an_adapter_is_refused(tiny_model: Path, tmp_path: P
         find_model(str(folder))
 
 
+def test_a_hub_id_with_an_adapter_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("robustft.models.hub_answers", lambda: False)
+    cached = tmp_path / "models--who--adapter"
+    folder = shutil.copytree(tiny_model, cached / "snapshots" / ("0" * 40))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0" * 40)
+    with pytest.raises(UserError, match=r"^who/adapter: holds a LoRA adapter"):
+        TransformersEngine(EngineConfig(model="who/adapter"))
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing there"):
         TransformersEngine(EngineConfig(model=str(tmp_path / "absent")))
