@@ -192,6 +192,20 @@ def test_choice_more_than_26_options_and_one_option() -> None:
         ("5 * 10^2 = 500", "500", "500"),
         ("12 * 10 = 120", "120", "120"),
         ("1\u00a0000\u202f000 euros", "1000000", "1\u00a0000\u202f000"),
+        ("1 000 000 people", "1000000", "1 000 000"),
+        ("The answer is 12 345.5", "12345.5", "12 345.5"),
+        ("#### 12 345\nThat is all.", "12345", "12 345"),
+        ("#### 3 100 dollar bills", "3", "3"),
+        ("5 apples, 10 20 300", "300", "300"),
+        ("2 1000", "1000", "1000"),
+        ("$5k", "5000", "$5k"),
+        ("It costs $2.5M.", "2500000", "$2.5M"),
+        ("€3bn", "3000000000", "€3bn"),
+        ("He ran a 5k", "5", "5"),
+        ("5 km", "5", "5"),
+        ("$5 km", "5", "$5"),
+        ("$5kg", "5", "$5"),
+        ("$5k$", "5", "$5"),
         (".5", "0.5", ".5"),
         ("007", "7", "007"),
         ("1,000", "1000", "1,000"),
@@ -387,6 +401,7 @@ def test_kind_of_the_given_answer() -> None:
     assert answer_kind("18", None) == "number"
     assert answer_kind("$1,234.50", None) == "number"
     assert answer_kind("50%", []) == "number"
+    assert answer_kind("1 000 000", None) == answer_kind("1 000", None) == "number"
     assert answer_kind("007", None) == "span"
     assert answer_kind("New York", None) == "span"
     assert answer_kind("She has 16 - 3 = 13 eggs left to sell.\nA: 26", None) == "text"

@@ -14,21 +14,28 @@ from fractions import Fraction
 _MAX_DIGITS = 60  # longer digit strings stay text: Python refuses to convert beyond 4,300 digits
 _MAX_EXPONENT = 300
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_LETTERS = {"k": 3, "m": 6, "b": 9, "bn": 9}  # of money only: "5k" may be a race, "3M" a company
 
-# A sign counts only where no operand stands before it: "-5", "$-5", "(-5)" but not "10-5".
+# A sign counts only where no operand stands before it: "-5", "$-5", "(-5)" but not "10-5". Plain
+# spaces between thousands count where there are two, or the line ends: not in "3 100 dollar bills".
 _NUMBER = re.compile(
     r"""(?:(?<![\w.])(?P<minus>(?<![)\]}])[-−–])?(?P<units>\d{1,9})?)?
     \\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}
     |(?<![\w.])
     (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d]))?
-    [$€£¥]?(?P<inner>[-−](?=[.\d]))?
+    (?P<currency>[$€£¥])?(?P<inner>[-−](?=[.\d]))?
     (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d))?
-    (?P<whole>\d{1,3}(?:(?:,|\{,\}|\\,|,?\\!)\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?
+    (?P<whole>\d{1,3}(?:(?:,|\{,\}|\\,|,?\\!)\d{3})+(?!\d)
+      |(?<!\d[ ])[1-9]\d{0,2}
+       (?:(?:[ ]\d{3}){2,}|[ ]\d{3}(?=(?:\.\d+)?\W{0,4}(?:\n|\Z)))(?![ ]?\d)
+      |\d+)?
+    (?P<part>\.\d+)?
     (?(whole)|(?(part)|(?!)))
     (?:[eE](?P<exponent>[-+−]?\d{1,4})(?!\w)
       |\s?(?:[×·*x]|\\times|\\cdot)\s?10\^\{?(?P<power>[-−]?\d{1,4})\b\}?)?
     (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
     (?:\s(?P<scale>thousand|million|billion|trillion)\b)?
+    (?(currency)(?:(?P<letter>(?-i:[kKMB]|bn))(?![\w$]))?)
     (?:\s?%)?""",
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
@@ -62,6 +69,8 @@ def value(match: re.Match[str]) -> Fraction | None:
         result += int(match["mixed"])
     if match["scale"]:
         result *= 10 ** _SCALES[match["scale"].lower()]
+    elif match["letter"]:
+        result *= 10 ** _LETTERS[match["letter"].lower()]
     return -result if (match["sign"] or match["inner"] or "+") in "-−–" else result
 
 
