@@ -81,6 +81,9 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("（Ｂ）", "B", "Ｂ"),
         ("Answer: B. I hope this answer is clear.", "B", "B"),
         ("Hmm, it must be (B).", "B", "B"),
+        ("(B) neutral, as a gain is not reported", "B", "B"),
+        ("B) neutral is supported by the text", "B", "B"),
+        ("Answer: (B) neutral. Not negative.", "B", "B"),
     ],
 )
 def test_choice_found(reply: str, answer: str, characters: str) -> None:
@@ -124,6 +127,11 @@ def test_choice_found(reply: str, answer: str, characters: str) -> None:
         "A) Incorrect, since profits fell.",
         "A) No, profits fell.\nB) Yes, nothing changed.\nC) No.",
         "**A) negative** – too strong\n**B) neutral** – that is it",
+        "(B) neutral is not supported",
+        "B) neutral isn't it",
+        "**B. neutral** is wrong",
+        "B. neutral cannot be right.",
+        "Answer: (B) neutral is not supported",
     ],
 )
 def test_choice_never_guessed(reply: str) -> None:

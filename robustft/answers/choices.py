@@ -37,6 +37,11 @@ _NEGATION = re.compile(
     r"|n['’]t\b|\brul\w{1,3}\sout\b",
     re.IGNORECASE,
 )
+_DENIED = re.compile(
+    r"""[\s*_)\]"'`”’,:–—-]{0,8}(?:(?:is|was|are|were|can|could|would|should|does|did|seems)\s?)?
+        (?:be\s)?(?:n['’]t|not|cannot|never|wrong|incorrect|false|unlikely)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _LINE = re.compile(
     r"""[\s*_>\#"'`“‘-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{]?)(?P<letter>[A-Za-z])(?![\w'’])
         (?P<close>[)\]}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
@@ -160,6 +165,8 @@ def _after_marker(text: str, position: int, choices: _Options) -> Parsed | None:
     another = _AND_ANOTHER.match(text, letter.end())
     if another and another[1] != letter[1].upper() and ord(another[1]) - 65 < choices.count:
         return NOTHING
+    if _denied(text, letter.end(), choices):
+        return NOTHING
     # "Answer: B. positive" where positive is option C says two things.
     line_end = text.find("\n", begin)
     rest = text[letter.end() : line_end if line_end >= 0 else len(text)][: choices.reach]
@@ -202,7 +209,7 @@ def _by_line(text: str, start: int, choices: _Options) -> Parsed | None:
                 stated[own] = _found(own, *line.span("letter"), choices)
             elif own:
                 return NOTHING
-            elif _opens_reply(line, rest):
+            elif _opens_reply(line, rest) and not _denied(text, line.start("rest"), choices):
                 named = _found(line["letter"], *line.span("letter"), choices)
                 if first:
                     opening = named
@@ -228,6 +235,12 @@ def _opens_reply(line: re.Match[str], rest: str) -> bool:
         return True
     word = re.match(r"\w+", rest)
     return word is not None and (word[0].islower() or word[0].lower() in _PROSE_STARTS)
+
+
+def _denied(text: str, position: int, choices: _Options) -> bool:
+    """Whether an option's text stands there and is said not to be it: "neutral is not right"."""
+    own = choices.prefix(text, position)
+    return own is not None and _DENIED.match(text, own[2]) is not None
 
 
 def _mentions(text: str, start: int) -> Iterator[tuple[str, int, int]]:
