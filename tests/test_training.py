@@ -108,6 +108,9 @@ def test_end_of_turn_follows_the_template(tiny_model: Path) -> None:
     assert end_of_turn(tokenizer) == ends[:1]
     tokenizer.eos_token = "<|endoftext|>"
     assert end_of_turn(tokenizer) == ends[:1]
+    # One that takes no such turns tells no end of theirs.
+    tokenizer.chat_template = "{{ raise_exception('a system turn comes first') }}"
+    assert end_of_turn(tokenizer) == ends[1:]
     tokenizer.chat_template = None
     assert end_of_turn(tokenizer) == ends[1:]
 

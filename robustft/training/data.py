@@ -83,7 +83,10 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     """
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PLACEHOLDER}]
-        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        try:
+            rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # a template may raise anything; this one takes no such turns
+            rendered = ""
         after = rendered.rpartition(_PLACEHOLDER)[2]
         ids = tokenizer.encode(after, add_special_tokens=False) if after else []
         # Many templates end a turn in a control token that is none of the tokenizer's named ones.
