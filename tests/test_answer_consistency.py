@@ -456,6 +456,18 @@ def test_native_module_refuses_answers_outside_the_tokens() -> None:
         )
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e-45, 1e-30, 1e30, 1e200, 1e307])
+def test_cosine_of_rows_however_long(scale: float, tensor: bool) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 4, 16))
+    expected = answer_consistency(rows, metric="cosine", given=rows[:, 0])
+    scaled = torch.from_numpy(rows * scale) if tensor else rows * scale
+    found = answer_consistency(scaled, metric="cosine", given=rows[:, 0].astype(np.float32))
+    np.testing.assert_allclose(found.agreement, expected.agreement, atol=1e-6)
+    np.testing.assert_allclose(found.given_agreement, expected.given_agreement, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("hidden", "missing"), [("True", "Triton is not installed"), ("False", "there is no GPU")]
 )

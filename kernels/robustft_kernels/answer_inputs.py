@@ -290,9 +290,9 @@ def unit_rows(xp: Library, answers: Any, given: Any, present: Any) -> tuple[Any,
         rows = xp.module.concatenate([rows, last[:, None, :]], axis=1)
         here = xp.module.concatenate([here, xp.module.ones_like(here[:, :1])], axis=1)
     if rows.shape[2]:
-        # Scaling by the largest element first keeps the squares within range.
+        # Scaling by the largest element first keeps the squares, and float64, within range.
         largest = xp.module.amax(abs(rows), axis=2)[..., None]
-        rows = rows / xp.module.where(largest > 0, largest, xp.real(1.0))
+        rows = xp.cast(rows / xp.module.where(largest > 0, largest, xp.real(1.0)), "float32")
         norm = (rows * rows).sum(axis=2)[..., None] ** 0.5
         rows = rows / xp.module.where(norm > 0, norm, xp.real(1.0))
     return rows, here
@@ -306,7 +306,7 @@ def _embeddings(xp: Library, name: str, value: Any, ndim: int) -> Any:
         raise TypeError(f"{name} must be floating embeddings for metric='cosine', got {rows.dtype}")
     if rows.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(rows.shape)}")
-    return xp.cast(rows, "float32")
+    return rows if "float64" in str(rows.dtype) else xp.cast(rows, "float32")
 
 
 def _check_finite(xp: Library, name: str, rows: Any) -> None:
