@@ -469,6 +469,16 @@ def test_forward_mode_is_refused_not_zero() -> None:
             torch.func.jvp(lambda z: linear_token_stats(x, z).entropy, (x,), (x,))
 
 
+def test_functional_gradients_are_refused_and_what_needs_none_works() -> None:
+    x, w = torch.randn(3, 7), torch.randn(5, 7)
+    with pytest.raises(NotImplementedError, match=r"logits: .* use torch\.autograd\.grad"):
+        torch.func.grad(lambda z: token_stats(z).entropy.sum())(x)
+    with pytest.raises(NotImplementedError, match=r"weight: .* use torch\.autograd\.grad"):
+        torch.func.vjp(lambda z: linear_token_stats(x, z).entropy, w)
+    unit = torch.func.grad(lambda z: z.sum() + token_stats(z.detach()).entropy.sum() * 0)(x)
+    assert (unit == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 9).to(dtype).requires_grad_()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd.forward_ad import unpack_dual
 
 from robustft_kernels.reference import (
@@ -292,8 +293,15 @@ def check_tensor(x: object, name: str) -> None:
     if not isinstance(x, Tensor):
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be a torch.Tensor, got {kind}")
-    if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        return
+    if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented")
+    # torch names none of this when it refuses an operator of ours.
+    if x.requires_grad and torch.is_grad_enabled() and is_gradtrackingtensor(x):
+        raise NotImplementedError(
+            f"{name}: torch.func.grad and vjp are not implemented; use torch.autograd.grad"
+        )
 
 
 def check_logits(logits: Tensor, vocab_size: int | None) -> int:
@@ -370,7 +378,8 @@ def token_stats(
     Raises:
         TypeError: logits are not floating point, target_ids not integers, one of the three no
             tensor, or an option no number.
-        NotImplementedError: a tensor carries a forward-mode tangent (`torch.func.jvp`).
+        NotImplementedError: a tensor carries a forward-mode tangent (`torch.func.jvp`), or is
+            differentiated by `torch.func.grad` or `vjp`; `torch.autograd.grad` works.
         ValueError: shapes disagree, an option is out of range, or, on the CPU, a target is
             neither a column nor `ignore_index`. A GPU is not waited for: there such a target
             gives logprob NaN and rank -1.
