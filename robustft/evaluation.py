@@ -26,10 +26,11 @@ from robustft.records import Record, RecordSource, Reject, count_records, open_r
 from robustft.records.formats import hash_files
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
-from robustft.terminal import printable
+from robustft.terminal import counted, printable
 
 _CATEGORY_FIELDS = ("Subject", "subject", "Category", "category")
 _MOST_CATEGORIES = 1000
+_SHOWN = 60  # categories in the summary; the predictions file has all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,15 @@ class EvalResult:
             lines.append(
                 f"{self.truncated:,} prompts exceeded the model's window and lost their middle."
             )
-        for name, tally in sorted(self.categories.items()):
+        largest = sorted(self.categories.items(), key=lambda one: (-one[1].total, one[0]))
+        for name, tally in sorted(largest[:_SHOWN]):
             low, high = tally.interval
             lines.append(
                 f"  {printable(name)}: {tally.accuracy:.1%} ({tally.correct:,} of {tally.total:,}; "
                 f"{100 * low:.1f} to {100 * high:.1f})"
             )
+        if more := len(largest[_SHOWN:]):
+            lines.append(f"  and {counted(more, 'category', 'categories')} of no more records")
         return "\n".join(lines)
 
 

@@ -133,6 +133,17 @@ def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> N
     assert str(result).splitlines()[-1].startswith(r"  law\x1b[2J\nfaked: 1.0000\u202e: 100.0% (1")
 
 
+def test_of_many_categories_the_largest_are_printed(tmp_path: Path) -> None:
+    rows = [choice("A", "A", category=f"c{n:03}") for n in [*range(100), 99, 98]]
+    out = tmp_path / "p.jsonl"
+    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows), out=out), engine=oracle())
+    said = str(result).splitlines()
+    shown = [line.split(":")[0].strip() for line in said if line.startswith("  c")]
+    assert shown == [f"c{n:03}" for n in [*range(58), 98, 99]]
+    assert said[-1] == "  and 40 categories of no more records"
+    assert len({json.loads(line)["category"] for line in out.read_text().splitlines()}) == 100
+
+
 def test_a_category_in_every_record_is_none(tmp_path: Path) -> None:
     rows = [choice("A", "A", category=f"c{n}") for n in range(1001)]
     result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
