@@ -15,12 +15,17 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    MiniMaxConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
+    RecurrentGemmaConfig,
+    RwkvConfig,
     SiglipVisionConfig,
 )
 from transformers.cache_utils import DynamicLayer
@@ -123,6 +128,58 @@ def test_a_record_does_not_depend_on_its_batch(engine: TransformersEngine) -> No
     for one, alone in zip(together, (engine.generate([p], 8)[0] for p in prompts), strict=True):
         assert one.text == alone.text
         np.testing.assert_allclose(one.nll, alone.nll, atol=1e-4)
+
+
+STATEFUL = [
+    RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=512),
+    RecurrentGemmaConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        lru_width=32, intermediate_size=64, vocab_size=512,
+    ),
+    MiniMaxConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["linear_attention", "full_attention"], vocab_size=512,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", STATEFUL, ids=lambda shape: shape.model_type)
+def test_a_model_that_mixes_up_a_batch_is_asked_one_by_one(
+    tiny_model: Path, shape: PreTrainedConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    for weights in model.parameters():
+        if weights.dim() > 1:
+            torch.nn.init.normal_(weights, std=0.3)
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    config = EngineConfig(dtype="float32", device="cpu")
+    engine = TransformersEngine(config, model=model, tokenizer=tokenizer)
+    prompts, count = [prompt(text) for text in TEXTS], len(TEXTS)
+    candidates, responses = [(" A", " Zebra")] * count, ["yes", "a longer response", "", "no", "x"]
+    together = (
+        engine.generate(prompts, 6), engine.choose(prompts, candidates),
+        engine.score(prompts, responses),
+    )  # fmt: skip
+    told = [line.getMessage() for line in caplog.records if line.name == "robustft"]
+    assert ["asked one text at a time" in line for line in told] == [True]
+    for row, one in enumerate(prompts):
+        (reply,) = engine.generate([one], 6)
+        assert together[0][row].text == reply.text
+        np.testing.assert_allclose(together[0][row].nll, reply.nll, atol=1e-4)
+        (choice,) = engine.choose([one], candidates[:1])
+        np.testing.assert_allclose(together[1][row].logprobs, choice.logprobs, atol=1e-4)
+        (score,) = engine.score([one], [responses[row]])
+        assert together[2][row].nll == pytest.approx(score.nll, abs=1e-4, nan_ok=True)
+
+
+def test_a_model_that_keeps_rows_apart_is_asked_in_batches(
+    engine: TransformersEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.choose([prompt(text) for text in TEXTS], [(" A", " B")] * len(TEXTS))
+    assert engine._takes_batches
+    assert not caplog.messages
 
 
 @BEGINNINGS

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ _T = TypeVar("_T")
 _CPU_BATCH_TOKENS = 12288
 _CUDA_BATCH_TOKENS = 131072
 _MAX_ROWS = {"cpu": 96, "cuda": 512}
+_ROUNDING = 0.2  # of the scores' spread; rounding to bfloat16 makes 0.02, padding read as text 0.8
+_log = logging.getLogger("robustft")
 
 
 class _TokenRecorder:
@@ -132,6 +135,7 @@ class TransformersEngine:
         self._max_rows = _MAX_ROWS.get(self.device.type, 64)
         self._head_is_linear: bool | None = None
         plain = getattr(self.model, "get_base_model", lambda: self.model)()
+        self._takes_batches: bool | None = None
         self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
         self._plain_cache: bool | None = None
         pad = self.tokenizer.pad_token_id
@@ -177,6 +181,48 @@ class TransformersEngine:
         middle = len(rows) // 2
         return self._with_back_off(rows[:middle], ask) + self._with_back_off(rows[middle:], ask)
 
+    def _together(self, count: int, ask: Callable[[Sequence[int]], list[_T]]) -> list[_T]:
+        """Ask for `count` rows at once, or one by one where the model does not keep them apart."""
+        rows = range(count)
+        if count > 1 and not self._keeps_apart():
+            return [found for row in rows for found in ask([row])]
+        return self._with_back_off(rows, ask) if count else []
+
+    def _keeps_apart(self) -> bool:
+        """Whether a short row comes out alike alone and in a batch, padded, once seen.
+
+        Some models with a state read the padding as text (RWKV-4, Recurrent Gemma, xLSTM), or mix
+        up what follows a batch (RWKV-4, MiniMax).
+        """
+        if self._takes_batches is None:
+            room = self.encoder.window - 2
+            texts = ["The cat sat on the", "Which of these is the longer text, by far? " * 4]
+            encoded = [ids[:room] for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+            alone, padded = self._two_steps(encoded[:1]), self._two_steps(encoded)
+            gap = (alone - padded).std(dim=-1) / alone.std(dim=-1)
+            self._takes_batches = not bool((gap > _ROUNDING).any())
+            if not self._takes_batches:
+                _log.warning(
+                    "%s reads padding as text, or mixes up a batch: it is asked one text at a "
+                    "time, which is slow",
+                    self.model_id,
+                )
+        return self._takes_batches
+
+    def _two_steps(self, encoded: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Scores [2, vocabulary] after the first row and after one more token, always the same."""
+        seen: list[torch.Tensor] = []
+        token = next(i for i in itertools.count() if i not in self.encoder.ends)
+
+        def note(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(scores[0].float())
+            forced = torch.full_like(scores, -torch.inf)
+            forced[:, token] = 0.0
+            return forced
+
+        self._decode(encoded, 2, [note])
+        return torch.stack(seen)
+
     def _left_padded(
         self, encoded: Sequence[Sequence[int]], shared: int = 0
     ) -> dict[str, torch.Tensor]:
@@ -208,29 +254,55 @@ class TransformersEngine:
             chosen = [0 if seeds is None else seeds[row] for row in rows]
             return self._generate([encoded[row] for row in rows], max_new_tokens, chosen)
 
-        return self._with_back_off(range(len(prompts)), ask) if prompts else []
+        return self._together(len(prompts), ask)
 
     def _generate(
         self, encoded: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
     ) -> list[Generation]:
-        import transformers
-
         recorder = _TokenRecorder()
         processors: list[Any] = [recorder]
         if self.temperature > 0:
             processors.append(_Sampler(self.temperature, seeds))
+        tokens = self._decode(encoded, max_new_tokens, processors)
+        recorder.note(tokens[:, -1])
+        nll = torch.stack(recorder.nll, dim=1).cpu().numpy()
+        entropy = torch.stack(recorder.entropy, dim=1).cpu().numpy()
+        results = []
+        for row, reply in enumerate(tokens.tolist()):
+            length = next(
+                (i for i, token in enumerate(reply) if token in self.encoder.ends), len(reply)
+            )
+            text, offsets = self.encoder.decode(reply[:length])
+            results.append(
+                Generation(
+                    text=text,
+                    nll=nll[row, :length].astype(np.float32),
+                    entropy=entropy[row, :length].astype(np.float32),
+                    offsets=offsets,
+                    prompt_tokens=len(encoded[row]),
+                    finished=length < len(reply),
+                )
+            )
+        return results
+
+    def _decode(
+        self, encoded: Sequence[Sequence[int]], most: int, processors: list[Any]
+    ) -> torch.Tensor:
+        """Up to `most` tokens after each sequence [rows, tokens], the likeliest as processed."""
+        import transformers
+
         # A model that is not told positions may count them in keys, padding among them (MPT).
         before = min(map(len, encoded)) - 1 if self._takes_positions else 0
         shared = self._shared(encoded, before)
         inputs = self._left_padded(encoded, shared)
-        cache = growing_cache(self.model, max_new_tokens)
+        cache = growing_cache(self.model, most)
         if shared and cache is not None:
             start = inputs["input_ids"][:1, :shared]
             self.model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(encoded))
         make: Any = transformers.GenerationConfig
         settings = make(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most,
             do_sample=False,
             eos_token_id=sorted(self.encoder.ends) or None,
             pad_token_id=self._pad,
@@ -248,27 +320,8 @@ class TransformersEngine:
             )
         finally:
             self.model.generation_config = own
-        recorder.note(output[:, -1])
-        tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        nll = torch.stack(recorder.nll, dim=1).cpu().numpy()
-        entropy = torch.stack(recorder.entropy, dim=1).cpu().numpy()
-        results = []
-        for row, reply in enumerate(tokens):
-            length = next(
-                (i for i, token in enumerate(reply) if token in self.encoder.ends), len(reply)
-            )
-            text, offsets = self.encoder.decode(reply[:length])
-            results.append(
-                Generation(
-                    text=text,
-                    nll=nll[row, :length].astype(np.float32),
-                    entropy=entropy[row, :length].astype(np.float32),
-                    offsets=offsets,
-                    prompt_tokens=len(encoded[row]),
-                    finished=length < len(reply),
-                )
-            )
-        return results
+        tokens: torch.Tensor = output[:, inputs["input_ids"].shape[1] :]
+        return tokens
 
     @torch.inference_mode()
     def choose(
@@ -287,7 +340,7 @@ class TransformersEngine:
         def ask(rows: Sequence[int]) -> list[Choice]:
             return self._choose([encoded[row] for row in rows], [endings[row] for row in rows])
 
-        return self._with_back_off(range(len(prompts)), ask) if prompts else []
+        return self._together(len(prompts), ask)
 
     def _choose(
         self, encoded: Sequence[list[int]], endings: Sequence[Sequence[list[int]]]
@@ -346,6 +399,15 @@ class TransformersEngine:
 
     def _nll(self, encoded: Sequence[list[int]], endings: Sequence[list[int]]) -> list[TokenValues]:
         """Per-token statistics of `endings` after `encoded`, both lists of token ids."""
+
+        def ask(rows: Sequence[int]) -> list[TokenValues]:
+            return self._nll_at_once([encoded[row] for row in rows], [endings[row] for row in rows])
+
+        return self._together(len(encoded), ask)
+
+    def _nll_at_once(
+        self, encoded: Sequence[list[int]], endings: Sequence[list[int]]
+    ) -> list[TokenValues]:
         rows = [row for row, tail in enumerate(endings) for _ in tail]
         # The state before a token predicts it: columns from the end of each head, less one.
         columns = [len(head) - 1 + i for head, tail in zip(encoded, endings, strict=True)
