@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import hashlib
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.files import atomic_file, spare_others
+from robustft.files import drafted, rename_synced, spare_others
 from robustft.finishing import Models, finish
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.models import is_small
@@ -131,19 +130,21 @@ def _rows_file(rows: Any, folder: Path) -> Path:
     if not isinstance(rows, Iterable):
         raise UserError(f"data: expected a path or rows, found {rows!r:.80}")
     digest = hashlib.blake2b(digest_size=8)
-    draft = folder / f".input.{secrets.token_hex(6)}.jsonl"
-    with atomic_file(draft) as handle:
-        for number, row in enumerate(rows):
-            try:
-                line = dump_json(dict(row)) + b"\n"
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"data: row {number} must be a mapping of values that JSON has, got "
-                    f"{row!r:.200} ({error})"
-                ) from None
-            digest.update(line)
-            handle.write(line)
-    return draft.replace(folder / f"input-{digest.hexdigest()}.jsonl")
+    with drafted(folder / "input.jsonl") as draft:
+        with draft.open("wb") as handle:
+            for number, row in enumerate(rows):
+                try:
+                    line = dump_json(dict(row)) + b"\n"
+                except (TypeError, ValueError) as error:
+                    raise UserError(
+                        f"data: row {number} must be a mapping of values that JSON has, got "
+                        f"{row!r:.200} ({error})"
+                    ) from None
+                digest.update(line)
+                handle.write(line)
+        path = folder / f"input-{digest.hexdigest()}.jsonl"
+        rename_synced(draft, path)
+    return path
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import sys
@@ -76,24 +77,77 @@ def remove_leftovers(folder: Path, *names: str) -> None:
 
 
 @contextlib.contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside `path` to write to; it is gone after the block, unless renamed.
+
+    What killed processes have left of theirs goes first. An OSError of the block (disk full,
+    read-only folder) becomes a UserError naming `path`.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        with _marked_as_alive(draft):
+            yield draft
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _marked_as_alive(draft: Path) -> Iterator[None]:
+    """Make the file and hold its lock, by which `_remove_abandoned` of others knows to spare it.
+
+    The kernel drops the lock when its holder dies.
+    """
+    while True:
+        handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: none is removed there
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # Before it was locked, another process may have taken it for abandoned.
+            if draft.exists() and os.path.samestat(os.fstat(handle), draft.stat()):
+                os.ftruncate(handle, 0)  # the number of a process that died may be ours now
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the drafts of `path` that processes have left which are dead now."""
+    prefix = f".{path.name}."
+    for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        if not left.name.removeprefix(prefix).removesuffix(".tmp").isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(handle)
+
+
+def rename_synced(draft: Path, path: Path) -> None:
+    """Bring a file to the disk and rename it to `path`."""
+    with draft.open("rb") as handle:
+        os.fsync(handle.fileno())
+    draft.replace(path)
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`.
 
     On any exception the temporary file is removed and `path` keeps what it held. An OSError from
     the block or the rename (disk full, read-only folder) becomes a UserError naming `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with drafted(path) as temporary:
         yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        rename_synced(temporary, path)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,20 @@ def test_rows_of_one_call_do_not_replace_those_of_another(tmp_path: Path) -> Non
     assert (tmp_path / "input.jsonl").read_text() == "mine"
     assert set(inputs) < set(tmp_path.glob("input*.jsonl"))
     assert [path.read_bytes().count(b"\n") for path in inputs if path.stat().st_size > 4] == [6]
+
+
+def test_rows_of_a_killed_call_go(tmp_path: Path) -> None:
+    class Deadly:
+        def keys(self) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = os.fork()
+    if not process:
+        rft.clean([ROWS[0], Deadly()], out=tmp_path, engine=ScriptedEngine())
+    os.waitpid(process, 0)
+    assert len(list(tmp_path.glob(".input.*"))) == 1
+    clean(tmp_path)
+    assert list(tmp_path.glob(".input.*")) == []
 
 
 @pytest.mark.parametrize("bad", ["question", ROWS[0] | {"x": {1j}}, ROWS[0] | {"x": "\ud800"}])
