@@ -130,7 +130,9 @@ class ResumableLines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._file:
+        # What `add` could not write, closing cannot either; that error is the one to show.
+        broken = contextlib.suppress(*(() if kind is None else (OSError,)))
+        with broken, self._file:
             if kind is None:
                 with replacing(self._path) as temporary, temporary.open("wb") as out:
                     out.writelines(map(self._lines, range(self._chunk + 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import signal
 import subprocess
 import sys
@@ -112,6 +113,21 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"out\.jsonl: cannot be written"):
         attempt(tmp_path / "file" / "out.jsonl")
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    attempt(out, stop=2)
+    (partial,) = hidden(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (partial.stat().st_size + 5, hard))
+    try:
+        with pytest.raises(UserError, match=r"out\.jsonl: cannot be written: File too large"):
+            attempt(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert attempt(out) == 2
+    assert out.read_bytes() == WHOLE
 
 
 # --- score and eval, killed ----------------------------------------------------------------------
