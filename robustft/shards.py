@@ -95,7 +95,7 @@ def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     Yields a temporary folder to write to and a mapping to fill with facts (JSON). Raises UserError
     where they cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary = _temporary(folder)
     facts: dict[str, Any] = {}
     try:
         temporary.mkdir(parents=True)
@@ -115,6 +115,11 @@ def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _temporary(folder: Path) -> Path:
+    """A name beside `folder` that nobody else has."""
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+
+
 def publish(
     folder: Path, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any] | None = None
 ) -> None:
@@ -126,10 +131,13 @@ def publish(
 
 
 def withdraw(folder: Path) -> None:
-    """Remove what was published as `folder`, if it was. Raises UserError where it stays."""
+    """Remove what was published as `folder`, if it was. Raises UserError where it stays.
+
+    It goes at once: nobody finds a part of it, even where this process is killed meanwhile.
+    """
     try:
         if folder.is_dir():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.rename(_temporary(folder)))
     except OSError as error:
         raise UserError(f"{folder}: cannot be removed: {error.strerror or error}") from error
 

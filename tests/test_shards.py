@@ -68,3 +68,22 @@ def test_what_cannot_be_withdrawn_is_told(tmp_path: Path, monkeypatch: pytest.Mo
             withdraw(tmp_path / "p")
     withdraw(tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_nobody_finds_a_part_of_what_is_withdrawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed meanwhile leaves what looks published, and is not."""
+    publish(tmp_path / "p", {"x": np.arange(3)})
+
+    class Killed(BaseException):
+        pass
+
+    def half(folder: Path) -> None:
+        (folder / "x.npy").unlink()
+        raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(Killed):
+        withdraw(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
