@@ -246,6 +246,14 @@ def test_no_split_without_every_shard(
     assert not (out / "phases/conclusion").exists()
 
 
+def test_what_killed_processes_left_of_the_plan_goes(tmp_path: Path, source: Path) -> None:
+    shards = tmp_path / "out" / "shards"
+    (shards / ".plan.ab12.tmp").mkdir(parents=True)
+    (shards / ".plan.ab12.tmp" / "facts.json").touch()
+    shard(source, tmp_path / "out", 0, 1)
+    assert list(shards.glob(".plan.*")) == []
+
+
 def test_a_damaged_plan_is_told(tmp_path: Path, source: Path) -> None:
     with pytest.raises(UnfinishedError):
         shard(source, tmp_path / "out", 0, 2)

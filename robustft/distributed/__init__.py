@@ -30,6 +30,7 @@ from robustft.corpus import Corpus
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
+from robustft.files import locked, remove_leftovers
 from robustft.finishing import METHOD, Models, finish
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.outputs import claim, identity, made_by
@@ -73,7 +74,12 @@ class Plan:
         if (out / "run.sqlite").exists():
             raise UserError(f"{out}: holds a run of one process; choose another --out")
         facts = {**asdict(self), "config": _plain(self.config)}
-        publish(plan_folder(out), {}, facts)
+        folder = plan_folder(out)
+        with locked(folder.parent / ".planning", wait="plans the shards") as held:
+            if held is not None:
+                remove_leftovers(folder.parent, folder.name)
+            if not folder.is_dir():
+                publish(folder, {}, facts)
         found = read_plan(out)
         refuse_changes(out, found._shared(), self._shared())
         return replace(found, config=self.config)
