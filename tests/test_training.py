@@ -22,7 +22,7 @@ from robustft.errors import UserError
 from robustft.models import find_model, has_plain_cache, load_causal_lm, load_tokenizer
 from robustft.records import open_records
 from robustft.training import load_adapter, train
-from robustft.training.adapter import attach_adapter, linear_names
+from robustft.training.adapter import attach_adapter, linear_names, save_adapter
 from robustft.training.data import (
     Example,
     TrainingSet,
@@ -507,6 +507,23 @@ def test_records_are_cut_to_the_models_window(
     assert result.history.tokens == 40 * 64
     assert "40 records are longer than 64 tokens and are cut" in caplog.text
     assert "| cutoff | 64 tokens (40 records were cut) |" in (result.out / "README.md").read_text()
+
+
+def test_what_killed_runs_left_goes(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    class Deadly:
+        def save_pretrained(self, folder: str, **_: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    config = config_for(corpus, tiny_model, tmp_path / "adapter", epochs=1)
+    config.out.mkdir()
+    process = os.fork()
+    if not process:
+        save_adapter(Deadly(), config.out)
+    os.waitpid(process, 0)
+    assert len(list(config.out.iterdir())) == 1
+    (config.out / ".checkpoint.safetensors.7.tmp").touch()
+    train(config)
+    assert list(config.out.glob(".*.tmp")) == []
 
 
 def test_a_finished_run_is_not_repeated(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:

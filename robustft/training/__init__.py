@@ -14,7 +14,7 @@ import robustft
 from robustft.config import TrainConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.errors import UserError
-from robustft.files import spare_others, write_atomically
+from robustft.files import remove_leftovers, spare_others, write_atomically
 from robustft.models import (
     DEFAULT_MODEL,
     content_digest,
@@ -100,6 +100,7 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
         "device": device.type,
     }
     with folder_lock(config.out):
+        remove_leftovers(config.out, "adapter", "checkpoint.safetensors")
         finished = _finished(config.out, identity)
         if finished is not None:
             return finished

@@ -194,7 +194,7 @@ def read_settings(folder: Path) -> Any:
 
 def save_adapter(adapted: Any, out: Path) -> None:
     """Write the adapter in peft's layout, each file in one step, the weights last."""
-    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=out) as folder:
+    with tempfile.TemporaryDirectory(prefix=".adapter.", suffix=".tmp", dir=out) as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
         for name in (SETTINGS, WEIGHTS):
             with replacing(out / name) as temporary:
