@@ -181,6 +181,18 @@ def test_a_merge_killed_before_its_manifest_goes_on(
     assert (tmp_path / "out/report.html").exists()
 
 
+def test_an_interrupted_merge_can_be_resumed_and_says_so(
+    run: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robustft.distributed.merge", interrupted)
+    done = run("merge", tmp_path)
+    assert done.status == 130
+    assert done.err == "robustft: interrupted; run the same command again to resume\n"
+
+
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UnfinishedError):

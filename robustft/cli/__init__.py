@@ -159,7 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.arguments = arguments
         command, verbose = options.command, options.verbose
         estimates = getattr(options, "estimate", False)
-        resumable = command in _RESUMABLE and options.out is not None and not estimates
+        kept = command in _RESUMABLE and options.out is not None
+        resumable = command == "merge" or (kept and not estimates)
         for name in ("input", "out"):  # a shell variable that is not set, most likely
             if getattr(options, name, None) == "":
                 raise UserError(f"{'--' * (name == 'out')}{name}: expected a path, found nothing")
