@@ -9,12 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from robustft.config import EngineConfig, TrainConfig
@@ -34,6 +36,7 @@ from robustft.training.data import (
     micro_batches,
 )
 from robustft.training.loop import TrainingLoop, shared_prefix
+from robustft.training.scratch import scratch_folder
 
 WEIGHTS = "adapter_model.safetensors"
 torch.set_num_threads(1)  # the tiny model gains nothing from more
@@ -509,21 +512,52 @@ def test_records_are_cut_to_the_models_window(
     assert "| cutoff | 64 tokens (40 records were cut) |" in (result.out / "README.md").read_text()
 
 
-def test_what_killed_runs_left_goes(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
-    class Deadly:
-        def save_pretrained(self, folder: str, **_: object) -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize("killed", ["checkpoint", "adapter"])
+def test_what_killed_runs_left_goes(
+    corpus: Path, tiny_model: Path, tmp_path: Path, killed: str
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     config = config_for(corpus, tiny_model, tmp_path / "adapter", epochs=1)
     config.out.mkdir()
     process = os.fork()
     if not process:
-        save_adapter(Deadly(), config.out)
+        if killed == "adapter":
+            save_adapter(SimpleNamespace(save_pretrained=die), config.out)
+        with scratch_folder(config.out / "checkpoint.safetensors") as folder:
+            (folder / ".tmp123").touch()
+            die()
     os.waitpid(process, 0)
     assert len(list(config.out.iterdir())) == 1
     (config.out / ".checkpoint.safetensors.7.tmp").touch()
     train(config)
     assert list(config.out.glob(".*.tmp")) == []
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "adapter"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    corpus: Path, tiny_model: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each library writes through one beside the file, and has an error of its own."""
+    seen: list[Path] = []
+
+    def full(tensors: object, path: str | Path, **_: object) -> None:
+        seen.append(Path(path))
+        raise SafetensorError('No space left on device (os error 28) at path "x"')
+
+    config = config_for(corpus, tiny_model, tmp_path / "adapter", epochs=1)
+    place = {
+        "checkpoint": "safetensors.torch.save_file",
+        "adapter": "peft.peft_model.safe_save_file",
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(place[what], full)
+        with pytest.raises(UserError, match=rf"{what}.*: cannot be written: No space .*28\)$"):
+            train(config)
+    assert seen[0].parent.name.startswith(".scratch.")
+    assert list(config.out.glob(".scratch*")) == []
+    assert train(config).history.step == 5
 
 
 def test_a_finished_run_is_not_repeated(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:

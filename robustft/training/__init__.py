@@ -30,6 +30,7 @@ from robustft.training import trackers
 from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
 from robustft.training.data import TrainingSet, encode_records
 from robustft.training.loop import History, TrainingLoop
+from robustft.training.scratch import SCRATCH
 
 __all__ = ["TrainResult", "load_adapter", "train"]
 
@@ -100,7 +101,7 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
         "device": device.type,
     }
     with folder_lock(config.out):
-        remove_leftovers(config.out, "adapter", "checkpoint.safetensors")
+        remove_leftovers(config.out, SCRATCH, _CHECKPOINT)
         finished = _finished(config.out, identity)
         if finished is not None:
             return finished

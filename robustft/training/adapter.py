@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from robustft.config import TrainConfig
 from robustft.errors import UserError
 from robustft.files import replacing
+from robustft.training.scratch import scratch_folder
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # Fields of peft's LoraConfig that say what an adapter computes …
@@ -194,8 +194,8 @@ def read_settings(folder: Path) -> Any:
 
 def save_adapter(adapted: Any, out: Path) -> None:
     """Write the adapter in peft's layout, each file in one step, the weights last."""
-    with tempfile.TemporaryDirectory(prefix=".adapter.", suffix=".tmp", dir=out) as folder:
+    with scratch_folder(out / WEIGHTS) as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
         for name in (SETTINGS, WEIGHTS):
             with replacing(out / name) as temporary:
-                shutil.copyfile(Path(folder) / name, temporary)
+                shutil.copyfile(folder / name, temporary)

@@ -36,6 +36,7 @@ from robustft.training.data import (
     learning_rate_at,
     micro_batches,
 )
+from robustft.training.scratch import scratch_folder
 from robustft.training.signals import StepSignals
 from robustft.training.trackers import Report
 from robustft_kernels import token_stats
@@ -264,8 +265,10 @@ class TrainingLoop:
             # Empty where no gradient came so far, as in an expert that no token was sent to.
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value
-        with replacing(self._checkpoint) as path:
-            save_file(tensors, path, metadata={"history": json.dumps(asdict(self.history))})
+        metadata = {"history": json.dumps(asdict(self.history))}
+        with scratch_folder(self._checkpoint) as folder, replacing(self._checkpoint) as path:
+            save_file(tensors, folder / path.name, metadata=metadata)
+            (folder / path.name).replace(path)
 
     def _load(self) -> None:
         from safetensors import SafetensorError, safe_open
