@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +23,61 @@ def content_key(*parts: object) -> bytes:
 
 
 class Cache:
-    """Key to bytes. A key is a digest of everything the value depends on, so none ever changes."""
+    """Key to bytes. A key is a digest of everything the value depends on, so none ever changes.
+
+    The file is made when it is first needed. Raises UserError where it cannot be used.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @cached_property
+    def _db(self) -> sqlite3.Connection:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=120)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(self.path, isolation_level=None, timeout=120)
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=NORMAL")
+            database.execute(
                 "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, value BLOB NOT NULL) "
                 "WITHOUT ROWID"
             )
         except (sqlite3.Error, OSError) as error:
-            raise UserError(f"{path}: cannot be used as a cache: {error}") from error
+            raise UserError(f"{self.path}: cannot be used as a cache: {error}") from error
+        return database
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._db
+        except sqlite3.Error as error:  # disk full, damaged file
+            raise UserError(
+                f"{self.path}: {error}; what is finished is kept, the same command resumes"
+            ) from error
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """The values of those keys that are there."""
         found: dict[bytes, bytes] = {}
-        for low in range(0, len(keys), 500):
-            part = keys[low : low + 500]
-            marks = ",".join("?" * len(part))
-            found.update(
-                self._db.execute(f"SELECT key, value FROM results WHERE key IN ({marks})", part)
-            )
+        with self._telling() as database:
+            for low in range(0, len(keys), 500):
+                part = keys[low : low + 500]
+                marks = ",".join("?" * len(part))
+                found.update(
+                    database.execute(f"SELECT key, value FROM results WHERE key IN ({marks})", part)
+                )
         return found
 
     def add(self, values: Mapping[bytes, bytes]) -> None:
         """Keep all of `values` or, when killed, none."""
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.executemany("INSERT OR IGNORE INTO results VALUES (?, ?)", values.items())
-        self._db.execute("COMMIT")
+        with self._telling() as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                rows = values.items()
+                database.executemany("INSERT OR IGNORE INTO results VALUES (?, ?)", rows)
+                database.execute("COMMIT")
+            finally:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
 
     def get(self, key: bytes) -> Any:
         """One JSON value, or None."""
@@ -65,7 +90,9 @@ class Cache:
 
     def replace(self, key: bytes, value: Any) -> None:
         """Keep one JSON value that may change: a measurement, not a result."""
-        self._db.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, orjson.dumps(value)))
+        with self._telling() as database:
+            row = key, orjson.dumps(value)
+            database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", row)
 
     def close(self) -> None:
         """Close the file."""
