@@ -16,6 +16,7 @@ from robustft.terminal import printable
 MANIFEST = "manifest.json"
 OUTPUTS = ("verdicts.jsonl", "rejects.jsonl", "report.html", MANIFEST)  # and the training set
 MESSAGES, DATASET_INFO = "messages.jsonl", "dataset_info.json"  # with --dataset-info
+ANSWERS = "answers.sqlite"  # with --method: what the model has said
 EXCHANGE = (MESSAGES, DATASET_INFO)
 
 

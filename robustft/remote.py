@@ -29,7 +29,13 @@ _BLOCK = 4 << 20
 _VALIDATORS = ("ETag", "Content-MD5", "Digest", "Last-Modified")  # of a web server's file
 _FETCHED: set[Path] = set()  # by this process
 _SENT = ".sent"  # names of the files that were copied, or were about to be
-_STAYS = ("run.sqlite", "embeddings.f32", "input-", ".")  # beginnings of working files' names
+_STAYS = (
+    "run.sqlite",
+    "answers.sqlite",
+    "embeddings.f32",
+    "input-",
+    ".",
+)  # beginnings of working files' names
 
 
 def is_remote(path: str) -> bool:

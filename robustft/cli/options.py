@@ -332,7 +332,8 @@ def _add_clean(commands: Any) -> None:
     parser.add_argument(
         "--method", default="robustft",
         choices=("robustft", "self-label", "self-select", "noiseal"),
-        help="robustft, or a baseline of the paper's table 1, which writes no report",
+        help="robustft, or a baseline of the paper's table 1, which writes no report and keeps "
+        "the model's answers in answers.sqlite",
     )  # fmt: skip
     _add_truth(parser)
     _add_model(parser)

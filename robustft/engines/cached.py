@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import orjson
 
 from robustft.cache import Cache, content_key
+from robustft.config import EngineConfig
 from robustft.engines import Abilities, Choice, Engine, Failure, Generation, Prompt, ResponseScore
 from robustft.store import Stopwatch
 
@@ -169,3 +171,22 @@ def _choice(fields: dict[str, Any]) -> Choice:
 def _generation(fields: dict[str, Any]) -> Generation:
     arrays = {name: np.array(fields[name], np.float32) for name in ("nll", "entropy")}
     return Generation(**fields | arrays | {"offsets": tuple(fields["offsets"])})
+
+
+class RememberingEngine(CachedEngine):
+    """A ready engine whose answers last in a file, so that a killed run goes on where it was.
+
+    Parameters
+    ----------
+    engine: who answers what the file does not hold.
+    path: the file; it is made with the first question.
+    config: how `engine` was made.
+    """
+
+    def __init__(self, engine: Engine, path: Path, config: EngineConfig) -> None:
+        super().__init__(
+            Cache(path), lambda: engine, model_id=engine.model_id,
+            embedded=bool(getattr(engine, "embedded", False)),
+            identity=(engine.revision, config.fingerprint()),
+        )  # fmt: skip
+        self.name, self.revision, self.abilities = engine.name, engine.revision, engine.abilities

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from robustft.config import CleanConfig
 from robustft.embedding import Embedder
+from robustft.engines.cached import RememberingEngine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.methods import (
@@ -21,6 +22,7 @@ from robustft.methods import (
     vanilla,
 )
 from robustft.methods.base import Method, Setting
+from robustft.outputs import ANSWERS
 from robustft.verdicts import CleanResult
 
 __all__ = ["METHODS", "Method", "Setting", "clean_by", "find_method"]
@@ -52,6 +54,8 @@ def find_method(name: str) -> Method:
 def clean_by(name: str, config: CleanConfig) -> CleanResult:
     """Write the training set that a method makes of `config.input` to `config.out`.
 
+    What the model has answered stays there in `answers.sqlite`: a killed run asks nothing twice.
+
     Raises:
         UserError: no such method, it makes none, or the input, a model or the folder is wrong.
     """
@@ -59,4 +63,6 @@ def clean_by(name: str, config: CleanConfig) -> CleanResult:
     if prepare is None:
         raise UserError(f"method {name!r} makes no training set")
     engine = load_engine(config.engine)
+    if not name.startswith("robustft"):  # which has a store of its own
+        engine = RememberingEngine(engine, config.out / ANSWERS, config.engine)
     return prepare(Setting(config, engine, Embedder(config.embedder)))

@@ -6,9 +6,10 @@ empty question, as RobustFT's checker is: small models say one of the two to eve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-from robustft.engines import Failure
+from robustft.engines import Choice, Failure
 from robustft.errors import UserError
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
@@ -20,11 +21,16 @@ from robustft.verdicts import CleanResult
 def prepare(setting: Setting) -> CleanResult:
     """Write the examples the model trusts, as given."""
     engine = setting.engine
-    neutral = engine.choose([neutral_select_prompt()], [SELECT_WORDS])[0]
-    if isinstance(neutral, Failure):
-        raise UserError(f"the engine gave no reply: {neutral.reason}")
+
+    @functools.cache
+    def by_itself() -> Choice:
+        said = engine.choose([neutral_select_prompt()], [SELECT_WORDS])[0]
+        if isinstance(said, Failure):
+            raise UserError(f"the engine gave no reply: {said.reason}")
+        return said
 
     def decide(records: Sequence[Record]) -> list[Decision]:
+        neutral = by_itself()
         prompts = [select_prompt(record) for record in records]
         decisions: dict[int, Decision] = {}
         for rows in engine.plan(prompts):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -318,6 +320,34 @@ def test_a_baseline_killed_before_its_manifest_goes_on(
     assert (tmp_path / "out/cleaned.csv").exists()
     prepare(setting(path, tmp_path / "out"))
     assert json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["input"] == 9
+
+
+@pytest.mark.parametrize("name", ["self-label", "self-select", "noiseal"])
+def test_a_killed_baseline_goes_on_and_asks_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, _ = corpus(tmp_path / "noisy.csv")
+    batches = itertools.count()
+
+    def killing() -> None:
+        if next(batches) == 3:
+            raise KeyboardInterrupt
+
+    def asked_by(out: str, **engine: Any) -> list[Prompt]:
+        ready = ScriptedEngine(choose=knowing, **engine)
+        monkeypatch.setattr("robustft.methods.load_engine", lambda _: ready)
+        monkeypatch.setattr("robustft.methods.Embedder", lambda _: LetterEmbedder())
+        with contextlib.suppress(KeyboardInterrupt):
+            clean_by(name, CleanConfig(input=path, out=tmp_path / out))
+        return ready.asked
+
+    whole = asked_by("whole")
+    first, second, third = asked_by("out", before_batch=killing), asked_by("out"), asked_by("out")
+    assert len(first) + len(second) == len(whole)
+    assert first
+    assert not third
+    for file in ("cleaned.csv", "verdicts.jsonl", "rejects.jsonl"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_a_baseline_for_other_trainers(tmp_path: Path) -> None:
