@@ -95,5 +95,7 @@ class Cache:
             database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", row)
 
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        """Close the file, if it was opened."""
+        if "_db" in vars(self):
+            self._db.close()
+            del self._db

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -174,18 +173,17 @@ def _generation(fields: dict[str, Any]) -> Generation:
 
 
 class RememberingEngine(CachedEngine):
-    """A ready engine whose answers last in a file, so that a killed run goes on where it was.
+    """A ready engine whose answers last in a cache, so that a killed run goes on where it was.
 
     Parameters
     ----------
-    engine: who answers what the file does not hold.
-    path: the file; it is made with the first question.
+    engine: who answers what the cache does not hold.
     config: how `engine` was made.
     """
 
-    def __init__(self, engine: Engine, path: Path, config: EngineConfig) -> None:
+    def __init__(self, engine: Engine, cache: Cache, config: EngineConfig) -> None:
         super().__init__(
-            Cache(path), lambda: engine, model_id=engine.model_id,
+            cache, lambda: engine, model_id=engine.model_id,
             embedded=bool(getattr(engine, "embedded", False)),
             identity=(engine.revision, config.fingerprint()),
         )  # fmt: skip

@@ -6,6 +6,9 @@ noisy examples at test time.
 
 from __future__ import annotations
 
+import contextlib
+
+from robustft.cache import Cache
 from robustft.config import CleanConfig
 from robustft.embedding import Embedder
 from robustft.engines.cached import RememberingEngine
@@ -63,6 +66,7 @@ def clean_by(name: str, config: CleanConfig) -> CleanResult:
     if prepare is None:
         raise UserError(f"method {name!r} makes no training set")
     engine = load_engine(config.engine)
-    if not name.startswith("robustft"):  # which has a store of its own
-        engine = RememberingEngine(engine, config.out / ANSWERS, config.engine)
-    return prepare(Setting(config, engine, Embedder(config.embedder)))
+    with contextlib.closing(Cache(config.out / ANSWERS)) as cache:
+        if not name.startswith("robustft"):  # which has a store of its own
+            engine = RememberingEngine(engine, cache, config.engine)
+        return prepare(Setting(config, engine, Embedder(config.embedder)))

@@ -346,6 +346,7 @@ def test_a_killed_baseline_goes_on_and_asks_nothing_twice(
     assert len(first) + len(second) == len(whole)
     assert first
     assert not third
+    assert list((tmp_path / "out").glob("answers.*")) == [tmp_path / "out" / "answers.sqlite"]
     for file in ("cleaned.csv", "verdicts.jsonl", "rejects.jsonl"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
