@@ -195,6 +195,16 @@ void check_targets(const Logits& logits, const std::int64_t* targets, const Opti
     }
 }
 
+void check_argmax(const Logits& logits, const std::int64_t* argmax) {
+    for (std::int64_t row = 0; row < logits.rows(); ++row) {
+        if (argmax[row] < -1 || argmax[row] >= logits.vocab) {
+            throw std::invalid_argument("argmax must be in [-1, " + std::to_string(logits.vocab) +
+                                        "), got " + std::to_string(argmax[row]) + " at position " +
+                                        std::to_string(row));
+        }
+    }
+}
+
 template <class Real>
 void finish(const RowPartial& p, const Transform& z, bool has_target, std::int64_t row,
             const Stats<Real>& out) {
@@ -307,6 +317,9 @@ void accumulate(const Logits& tile, const std::int64_t* targets, const Real* tar
 template <class Real>
 void backward(const Logits& logits, const std::int64_t* targets, const Options& options,
               const Gradients<Real>& gradients, const Logits& out) {
+    // The forward pass checked them, but the caller may have written to their memory since.
+    check_targets(logits, targets, options);
+    check_argmax(logits, gradients.forward_argmax);
     const Rows rows(logits, options);
     const Transform& z = rows.z();
     const std::size_t size = bytes(logits.type);

@@ -453,6 +453,27 @@ def test_masked_and_idle_rows_get_no_gradient() -> None:
     assert x.grad.isnan().tolist() == [[False] * 3, [True] * 3]
 
 
+@pytest.mark.parametrize("start", [token_stats, linear_token_stats])
+@pytest.mark.parametrize("changed", [10**9, -1])
+def test_targets_that_changed_since_the_forward_pass(start: Any, changed: int) -> None:
+    ids = numpy.array([1, 2])
+    inputs = [torch.randn(2, 5), torch.randn(8, 5)][: 1 + (start is linear_token_stats)]
+    stats = start(inputs[0].requires_grad_(), *inputs[1:], torch.from_numpy(ids))
+    ids[1] = changed  # through NumPy, which autograd does not see
+    with pytest.raises(ValueError, match=f"target_ids must be in .*, got {changed} at position 1"):
+        stats.logprob.sum().backward()
+
+
+def test_an_argmax_that_is_no_column() -> None:
+    x, grad = torch.randn(2, 5), torch.ones(2)
+    stats = token_stats(x)
+    with pytest.raises(ValueError, match=r"argmax must be in \[-1, 5\), got 5 at position 1"):
+        torch.ops.robustft.token_stats_backward(
+            *(grad, None, None, None, x, None, stats.entropy, stats.max_logprob),
+            *(torch.tensor([-1, 5]), 1.0, 0.0, -100, 5),
+        )
+
+
 def test_margin_carries_no_gradient() -> None:
     stats = token_stats(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1]))
     assert not stats.margin.requires_grad
