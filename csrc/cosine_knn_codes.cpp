@@ -167,13 +167,10 @@ void BlockStore::attach(const void* data, std::size_t blocks) {
 }
 
 void BlockStore::grow(std::size_t rows, std::size_t blocks) {
-    const char* unfilled = nullptr;
-    if (rows % kBlockRows != 0 && blocks != 0 && !chunks_.back().owned) {
-        unfilled = at(total() - 1);
-        --chunks_.back().blocks;
-    }
-    if (blocks <= total()) return;
-    const std::size_t wanted = blocks - total();
+    const bool replaces = rows % kBlockRows != 0 && !chunks_.back().owned;
+    const std::size_t kept = total() - (replaces ? 1 : 0);
+    if (blocks <= kept) return;
+    const std::size_t wanted = blocks - kept;
     const bool first = chunks_.empty();
     const std::size_t usual =
         first || !chunks_.back().owned
@@ -182,9 +179,14 @@ void BlockStore::grow(std::size_t rows, std::size_t blocks) {
     // The rows an index is built from get exactly their room; what is added later, room to grow.
     const std::size_t count = first ? wanted : std::max(wanted, usual);
     std::unique_ptr<char, Free> memory(allocate(count * bytes_));
-    if (unfilled != nullptr) std::memcpy(memory.get(), unfilled, bytes_);
-    const char* data = memory.get();
-    chunks_.push_back({std::move(memory), data, total(), count});
+    char* const data = memory.get();
+    chunks_.push_back({std::move(memory), data, kept, count});
+    // Only now that nothing can fail any more.
+    if (replaces) {
+        Chunk& mapped = chunks_[chunks_.size() - 2];
+        --mapped.blocks;
+        std::memcpy(data, mapped.data + mapped.blocks * bytes_, bytes_);
+    }
 }
 
 void BlockStore::put(std::size_t position, const double* row, double inv_norm, std::size_t dim) {

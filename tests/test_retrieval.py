@@ -335,6 +335,34 @@ def test_save_and_load(tmp_path: Path, dtype: str, named: bool) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["index.knn"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on the limit of a process's memory")
+def test_an_add_that_finds_no_memory_leaves_a_loaded_index_whole(tmp_path: Path) -> None:
+    code = """
+        import resource, sys
+        import numpy as np
+        from robustft.retrieval import CosineKNN
+        rows = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
+        CosineKNN(rows[:200]).save(sys.argv[1])
+        index = CosineKNN.load(sys.argv[1], threads=1)
+        many = np.zeros((2_000_000, 64), np.float32)  # whose codes take 160 MB
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), resource.RLIM_INFINITY))
+        try:
+            index.add(many, copy=False)
+        except MemoryError:
+            print("no memory")
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        index.add(rows[200:])
+        found = index.search(rows, 5)
+        wanted = CosineKNN(rows).search(rows, 5)
+        print(all(map(np.array_equal, found, wanted)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "index.knn")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n") == ["no memory", "True", ""]
+
+
 def test_an_empty_index_survives_the_disk(tmp_path: Path) -> None:
     CosineKNN(np.empty((0, 5), np.float16)).save(tmp_path / "index.knn")
     index = CosineKNN.load(tmp_path / "index.knn")
