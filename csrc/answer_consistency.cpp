@@ -304,6 +304,8 @@ void check_slots(const Answers& answers) {
 // Questions are handed to workers in blocks, so that a block's bookkeeping is negligible.
 constexpr std::size_t kBlock = 32;
 
+std::size_t blocks_of(std::size_t questions) { return (questions + kBlock - 1) / kBlock; }
+
 // Tokens and pairs of answers, 3 to 8 ns each: below 50 microseconds or so of work a thread costs
 // more than it saves.
 constexpr std::size_t kWorthAThread = std::size_t{1} << 14;
@@ -313,14 +315,13 @@ void for_questions(std::size_t questions, std::size_t work, unsigned threads, Mo
                    Body&& body) {
     const auto used =
         static_cast<unsigned>(std::min<std::size_t>(threads, 1 + work / kWorthAThread));
-    parallel_for((questions + kBlock - 1) / kBlock, used, monitor,
-                 [&](std::size_t block, unsigned worker) {
-                     const std::size_t end = std::min(questions, (block + 1) * kBlock);
-                     for (std::size_t question = block * kBlock; question < end; ++question) {
-                         body(question, worker);
-                         monitor.advance(1);
-                     }
-                 });
+    parallel_for(blocks_of(questions), used, monitor, [&](std::size_t block, unsigned worker) {
+        const std::size_t end = std::min(questions, (block + 1) * kBlock);
+        for (std::size_t question = block * kBlock; question < end; ++question) {
+            body(question, worker);
+            monitor.advance(1);
+        }
+    });
 }
 
 using Row = std::uint64_t;
@@ -415,7 +416,8 @@ void pairwise(const Answers& answers, Metric metric, float* agreement, unsigned 
               Monitor& monitor) {
     check_slots(answers);
     const Kernels& kernels = *chosen().load(std::memory_order_relaxed);
-    std::vector<Worker> workers(std::max(1U, threads), Worker(answers, kernels));
+    const std::size_t most = std::min<std::size_t>(threads, blocks_of(answers.questions));
+    std::vector<Worker> workers(std::max<std::size_t>(1, most), Worker(answers, kernels));
     const std::size_t pairs = answers.slots * answers.slots;
     for_questions(answers.questions, answers.count + answers.questions * pairs, threads, monitor,
                   [&](std::size_t question, unsigned worker) {

@@ -78,7 +78,7 @@ SearchStats CosineIndex::search(const Rows& queries, const SearchOptions& option
     const double work = static_cast<double>(plan.rows) * static_cast<double>(queries.count) *
                         static_cast<double>(dim_);
     const auto threads =
-        static_cast<unsigned>(std::min<double>(options.threads, 1 + work / kWorkPerThread));
+        static_cast<unsigned>(std::clamp<double>(options.threads, 1, 1 + work / kWorkPerThread));
     const std::size_t bytes = plan.query_bytes();
     const std::size_t largest = std::clamp<std::size_t>(
         kScratch / bytes, 1, std::clamp(kCache / bytes, kBatch, kLargestBatch));

@@ -159,7 +159,8 @@ class Rows {
 };
 
 template <class Body>
-void for_rows(const Logits& logits, unsigned threads, bool between_products, Body&& body) {
+void for_rows(const Logits& logits, unsigned given, bool between_products, Body&& body) {
+    const unsigned threads = std::max(1U, given);
     // Below about 50 microseconds of work a thread costs more than it saves.
     constexpr std::int64_t worth_a_thread = 1 << 17;
     const std::int64_t rows = logits.rows();

@@ -76,7 +76,8 @@ void accumulate(const Logits& tile, const std::int64_t* targets, const Real* tar
                 std::int64_t first_column, const Options& options, const Partials<double>& total);
 
 // Writes d(loss)/d(logits) to `out`, shaped and typed like `logits` and possibly the same memory.
-// Throws std::invalid_argument as `compute` does, and for a forward_argmax that is no column nor -1.
+// Throws std::invalid_argument as `compute` does, and for a forward_argmax that is no column nor
+// -1.
 template <class Real>
 void backward(const Logits& logits, const std::int64_t* targets, const Options& options,
               const Gradients<Real>& gradients, const Logits& out);

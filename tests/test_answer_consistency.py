@@ -486,6 +486,17 @@ def test_triton_that_cannot_run_is_said(hidden: str, missing: str) -> None:
     assert told.stdout == f"backend must be 'cpu' where {missing}, got 'triton'\n"
 
 
+def test_threads_take_no_memory_where_there_is_nothing_for_them_to_do() -> None:
+    code = (
+        "import resource; from robustft_kernels import answer_consistency as call;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "call([['a', 'b']]); before = peak();"
+        "call([['a', 'b']], threads=1_000_000); print((peak() - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 50  # MiB
+
+
 def test_strings_need_neither_triton_nor_a_gpu() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

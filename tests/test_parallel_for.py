@@ -6,7 +6,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from robustft import _core
 
 CSRC = Path(__file__).parent.parent / "csrc"
 PROGRAM = r"""
@@ -49,3 +52,18 @@ def test_threads_that_started_do_the_work_of_those_that_could_not(tmp_path: Path
     subprocess.run(command, check=True, timeout=120)
     done = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["499500"] * 5
+
+
+def test_no_thread_is_one() -> None:
+    x = np.random.default_rng(0).standard_normal((100, 8), dtype=np.float32)
+    index = _core.CosineIndex(8, "float32", "")
+    index.append(x, None, 0, None)
+    none, one = (
+        (
+            *_core.token_stats(x[None], None, 1.0, 0.0, -100, threads),
+            *index.search(x, "float32", 3, None, None, -2.0, threads, "auto", None)[:2],
+        )
+        for threads in (0, 1)
+    )
+    for a, b in zip(none, one, strict=True):
+        np.testing.assert_array_equal(a, b)
