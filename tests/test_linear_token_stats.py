@@ -215,6 +215,8 @@ def test_meta_autocast_and_empty() -> None:
         ({"weight": torch.randn(5, 0), "hidden": torch.randn(2, 0)}, ValueError, "with D >= 1"),
         ({"design": "best"}, ValueError, "design must be"),
         ({"design": "fused"}, ValueError, "design 'fused' needs"),
+        ({"vocab_size": 2.0}, TypeError, "vocab_size must be a whole number, got 2.0"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be a whole number, got 1.5"),
         ({"vocab_size": 6}, ValueError, r"vocab_size must be in \[1, 5\], got 6"),
         ({"target_ids": torch.tensor([0, 5])}, ValueError, "got 5 at position 1"),
     ],

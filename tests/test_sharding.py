@@ -106,6 +106,10 @@ def test_bad_arguments() -> None:
         partial_token_stats(x, t, target_logits=torch.zeros(3))
     with pytest.raises(TypeError, match=r"target_logits must be a torch.Tensor, got list"):
         partial_token_stats(x, t, target_logits=[0.0, 0.0])
+    with pytest.raises(TypeError, match=r"vocab_start must be a whole number, got 2\.5"):
+        partial_token_stats(x, vocab_start=2.5)
+    with pytest.raises(TypeError, match=r"vocab_start must be a whole number, got 2\.5"):
+        shard_target_logits(x, t, 2.5)
     with pytest.raises(ValueError, match="at least one shard"):
         TokenStats.merge([])
     with pytest.raises(ValueError, match="share temperature"):

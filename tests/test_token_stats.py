@@ -300,6 +300,8 @@ def test_vocab_size_hides_phantom_columns() -> None:
         ({"softcap": -1.0}, ValueError, r"softcap must be in \[1e-30, 1e30\], got -1"),
         ({"softcap": 4e38}, ValueError, "softcap must be in"),
         ({"vocab_size": 4}, ValueError, r"vocab_size must be in \[1, 3\], got 4"),
+        ({"vocab_size": 2.0}, TypeError, "vocab_size must be a whole number, got 2.0"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be a whole number, got None"),
         ({"cu_seqlens": torch.tensor([0, 1])}, ValueError, r"rise from 0 to 2, got \[0 1\]"),
         ({"cu_seqlens": torch.arange(9999)}, ValueError, r"\[ *0 +1 +2 \.\.\. .* 9998\]$"),
         ({"cu_seqlens": torch.tensor([0.0, 2.0])}, ValueError, "must be integers"),

@@ -24,6 +24,8 @@ from robustft_kernels.token_stats import (
     check_options,
     check_targets,
     check_tensor,
+    check_vocab_size,
+    check_whole,
     forward,
     native,
     to_numpy,
@@ -392,6 +394,36 @@ linear_token_stats_op.register_autograd(_differentiate, setup_context=_save)
 # ---- public ------------------------------------------------------------------------------------
 
 
+def _checked_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Hidden and weight as autocast has them; raises TypeError or ValueError."""
+    operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, x in operands.items():
+        check_tensor(x, name)
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {x.device}")
+    if hidden.dtype not in FLOATS:
+        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if weight.dim() != 2 or hidden.dim() < 1 or not 1 <= hidden.shape[-1] == weight.shape[1]:
+        raise ValueError(
+            "hidden must be [..., D] and weight [V, D] with D >= 1, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    device = hidden.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
+        cast = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(cast), weight.to(cast)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if weight.shape[0] < 1:
+        raise ValueError("weight must have at least one row, got none")
+    return hidden, weight
+
+
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -433,33 +465,10 @@ def linear_token_stats(
         TypeError, ValueError, NotImplementedError: as `token_stats`, and where hidden, weight and
             bias disagree.
     """
-    operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, x in operands.items():
-        check_tensor(x, name)
-        if x.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {x.device}")
-    if hidden.dtype not in FLOATS:
-        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
-    if weight.dim() != 2 or hidden.dim() < 1 or not 1 <= hidden.shape[-1] == weight.shape[1]:
-        raise ValueError(
-            "hidden must be [..., D] and weight [V, D] with D >= 1, "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    device = hidden.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if autocast and hidden.dtype != torch.float64:
-        cast = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(cast), weight.to(cast)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
-    if bias is not None and not bias.is_floating_point():
-        raise TypeError(f"bias must be floating point, got {bias.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if vocab_size is not None and not 1 <= vocab_size <= weight.shape[0]:
-        raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], got {vocab_size}")
-    if weight.shape[0] < 1:
-        raise ValueError("weight must have at least one row, got none")
+    hidden, weight = _checked_operands(hidden, weight, bias)
+    check_whole(ignore_index, "ignore_index")
+    if vocab_size is not None:
+        check_vocab_size(vocab_size, weight.shape[0])
     check_factor(logit_scale, "logit_scale")
     if design not in ("auto", "chunked", "fused"):
         raise ValueError(f"design must be 'auto', 'chunked' or 'fused', got {design!r}")

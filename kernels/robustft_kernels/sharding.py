@@ -12,6 +12,7 @@ from robustft_kernels.token_stats import (
     check_options,
     check_targets,
     check_tensor,
+    check_whole,
     flat_ids,
     kernels_of,
     rows_view,
@@ -26,6 +27,7 @@ def shard_target_logits(logits: Tensor, target_ids: Tensor, vocab_start: int = 0
     whose logit it does not know.
     """
     check_logits(logits, None)
+    check_whole(vocab_start, "vocab_start")
     ids = check_targets(target_ids, logits.shape[:-1], logits.device)
     if ids is None:
         raise TypeError("target_ids must be a torch.Tensor, got None")
@@ -71,6 +73,8 @@ def partial_token_stats(
             target_logits is given.
     """
     check_logits(logits, None)
+    check_whole(vocab_start, "vocab_start")
+    check_whole(ignore_index, "ignore_index")
     target_ids = check_targets(target_ids, logits.shape[:-1], logits.device)
     cap = check_options(temperature, softcap)
     if (target_ids is None) != (target_logits is None):

@@ -272,6 +272,12 @@ def check_factor(value: float, name: str) -> None:
         raise ValueError(f"{name} must be in [1e-30, 1e30], got {value}")
 
 
+def check_whole(value: object, name: str) -> None:
+    """Raise TypeError for what is no integer; PyTorch's operators raise RuntimeError."""
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
 def check_targets(
     target_ids: Tensor | None, shape: torch.Size, device: torch.device
 ) -> Tensor | None:
@@ -313,9 +319,15 @@ def check_logits(logits: Tensor, vocab_size: int | None) -> int:
         raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
     if vocab_size is None:
         return logits.shape[-1]
-    if not 1 <= vocab_size <= logits.shape[-1]:
-        raise ValueError(f"vocab_size must be in [1, {logits.shape[-1]}], got {vocab_size}")
+    check_vocab_size(vocab_size, logits.shape[-1])
     return vocab_size
+
+
+def check_vocab_size(vocab_size: int, most: int) -> None:
+    """Raise TypeError or ValueError unless it is a number of columns in [1, most]."""
+    check_whole(vocab_size, "vocab_size")
+    if not 1 <= vocab_size <= most:
+        raise ValueError(f"vocab_size must be in [1, {most}], got {vocab_size}")
 
 
 def assemble(
@@ -385,6 +397,7 @@ def token_stats(
             gives logprob NaN and rank -1.
     """
     columns = check_logits(logits, vocab_size)
+    check_whole(ignore_index, "ignore_index")
     target_ids = check_targets(target_ids, logits.shape[:-1], logits.device)
     cap = check_options(temperature, softcap)
     found = token_stats_op(logits, target_ids, float(temperature), cap, ignore_index, columns)
