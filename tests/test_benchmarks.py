@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from robustft.benchmarks import knn, linear_token_stats
+from robustft import _core
+from robustft.benchmarks import consistency, knn, linear_token_stats
 from robustft.benchmarks.measure import Row, extra_mib, table
 from robustft.errors import UserError
 from robustft.retrieval import CosineKNN
@@ -97,21 +98,41 @@ def test_columns_out_of_order_fail_the_gate_from_hidden_states(field: str) -> No
     assert linear_token_stats.gate(one_off, hidden, weight, ids) == "NO"
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", [None, 0, 69])
 def test_the_knn_gate_judges_the_timed_search(
-    broken: bool, monkeypatch: pytest.MonkeyPatch
+    broken: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = CosineKNN.search
 
     def wrong(self: CosineKNN, queries: Any, k: int) -> Any:  # where all queries come at once
         ids, cosines = search(self, queries, k)
-        return np.roll(ids, broken and len(queries) == 70, axis=1), cosines
+        if broken is not None and len(queries) == 70:
+            ids[broken] = np.roll(ids[broken], 1)
+        return ids, cosines
 
     monkeypatch.setattr(CosineKNN, "search", wrong)
     rows = knn.run_case(knn.Case("random", 500, 16, 70, 3, 1), None, 0.01, ["numpy"])
     gates = {row.contender: row.correct for row in rows}
-    assert gates["robustft"] == ("NO" if broken else "yes")
+    assert gates["robustft"] == ("yes" if broken is None else "NO")
     assert gates["numpy matmul, argpartition"].startswith("same 1.000")
+
+
+@pytest.mark.parametrize("broken", [None, 0, 299])
+def test_the_consistency_gate_looks_at_questions_from_first_to_last(
+    broken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = consistency.make_answers(300, 3, 5)
+    pairwise = _core.consistency_pairwise
+
+    def wrong(*arguments: Any) -> Any:
+        agreement = pairwise(*arguments)
+        if broken is not None:
+            agreement[broken, 0, 1] = 0.5
+        return agreement
+
+    monkeypatch.setattr(_core, "consistency_pairwise", wrong)
+    gates = {gate for *_, gate in consistency._contenders(ids, "exact")}
+    assert gates == ({"yes"} if broken is None else {"NO"})
 
 
 def test_knn_uses_the_cores_that_it_may_and_tells_peers_apart(

@@ -2,14 +2,14 @@
 
 Every contender gets the same rows and queries, fp32, of unit length where it cannot normalise them
 itself, and the same number of threads. `same` is the share of queries whose ids equal those of an
-fp64 brute force in order as well (over the first of those timed); for robustft anything but 1 fails
-the run.
-`recall` counts ids in any order.
+fp64 brute force in order as well (over some from the first to the last of those timed); for
+robustft anything but 1 fails the run. `recall` counts ids in any order.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import subprocess
@@ -245,10 +245,13 @@ def _blas_threads(count: int) -> AbstractContextManager[object]:
     return limits
 
 
-def _judged(found: Found, expected: Found) -> tuple[float, float]:
-    """(same order, recall) over the queries of `expected`, or the fewer that were asked."""
-    ids = np.asarray(found[0])[: len(expected[0])]
-    wanted = expected[0][: len(ids)]
+def _checked(asked: int) -> NDArray[np.int64]:
+    """The queries, from the first to the last, that are compared with the brute force."""
+    return np.unique(np.linspace(0, asked - 1, _CHECKED).astype(np.int64))
+
+
+def _judged(ids: NDArray[np.int64], wanted: NDArray[np.int64]) -> tuple[float, float]:
+    """(same order, recall) of ids [q, k]."""
     same = float((ids == wanted).all(axis=1).mean())
     hits = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(ids, wanted, strict=True)]
     return same, float(np.mean(hits))
@@ -257,8 +260,11 @@ def _judged(found: Found, expected: Found) -> tuple[float, float]:
 def run_case(case: Case, real: Floats | None, budget: float, peers: Sequence[str]) -> list[Row]:
     """Rows of every contender on one case, and what the search itself counts."""
     rows, queries = _corpus(case, real)
-    checked = min(_CHECKED, len(queries))
-    expected = exact_neighbours(rows, queries[:checked], min(case.k, len(rows)))
+
+    @functools.cache
+    def expected(asked: int) -> NDArray[np.int64]:
+        return exact_neighbours(rows, queries[_checked(asked)], min(case.k, len(rows)))[0]
+
     common: dict[str, Any] = {
         "benchmark": "knn",
         "case": str(case),
@@ -274,7 +280,8 @@ def run_case(case: Case, real: Floats | None, budget: float, peers: Sequence[str
             ours = contender.name.startswith("robustft")
             asked = (queries if ours else unit)[: contender.most]
             time.sleep(0.05)  # threads of the last one stop spinning
-            same, recall = _judged(contender.call(asked), expected)
+            found = np.asarray(contender.call(asked)[0])[_checked(len(asked))]
+            same, recall = _judged(found, expected(len(asked)))
             timing = timed(lambda c=contender, a=asked: c.call(a), repeats=30, budget=budget)  # type: ignore[misc]
             note = f"same {same:.3f} recall {recall:.4f}"
             correct = ("yes" if same == 1 else "NO") if ours else note
