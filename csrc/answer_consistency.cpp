@@ -12,31 +12,23 @@
 namespace robustft::consistency {
 namespace {
 
-bool runs_here(const Kernels& kernels) {
+std::vector<const Kernels*> available() {  // best first
+    std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    if (&kernels == &kAvx512) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-               __builtin_cpu_supports("popcnt");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+                      __builtin_cpu_supports("popcnt");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        found.push_back(&kAvx512);
     }
-    if (&kernels == &kAvx2) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-               __builtin_cpu_supports("popcnt");
-    }
+    if (avx2) found.push_back(&kAvx2);
 #endif
-    return &kernels == &kPortable;
-}
-
-const Kernels* best() {
-    for (const Kernels* kernels : {&kAvx512, &kAvx2}) {
-        if (runs_here(*kernels)) return kernels;
-    }
-    return &kPortable;
+    found.push_back(&kPortable);
+    return found;
 }
 
 std::atomic<const Kernels*>& chosen() {
-    static std::atomic<const Kernels*> kernels{best()};
+    static std::atomic<const Kernels*> kernels{available().front()};
     return kernels;
 }
 
@@ -437,12 +429,8 @@ void summarise(const Votes& votes, const Summary& summary, unsigned threads, Mon
 std::string instruction_set() { return chosen().load()->name; }
 
 void force_instruction_set(const std::string& name) {
-    if (name.empty()) {
-        chosen().store(best());
-        return;
-    }
-    for (const Kernels* kernels : {&kPortable, &kAvx2, &kAvx512}) {
-        if (name == kernels->name && runs_here(*kernels)) {
+    for (const Kernels* kernels : available()) {
+        if (name.empty() || name == kernels->name) {
             chosen().store(kernels);
             return;
         }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -484,6 +486,25 @@ def test_triton_that_cannot_run_is_said(hidden: str, missing: str) -> None:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
     )
     assert told.stdout == f"backend must be 'cpu' where {missing}, got 'triton'\n"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_other_processors_need_no_file_of_x86(tmp_path: Path) -> None:
+    csrc, command = Path(__file__).parent.parent / "csrc", ["g++", "-std=c++20", "-pthread"]
+    for name in ("answer_consistency.cpp", "isa/answer_consistency_portable.cpp"):
+        copy = tmp_path / Path(name).name
+        text = (csrc / name).read_text(encoding="utf-8")
+        copy.write_text(text.replace("__x86_64__", "__other__"), encoding="utf-8")
+        command.append(str(copy))
+    program, main = tmp_path / "program", tmp_path / "main.cpp"
+    main.write_text(
+        '#include <cstdio>\n#include "answer_consistency.hpp"\n'
+        "int main() { std::puts(robustft::consistency::instruction_set().c_str()); }",
+        encoding="utf-8",
+    )
+    subprocess.run([*command, f"-I{csrc}", str(main), "-o", str(program)], check=True, timeout=120)
+    done = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "portable\n"
 
 
 def test_threads_take_no_memory_where_there_is_nothing_for_them_to_do() -> None:

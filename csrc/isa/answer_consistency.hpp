@@ -33,7 +33,9 @@ struct Kernels {
 };
 
 extern const Kernels kPortable;
+#if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+#endif
 
 }  // namespace robustft::consistency

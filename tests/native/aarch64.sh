@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 qemu=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
-for name in cosine_knn token_stats; do
+for name in answer_consistency cosine_knn token_stats; do
     mkdir "$build/$name"
     for source in csrc/"$name"*.cpp csrc/isa/"$name"_{portable,neon,neondot}.cpp \
         "tests/native/${name}_test.cpp"; do
