@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 from robustft import _core
 from robustft_kernels import TokenStats, linear_token_stats, token_stats
 from robustft_kernels import reference as reference_module
-from robustft_kernels.reference import columns, forward_by_reference, token_stats_reference
+from robustft_kernels.reference import (
+    Options,
+    Saved,
+    columns,
+    forward_by_reference,
+    token_stats_reference,
+)
 from robustft_kernels.testing import KINDS, check_forward, make_logits
 from robustft_kernels.token_stats import native, to_numpy, token_stats_op
 
@@ -343,10 +349,10 @@ def test_fallback_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     x, t = all_kinds(77, torch.bfloat16)
     direct = token_stats(x, t)
     native_columns = columns(direct)
-    for a, b in zip(forward_by_reference(x, t, 1.0, 0.0, -100), native_columns, strict=True):
+    for a, b in zip(forward_by_reference(x, t, Options()), native_columns, strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-6, equal_nan=True)
     with pytest.raises(ValueError, match="got 77 at position 1"):
-        reference_module.forward_by_reference(x[:2], torch.tensor([0, 77]), 1.0, 0.0, -100)
+        reference_module.forward_by_reference(x[:2], torch.tensor([0, 77]), Options())
 
 
 def test_imports_nothing_heavy() -> None:
@@ -436,7 +442,10 @@ def test_gradient_on_every_isa(isa: str, dtype: torch.dtype, softcap: float) -> 
     )
     exact = token_stats_reference(x, t, softcap=softcap, temperature=0.8)
     expected = reference_module.backward_by_reference(
-        grads, x.double(), t, exact.entropy, exact.max_logprob, exact.argmax, 0.8, softcap, -100
+        grads,
+        x.double(),
+        Saved(t, exact.entropy, exact.max_logprob, exact.argmax),
+        Options(0.8, softcap),
     )
     slack = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     error = (out.double() - expected).abs()

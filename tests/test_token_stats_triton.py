@@ -11,7 +11,12 @@ import torch
 
 from robustft_kernels import TokenStats, linear_token_stats, token_stats
 from robustft_kernels.linear_token_stats import target_logits
-from robustft_kernels.reference import backward_by_reference, token_stats_reference
+from robustft_kernels.reference import (
+    Options,
+    Saved,
+    backward_by_reference,
+    token_stats_reference,
+)
 from robustft_kernels.testing import KINDS, check_forward, make_logits, violations
 
 ON_GPU = torch.cuda.is_available()
@@ -46,7 +51,7 @@ def forward(
     softcap: float = 0.0,
     **tiles: int,
 ) -> TokenStats:
-    out = token_stats_triton.forward(x, t, temperature, softcap, -100, **(tiles or TILES))
+    out = token_stats_triton.forward(x, t, Options(temperature, softcap), **(tiles or TILES))
     entropy, logprob, logsumexp, top, argmax, margin, rank = out
     if t is None:
         return TokenStats(entropy, None, logsumexp, top, argmax, margin, None)
@@ -152,16 +157,17 @@ def test_gradient(dtype: torch.dtype, softcap: float) -> None:
     exact = token_stats_reference(x, t, softcap=softcap, temperature=0.8)
     generator = torch.Generator().manual_seed(2)
     grads = tuple(torch.randn(4, 6, generator=generator).to(DEVICE).unbind(0))
-    saved = (exact.entropy, exact.max_logprob, exact.argmax)
-    expected = backward_by_reference(grads, x.double(), t, *saved, 0.8, softcap, -100)
+    options = Options(0.8, softcap)
+    saved = Saved(t, exact.entropy, exact.max_logprob, exact.argmax)
+    expected = backward_by_reference(grads, x.double(), saved, options)
     out = torch.full_like(x, math.nan)
-    single = (exact.entropy.float(), exact.max_logprob.float(), exact.argmax)
-    gradient_triton.backward(grads, x, t, *single, 0.8, softcap, -100, out)
+    single = Saved(t, exact.entropy.float(), exact.max_logprob.float(), exact.argmax)
+    gradient_triton.backward(grads, x, single, options, out)
     slack = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     error = (out.double() - expected).abs()
     assert (error <= slack * expected.abs() + 3e-6).all(), error.max()
     in_place = x.clone()
-    gradient_triton.backward(grads, in_place, t, *single, 0.8, softcap, -100, in_place)
+    gradient_triton.backward(grads, in_place, single, options, in_place)
     assert torch.equal(in_place, out)
 
 
@@ -196,8 +202,8 @@ def test_gradient_wherever_rows_lie(vocab: int, lying: str) -> None:
         g[1, 0] = 0.0
     exact = token_stats_reference(x, t)
     saved = (exact.entropy.float(), exact.max_logprob.float(), exact.argmax)
-    expected = backward_by_reference(tuple(grads), x, t, *saved, 1.0, 0.0, -100)
-    gradient_triton.backward(tuple(grads), x, t, *saved, 1.0, 0.0, -100, out)
+    expected = backward_by_reference(tuple(grads), x, Saved(t, *saved), Options())
+    gradient_triton.backward(tuple(grads), x, Saved(t, *saved), Options(), out)
     torch.testing.assert_close(out, expected, atol=3e-6, rtol=3e-6)
     assert not out[1, 0].any()
     out.fill_(7.0)
@@ -296,10 +302,10 @@ def test_strided_targets() -> None:
     ids = torch.tensor([[1, 7, 30], [2, 8, 31], [3, 9, 32]], device=DEVICE)
     check_forward(forward(x, ids[:, 1]), x, ids[:, 1].contiguous())
     grads = (torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE), None, None)
-    entropy, _, _, top, argmax, _, _ = token_stats_triton.forward(x, None, 1.0, 0.0, -100)
+    entropy, _, _, top, argmax, _, _ = token_stats_triton.forward(x, None, Options())
     found, expected = torch.empty_like(x), torch.empty_like(x)
     for target, out in ((ids[:, 1], found), (ids[:, 1].contiguous(), expected)):
-        gradient_triton.backward(grads, x, target, entropy, top, argmax, 1.0, 0.0, -100, out)
+        gradient_triton.backward(grads, x, Saved(target, entropy, top, argmax), Options(), out)
     assert torch.equal(found, expected)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robustft_kernels.partials_triton import LOG2E, capped, flat_ids, on
-from robustft_kernels.reference import Grads
+from robustft_kernels.reference import Grads, Options, Saved
 from robustft_kernels.token_stats import rows_view
 from robustft_kernels.token_stats_triton import based_at
 
@@ -147,18 +147,7 @@ def backward_kernel(
         tl.store(out_row + target, g.to(out_ptr.dtype.element_ty), mask=own)
 
 
-def backward(
-    grads: Grads,
-    logits: Tensor,
-    target_ids: Tensor | None,
-    entropy: Tensor,
-    max_logprob: Tensor,
-    argmax: Tensor,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    out: Tensor,
-) -> None:
+def backward(grads: Grads, logits: Tensor, saved: Saved, options: Options, out: Tensor) -> None:
     """Write d(loss)/d(logits) into `out`, shaped like logits and possibly the same memory."""
     x, to = rows_view(logits), rows_view(out)
     rows = x.shape[0] * x.shape[1]
@@ -166,7 +155,7 @@ def backward(
         return
     zero = torch.zeros(rows, dtype=torch.float32, device=x.device)
     given = [zero if g is None else g.reshape(-1).contiguous() for g in grads]
-    targets = None if target_ids is None else flat_ids(target_ids)
+    targets = None if saved.target_ids is None else flat_ids(saved.target_ids)
     x_base, x_extra = based_at(x, 16)
     out_base, out_extra = based_at(to, 16)
     align = 16 // x.element_size()
@@ -175,10 +164,10 @@ def backward(
         backward_kernel[(rows,)](
             x_base,
             out_base,
-            argmax if targets is None else targets,
-            entropy.contiguous(),
-            max_logprob.contiguous(),
-            argmax.contiguous(),
+            saved.argmax if targets is None else targets,
+            saved.entropy.contiguous(),
+            saved.max_logprob.contiguous(),
+            saved.argmax.contiguous(),
             *given,
             x_extra,
             out_extra,
@@ -188,11 +177,11 @@ def backward(
             to.stride(0),
             to.stride(1),
             x.shape[2],
-            ignore_index,
-            1 / temperature,
-            softcap,
+            options.ignore_index,
+            1 / options.temperature,
+            options.softcap,
             HAS_TARGET=targets is not None,
-            CAPPED=softcap > 0,
+            CAPPED=options.softcap > 0,
             ALIGN=1 if any(step % align for step in apart) else align,
             BLOCK=BLOCK,
             num_warps=8,

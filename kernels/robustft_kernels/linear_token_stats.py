@@ -10,6 +10,8 @@ from torch import Tensor
 
 from robustft_kernels.reference import (
     Grads,
+    Options,
+    Saved,
     Seven,
     check_range,
     columns,
@@ -117,18 +119,16 @@ def _tiled(
     weight: Tensor,
     target_ids: Tensor | None,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    options: Options,
 ) -> Seven:
     """CPU: each tile of logits is reduced while it is in the cache, and overwritten by the next."""
     n, vocab = hidden.shape[0], weight.shape[0]
     dtype = product_dtype(hidden.dtype)
     ids = levels = None
     if target_ids is not None:
-        check_range(target_ids, vocab, ignore_index)
+        check_range(target_ids, vocab, options.ignore_index)
         ids = target_ids.to(torch.int64)
-        levels = target_logits(hidden, weight, bias, target_ids, ignore_index, dtype)
+        levels = target_logits(hidden, weight, bias, target_ids, options.ignore_index, dtype)
         levels = levels.to(_wide(hidden))
     out = empty_columns(hidden, torch.Size([n]))
     # Fewer rows, more columns: a product too small is a slow one.
@@ -155,8 +155,8 @@ def _tiled(
                 None if ids is None else ids[rows].numpy(),
                 None if levels is None else levels[rows].numpy(),
                 first,
-                temperature,
-                softcap,
+                options.temperature,
+                options.softcap,
                 torch.get_num_threads(),
                 reals.numpy(),
                 counts.numpy(),
@@ -171,8 +171,8 @@ def _tiled(
                 argmax=counts[0],
                 target_logit=None if levels is None else levels[rows].double(),
                 rank=None if ids is None else counts[1],
-                temperature=temperature,
-                softcap=softcap,
+                temperature=options.temperature,
+                softcap=options.softcap,
             )
         )
         for column, value in zip(out, columns(stats), strict=True):
@@ -185,9 +185,7 @@ def _chunked(
     weight: Tensor,
     target_ids: Tensor | None,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    options: Options,
 ) -> Seven:
     """Whole rows of logits, as many at a time as the workspace holds, then the logits kernel."""
     n, vocab = hidden.shape[0], weight.shape[0]
@@ -200,7 +198,7 @@ def _chunked(
         x = workspace[: hidden[rows].shape[0]]
         _product(hidden[rows], weight, bias, x)
         ids = None if target_ids is None else target_ids[rows]
-        found = forward(x, ids, temperature, softcap, ignore_index)
+        found = forward(x, ids, options)
         if step >= n:  # all of them
             return found
         for column, value in zip(out, found, strict=True):
@@ -213,9 +211,7 @@ def _fused(
     weight: Tensor,
     target_ids: Tensor | None,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    options: Options,
 ) -> Seven:
     """GPU: one kernel multiplies and reduces; no logit reaches memory."""
     from robustft_kernels import linear_token_stats_triton as launch
@@ -227,8 +223,9 @@ def _fused(
         )
     levels = None
     if target_ids is not None:
-        levels = launch.target_logits(hidden, weight, bias, target_ids, ignore_index)
-    found: Seven = launch.forward(hidden, weight, target_ids, levels, bias, temperature, softcap)
+        levels = launch.target_logits(hidden, weight, bias, target_ids, options.ignore_index)
+    scale = options.temperature, options.softcap
+    found: Seven = launch.forward(hidden, weight, target_ids, levels, bias, *scale)
     return found
 
 
@@ -269,16 +266,16 @@ def linear_token_stats_op(
     design: str,
 ) -> Seven:
     """Run the chosen design; `linear_token_stats` checks first."""
-    options = (temperature, softcap, ignore_index)
+    given = (hidden, weight, target_ids, bias, Options(temperature, softcap, ignore_index))
     with torch.autocast(hidden.device.type, enabled=False):
         core = native() if hidden.device.type == "cpu" else None
         if design == "fused" or (design == "auto" and _fused_is_faster(hidden, weight)):
-            return _fused(hidden, weight, target_ids, bias, *options)
+            return _fused(*given)
         few = hidden.shape[0] * weight.shape[0] <= CPU_FEW
         few = few and product_dtype(hidden.dtype) == hidden.dtype
         if core is not None and design == "auto" and not few:
-            return _tiled(core, hidden, weight, target_ids, bias, *options)
-        return _chunked(hidden, weight, target_ids, bias, *options)
+            return _tiled(core, *given)
+        return _chunked(*given)
 
 
 @linear_token_stats_op.register_fake
@@ -315,6 +312,7 @@ def linear_token_stats_backward_op(
     """Gradients for hidden, weight and bias (empty where not needed); logits are made again."""
     n, vocab = hidden.shape[0], weight.shape[0]
     grads = (entropy_grad, logprob_grad, logsumexp_grad, max_logprob_grad)
+    options = Options(temperature, softcap, ignore_index)
     hidden_grad = torch.empty_like(hidden)
     # Sums over chunks stay in float32 even for 16-bit parameters.
     weight_grad = weight.new_zeros(weight.shape) if needs_weight and n == 0 else None
@@ -333,8 +331,8 @@ def linear_token_stats_backward_op(
             _product(h, w, bias, x)
             part: Grads = tuple(None if g is None else g[rows] for g in grads)  # type: ignore[assignment]
             ids = None if target_ids is None else target_ids[rows]
-            saved = (ids, entropy[rows], max_logprob[rows], argmax[rows])
-            backward(part, x, *saved, temperature, softcap, ignore_index, x)
+            saved = Saved(ids, entropy[rows], max_logprob[rows], argmax[rows])
+            backward(part, x, saved, options, x)
             if bias_grad is not None:
                 bias_grad += x.sum(0, dtype=bias_grad.dtype)
             x = x.to(h.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,23 @@ from robustft_kernels.results import (
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # cotangents of entropy, logprob, logsumexp, max_logprob; None is zero
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Options(NamedTuple):
+    """How logits become a distribution, and which targets do not count."""
+
+    temperature: float = 1.0
+    softcap: float = 0.0  # 0: none
+    ignore_index: int = -100
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward one beside the logits, [...] each."""
+
+    target_ids: Tensor | None
+    entropy: Tensor
+    max_logprob: Tensor
+    argmax: Tensor
 
 
 def partial_reference(
@@ -109,13 +128,7 @@ def check_range(target_ids: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def forward_by_reference(
-    logits: Tensor,
-    target_ids: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-) -> Seven:
+def forward_by_reference(logits: Tensor, target_ids: Tensor | None, options: Options) -> Seven:
     """The reference, a few rows at a time, wherever no kernel exists."""
     shape = logits.shape[:-1]
     out = empty_columns(logits, shape)
@@ -123,39 +136,29 @@ def forward_by_reference(
     x = logits.reshape(-1, logits.shape[-1])
     targets = None if target_ids is None else target_ids.reshape(-1)
     if targets is not None and targets.device.type == "cpu":  # a GPU is not waited for
-        check_range(targets, x.shape[1], ignore_index)
+        check_range(targets, x.shape[1], options.ignore_index)
     step = max(1, (1 << 22) // x.shape[1])
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         stats = token_stats_reference(
             x[rows],
             None if targets is None else targets[rows],
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
+            **options._asdict(),
         )
         for column, value in zip(flat, columns(stats), strict=True):
             column[rows] = value
     return out
 
 
-def backward_by_reference(
-    grads: Grads,
-    logits: Tensor,
-    target_ids: Tensor | None,
-    entropy: Tensor,
-    max_logprob: Tensor,
-    argmax: Tensor,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-) -> Tensor:
+def backward_by_reference(grads: Grads, logits: Tensor, saved: Saved, options: Options) -> Tensor:
     """d(loss)/d(logits) for cotangents of entropy, logprob, logsumexp and max_logprob [...].
 
     With p = softmax(z): dH/dz_j = -p_j (log p_j + H), dlogprob/dz_j = [j = t] - p_j,
     dlogsumexp/dz_j = p_j, dmax_logprob/dz_j = [j = argmax] - p_j. A row whose cotangents are all
     zero gets zeros, whatever it holds.
     """
+    target_ids, entropy, max_logprob, argmax = saved
+    temperature, softcap, ignore_index = options
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     vocab = logits.shape[-1]
     x_all, out_all = logits.reshape(-1, vocab), out.view(-1, vocab)

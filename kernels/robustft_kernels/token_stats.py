@@ -15,6 +15,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from robustft_kernels.reference import (
     Grads,
+    Options,
+    Saved,
     Seven,
     backward_by_reference,
     empty_columns,
@@ -78,59 +80,44 @@ def kernels_of(x: Tensor) -> tuple[ModuleType | None, Any]:
     return None, None
 
 
-def forward(
-    x: Tensor, target_ids: Tensor | None, temperature: float, softcap: float, ignore_index: int
-) -> Seven:
+def forward(x: Tensor, target_ids: Tensor | None, options: Options) -> Seven:
     """Run the best kernel for x [..., V]."""
     core, launch = kernels_of(x)
     found: Seven
     if core is not None:
-        options = (temperature, softcap, ignore_index, torch.get_num_threads())
-        made = core.token_stats(to_numpy(rows_view(x)), flat_ids(target_ids), *options)
+        threads = torch.get_num_threads()
+        made = core.token_stats(to_numpy(rows_view(x)), flat_ids(target_ids), *options, threads)
         # Shaped by numpy: seven views by torch take a quarter of a small call.
         shape = x.shape[:-1]
         a, b, c, d, i, e, j = (torch.from_numpy(v.reshape(shape)) for v in made)
         found = a, b, c, d, i, e, j
     elif launch is not None:
-        found = launch.forward(x, target_ids, temperature, softcap, ignore_index)
+        found = launch.forward(x, target_ids, options)
     else:
-        found = forward_by_reference(x, target_ids, temperature, softcap, ignore_index)
+        found = forward_by_reference(x, target_ids, options)
     return found
 
 
-def backward(
-    grads: Grads,
-    x: Tensor,
-    target_ids: Tensor | None,
-    entropy: Tensor,
-    max_logprob: Tensor,
-    argmax: Tensor,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    out: Tensor,
-) -> None:
+def backward(grads: Grads, x: Tensor, saved: Saved, options: Options, out: Tensor) -> None:
     """Write the gradient for x [..., V] into `out`, which may be x itself."""
     core, launch = kernels_of(x)
-    options = (temperature, softcap, ignore_index)
     if core is not None:
+        real = saved.entropy.dtype
         core.token_stats_backward(
             to_numpy(rows_view(x)),
-            flat_ids(target_ids),
+            flat_ids(saved.target_ids),
             *options,
             torch.get_num_threads(),
-            tuple(None if g is None else g.reshape(-1).to(entropy.dtype).numpy() for g in grads),
-            (entropy.reshape(-1).numpy(), max_logprob.reshape(-1).numpy()),
-            argmax.reshape(-1).numpy(),
+            tuple(None if g is None else g.reshape(-1).to(real).numpy() for g in grads),
+            (saved.entropy.reshape(-1).numpy(), saved.max_logprob.reshape(-1).numpy()),
+            saved.argmax.reshape(-1).numpy(),
             to_numpy(rows_view(out)),
         )
-        return
-    saved = (target_ids, entropy, max_logprob, argmax)
-    if launch is not None:
+    elif launch is not None:
         gradient = importlib.import_module("robustft_kernels.gradient_triton")
-        gradient.backward(grads, x, *saved, *options, out)
+        gradient.backward(grads, x, saved, options, out)
     else:
-        out.copy_(backward_by_reference(grads, x, *saved, *options))
+        out.copy_(backward_by_reference(grads, x, saved, options))
 
 
 # ---- operators ---------------------------------------------------------------------------------
@@ -152,8 +139,8 @@ def token_stats_op(
     vocab_size: int,
 ) -> Seven:
     """Run the reference on devices without a kernel of their own; `token_stats` checks first."""
-    x = logits[..., :vocab_size]
-    return forward_by_reference(x, target_ids, temperature, softcap, ignore_index)
+    options = Options(temperature, softcap, ignore_index)
+    return forward_by_reference(logits[..., :vocab_size], target_ids, options)
 
 
 @token_stats_op.register_kernel(["cpu", "cuda"])
@@ -165,8 +152,8 @@ def _(
     ignore_index: int,
     vocab_size: int,
 ) -> Seven:
-    x = logits[..., :vocab_size]
-    return forward(x, target_ids, temperature, softcap, ignore_index)
+    options = Options(temperature, softcap, ignore_index)
+    return forward(logits[..., :vocab_size], target_ids, options)
 
 
 @token_stats_op.register_fake
@@ -210,13 +197,8 @@ def token_stats_backward_op(
     backward(
         (entropy_grad, logprob_grad, logsumexp_grad, max_logprob_grad),
         logits[..., :vocab_size],
-        target_ids,
-        entropy,
-        max_logprob,
-        argmax,
-        temperature,
-        softcap,
-        ignore_index,
+        Saved(target_ids, entropy, max_logprob, argmax),
+        Options(temperature, softcap, ignore_index),
         out[..., :vocab_size],
     )
     return out

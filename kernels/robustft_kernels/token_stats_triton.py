@@ -25,7 +25,7 @@ from robustft_kernels.partials_triton import (
     results,
     weights,
 )
-from robustft_kernels.reference import Seven, empty_columns
+from robustft_kernels.reference import Options, Seven, empty_columns
 from robustft_kernels.results import PartialTokenStats
 from robustft_kernels.token_stats import rows_view
 
@@ -447,9 +447,7 @@ def _launch(
     x: Tensor,
     targets: Tensor | None,
     given: bool,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    options: Options,
     pointers: tuple[Tensor, ...],
     whole: bool,
     chunk: int,
@@ -458,7 +456,7 @@ def _launch(
     """Run the kernel on x [outer, inner, V]; `pointers` are its outputs."""
     rows, vocab = x.shape[0] * x.shape[1], x.shape[2]
     base, extra, align = aligned_base(x)
-    tile = tile_shape(x.element_size(), softcap > 0) | tuning
+    tile = tile_shape(x.element_size(), options.softcap > 0) | tuning
     with on(x.device):
         partial_kernel[(rows * triton.cdiv(vocab, chunk),)](
             base,
@@ -470,14 +468,14 @@ def _launch(
             x.stride(0),
             x.stride(1),
             vocab,
-            ignore_index,
-            LOG2E / temperature,
-            1 / temperature,
-            softcap,
+            options.ignore_index,
+            LOG2E / options.temperature,
+            1 / options.temperature,
+            options.softcap,
             WHOLE=whole,
             HAS_TARGET=targets is not None,
             GIVEN=given,
-            CAPPED=softcap > 0,
+            CAPPED=options.softcap > 0,
             CHUNK=chunk,
             ALIGN=align,
             PAIRS=targets is not None and not given and adds_pairs(x),
@@ -485,14 +483,7 @@ def _launch(
         )
 
 
-def forward(
-    logits: Tensor,
-    target_ids: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    **tuning: int,
-) -> Seven:
+def forward(logits: Tensor, target_ids: Tensor | None, options: Options, **tuning: int) -> Seven:
     """`token_stats` of logits [..., V] in float32, bfloat16 or float16."""
     x = rows_view(logits)
     chunk = tuning.pop("CHUNK", CHUNK)
@@ -500,15 +491,14 @@ def forward(
     out = empty_columns(logits, logits.shape[:-1])
     if rows == 0:
         return out
-    options = (temperature, softcap, ignore_index)
     if chunks == 1:
         entropy, logprob, logsumexp, max_logprob, argmax, margin, rank = out
         pointers = (logprob, entropy, logsumexp, max_logprob, margin, argmax, rank)
-        _launch(x, target_ids, False, *options, pointers, True, chunk, tuning)
+        _launch(x, target_ids, False, options, pointers, True, chunk, tuning)
     else:
         partials = Partials(chunks, rows, x.device)
-        _launch(x, target_ids, False, *options, partials.pointers(), False, chunk, tuning)
-        partials.finish(out, target_ids is not None, temperature, softcap)
+        _launch(x, target_ids, False, options, partials.pointers(), False, chunk, tuning)
+        partials.finish(out, target_ids is not None, options.temperature, options.softcap)
     return out
 
 
@@ -527,8 +517,8 @@ def chunk_partials(
     if level is not None:
         made.level = level.contiguous()
     if made.rows > 0:
-        options = (temperature, softcap, -1)
-        _launch(x, targets, level is not None, *options, made.pointers(), False, chunk, tuning)
+        options = Options(temperature, softcap)
+        _launch(x, targets, level is not None, options, made.pointers(), False, chunk, tuning)
     top, second, total, weighted = made.reals.unbind(0)
     return [
         PartialTokenStats(

@@ -16,7 +16,7 @@ from torch import Tensor
 from robustft.benchmarks import token_peers
 from robustft.benchmarks.measure import Row, compare, rows_of, timed_together
 from robustft_kernels import TokenStats, token_stats
-from robustft_kernels.reference import token_stats_reference
+from robustft_kernels.reference import Options, token_stats_reference
 from robustft_kernels.testing import some_rows, spread_rows, violations
 
 OURS = "robustft token_stats"
@@ -80,7 +80,7 @@ def limit_call(x: Tensor) -> Callable[[], Any]:
 def _kernel(x: Tensor, ids: Tensor, loads: int) -> token_peers.Call:
     from robustft_kernels import token_stats_triton as launch
 
-    return lambda: launch.forward(x, ids, 1.0, 0.0, -100, H=loads)
+    return lambda: launch.forward(x, ids, Options(), H=loads)
 
 
 def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, str]]:
