@@ -159,8 +159,9 @@ def _choose(
     able = np.flatnonzero(kinds != FIXED)
     if len(able) < count:
         raise UserError(
-            f"rate: {count} of {len(kinds)} records must get a wrong answer, but only {len(able)}"
-            " have one to take (another option, or another record's answer of the same kind)"
+            f"rate: {count:,} of {counted(len(kinds), 'record')} must get a wrong answer, but only "
+            f"{counted(len(able), 'has', 'have')} one to take (another option, or another record's "
+            "answer of the same kind)"
         )
     chosen = np.zeros(len(kinds), bool)
     chosen[able[np.argsort(ranks[able], kind="stable")[:count]]] = True

@@ -26,7 +26,7 @@ from robustft.records import Record, RecordSource, Reject, count_records, open_r
 from robustft.records.formats import hash_files
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
-from robustft.terminal import counted, printable
+from robustft.terminal import counted, plural_of, printable
 
 _CATEGORY_FIELDS = ("Subject", "subject", "Category", "category")
 _MOST_CATEGORIES = 1000
@@ -88,16 +88,21 @@ class EvalResult:
                 f"mean F1 {self.f1:.1%}, in which a part of an answer counts for its share"
             )
         if self.unanswered:
-            lines.append(f"{self.unanswered:,} replies held no readable answer and count as wrong.")
+            replies = counted(self.unanswered, "reply", "replies")
+            count = plural_of(self.unanswered, "counts", "count")
+            lines.append(f"{replies} held no readable answer and {count} as wrong.")
         if self.failed:
             lines.append(
-                f"{self.failed:,} questions got no reply from the engine and were left out."
+                f"{counted(self.failed, 'question')} got no reply from the engine and "
+                f"{plural_of(self.failed, 'was', 'were')} left out."
             )
         if self.rejected:
-            lines.append(f"{self.rejected:,} lines could not be read and were left out.")
+            were = plural_of(self.rejected, "was", "were")
+            lines.append(f"{counted(self.rejected, 'line')} could not be read and {were} left out.")
         if self.truncated:
             lines.append(
-                f"{self.truncated:,} prompts exceeded the model's window and lost their middle."
+                f"{counted(self.truncated, 'prompt')} exceeded the model's window and lost "
+                f"{plural_of(self.truncated, 'its', 'their')} middle."
             )
         largest = sorted(self.categories.items(), key=lambda one: (-one[1].total, one[0]))
         for name, tally in sorted(largest[:_SHOWN]):

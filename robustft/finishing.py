@@ -24,7 +24,7 @@ from robustft.report.run import next_steps, write_run_report
 from robustft.second_opinions import SecondOpinions
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
-from robustft.terminal import counted
+from robustft.terminal import counted, plural_of
 from robustft.verdicts import CleanResult, write_outputs
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
@@ -98,7 +98,8 @@ def finish(
     for letter in vanished(result.answers_before, result.answers_after):
         result.warn(
             f"answer {letter} has all but left the training set: "
-            f"{result.answers_before[letter]} records before, {result.answers_after[letter]} "
+            f"{counted(result.answers_before[letter], 'record')} before, "
+            f"{result.answers_after[letter]:,} "
             "after; verdicts.jsonl says why, --beta 1 keeps more"
         )
     if not models.abilities.choose and config.experts.choice == "likelihood":
@@ -109,10 +110,14 @@ def finish(
     if result.cut_off:
         result.warn(
             f"{counted(result.cut_off, 'reply', 'replies')} did not end within --answer-tokens "
-            f"{config.experts.answer_tokens} and count as no answer; raise it"
+            f"{config.experts.answer_tokens} and {plural_of(result.cut_off, 'counts', 'count')} as "
+            "no answer; raise it"
         )
     if truncated:
-        result.warn(f"{truncated} prompts exceeded the model's window and lost their middle")
+        result.warn(
+            f"{counted(truncated, 'prompt')} exceeded the model's window and lost "
+            f"{plural_of(truncated, 'its', 'their')} middle"
+        )
     if result.unanswered:
         # What shards have built on together stays.
         again = "; the same command asks those questions again" if shards[0].of == 1 else ""

@@ -50,6 +50,7 @@ from robustft.second_opinions import SecondOpinions
 from robustft.selection import select_confident
 from robustft.shards import Published, Shard, first_conclusion, publish, withdraw
 from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store
+from robustft.terminal import counted
 
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
 _LEARNED = "learned "  # before a learner's name, where its opinions are published
@@ -408,7 +409,8 @@ def _on_the_clean_set(config: CleanConfig, found: Conclusion) -> list[str]:
         return []
     if clean == 0:
         return ["no record was found clean: noisy ones are answered without examples"]
-    return [f"k is {config.k}, but only {clean} clean records exist: using {clean}"]
+    exist = counted(clean, "clean record exists", "clean records exist")
+    return [f"k is {config.k}, but only {exist}: using {clean}"]
 
 
 @dataclass(frozen=True, slots=True)

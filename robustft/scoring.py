@@ -21,7 +21,7 @@ from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS, Stopwatch
-from robustft.terminal import counted, printable
+from robustft.terminal import counted, plural_of, printable
 
 _NAMED = 5  # truncated records that the summary names
 
@@ -73,8 +73,9 @@ class ScoreSummary:
         if self.truncated:
             more = ", …" if self.truncated > _NAMED else ""
             cut = (
-                f"truncated   {self.truncated} did not fit the model's window and were scored in "
-                f"part: {', '.join(map(printable, self.truncated_ids))}{more}\n"
+                f"truncated   {self.truncated:,} did not fit the model's window and "
+                f"{plural_of(self.truncated, 'was', 'were')} scored in part: "
+                f"{', '.join(map(printable, self.truncated_ids))}{more}\n"
             )
         return (
             f"{counted(self.records, 'response')} scored, "

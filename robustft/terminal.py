@@ -19,4 +19,9 @@ def listed(names: Sequence[object]) -> str:
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
     """`1 record`, `2 records`, `12,345 records`."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+    return f"{number:,} {plural_of(number, singular, plural)}"
+
+
+def plural_of(number: int, singular: str, plural: str | None = None) -> str:
+    """The noun, or verb, that belongs to a number: `was` or `were`."""
+    return singular if number == 1 else plural or singular + "s"

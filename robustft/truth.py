@@ -16,6 +16,7 @@ from robustft.answers import answer_kind, matches
 from robustft.errors import UserError
 from robustft.records import Record, Reject, folded, open_records
 from robustft.records.framing import short
+from robustft.terminal import plural_of
 
 _CHECKED = 100  # records looked at before a run
 
@@ -33,10 +34,12 @@ class Comparison:
     right: int  # of those, with the true answer
 
     def __str__(self) -> str:
-        lines = f"truth         {self.wrong:,} of {self.records:,} given answers are wrong"
+        are = plural_of(self.wrong, "is", "are")
+        lines = f"truth         {self.wrong:,} of {self.records:,} given answers {are} wrong"
         if self.noisy:
             lines += (
-                f"; of {self.noisy:,} found noisy {self.hits:,} are (precision "
+                f"; of {self.noisy:,} found noisy {self.hits:,} "
+                f"{plural_of(self.hits, 'is', 'are')} (precision "
                 f"{self.hits / self.noisy:.0%}, recall {self.hits / max(self.wrong, 1):.0%})"
             )
         if self.ranked is not None:

@@ -116,7 +116,7 @@ def test_options_that_say_the_same_are_not_wrong(tmp_path: Path) -> None:
     ]
     source = open_records(str(write(tmp_path / "d.jsonl", rows)))
     assert answers(corrupt(source, 0.5, 0, tmp_path / "n.jsonl").out) == ["C", "A"]
-    with pytest.raises(UserError, match=r"2 of 2 records .* only 1 have one"):
+    with pytest.raises(UserError, match=r"2 of 2 records .* only 1 has one"):
         corrupt(source, 1.0, 0, tmp_path / "n.jsonl")
 
 

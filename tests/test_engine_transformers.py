@@ -478,7 +478,7 @@ def test_what_does_not_fit_the_window_is_told(engine: TransformersEngine, tmp_pa
     assert [line["truncated"] for line in lines] == [True, True, False]
     assert "2 did not fit the model's window and were scored in part: long, asked" in str(summary)
     asked = evaluate(EvalConfig(str(source), answer_tokens=2), engine=engine)
-    assert "1 prompts exceeded the model's window" in str(asked)
+    assert "1 prompt exceeded the model's window and lost its middle" in str(asked)
 
 
 def test_replies_that_leave_no_room_for_the_question_are_refused(tiny_model: Path) -> None:

@@ -104,7 +104,7 @@ def test_generated_answers(
     assert result.overall.correct == correct
     assert result.unanswered == unanswered
     assert json.loads(out.read_text())["reply"] == reply
-    assert ("count as wrong" in str(result)) == bool(unanswered)
+    assert ("counts as wrong" in str(result)) == bool(unanswered)
 
 
 def test_f1_is_told_where_parts_of_an_answer_count(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
     path.write_text(json.dumps(choice("A", "A")) + "\n{broken\n")
     result = evaluate(EvalConfig(str(path)), engine=oracle())
     assert (result.overall.total, result.rejected) == (1, 1)
-    assert "1 lines could not be read" in str(result)
+    assert "1 line could not be read and was left out" in str(result)
 
 
 def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> None:

@@ -171,6 +171,29 @@ def test_free_texts_are_not_compared_with_other_models(tmp_path: Path) -> None:
     assert found.warnings[0] == "60 free texts are compared with this model's alone"
 
 
+def test_one_free_text_is_told_of_as_one(tmp_path: Path) -> None:
+    text = {"id": "t", "question": "Tell me of the sea.", "answer": "It is wide and blue and deep."}
+    source = write_jsonl(tmp_path / "in.jsonl", [*sums(60), text])
+
+    def model(name: str, seed: int) -> ScriptedEngine:
+        adder = Adder(name, 0.8, seed)
+        engine = ScriptedEngine(
+            reply=lambda prompt: (
+                "What others say of the sea is this and that, and so on and so forth."
+                if "sea" in prompt.messages[-1].content
+                else adder._add(prompt)
+            )
+        )
+        engine.model_id = name
+        return engine
+
+    run(source, tmp_path / "other", model("other", 1))
+    other = (str(tmp_path / "other"),)
+    found = run(source, tmp_path / "both", model("own", 2), second_opinion=other)
+    assert found.warnings[0] == "1 free text is compared with this model's alone"
+    assert found.warnings[1] == "on 1 record no expert is better than chance: it is kept as given"
+
+
 def test_a_copy_of_the_model_confirms_nothing(source: Path, other: Path) -> None:
     found = run(source, other.parent / "both", Adder("copy", 0.8, 1), second_opinion=(str(other),))
     assert found.counts["noisy"] == 0

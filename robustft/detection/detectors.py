@@ -21,6 +21,7 @@ from robustft.detection.rule import Asked, paper_rule, unjudged
 from robustft.experts import record_kind
 from robustft.prompts import LETTERS
 from robustft.store import Opinion
+from robustft.terminal import counted, plural_of
 
 NO_BETTER_THAN_CHANCE = (
     "these experts agree with the given answers no more than chance would: nothing was changed; "
@@ -192,7 +193,8 @@ class CrowdDetector:
                 jury[positions] = len(found) - 1
                 told += copied
         if apart.any():
-            told.append(f"{apart.sum():,} free texts are compared with this model's alone")
+            texts = counted(int(apart.sum()), "free text is", "free texts are")
+            told.append(f"{texts} compared with this model's alone")
         noisy = np.nan_to_num(wrong) > 0.5
         sizes = np.bincount(jury[jury >= 0], minlength=len(found)).tolist()
         rate = _whole_rate(found, sizes)
@@ -293,7 +295,10 @@ def _warnings(
         return
     lost = sum(size for one, size in zip(found, sizes, strict=True) if one.powerless)
     if lost:
-        yield f"on {lost:,} records no expert is better than chance: these are kept as given"
+        yield (
+            f"on {counted(lost, 'record')} no expert is better than chance: "
+            f"{plural_of(lost, 'it is', 'these are')} kept as given"
+        )
     if rate is None or rate.high - rate.low <= _WIDE:
         return
     either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"

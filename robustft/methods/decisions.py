@@ -17,6 +17,7 @@ from robustft.files import atomic_file
 from robustft.outputs import claim, command, identity, made_by, write_manifest
 from robustft.records import Record, RecordWriter, Reject, output_name
 from robustft.store import Stopwatch, folder_lock
+from robustft.terminal import counted, plural_of
 from robustft.verdicts import CleanResult
 
 _CHUNK = 512
@@ -91,7 +92,8 @@ def write_decisions(
     result.counts["input"] = sum(result.counts.values())
     if result.unanswered:
         result.warn(
-            f"{result.unanswered} records got no reply from the engine and stay as given "
+            f"{counted(result.unanswered, 'record')} got no reply from the engine and "
+            f"{plural_of(result.unanswered, 'stays', 'stay')} as given "
             "(verdicts.jsonl says why); the same command asks again"
         )
     result.seconds["total"] = round(watch.seconds(), 3)
