@@ -17,7 +17,7 @@ from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.exchange import exchange
-from robustft.outputs import command, identity, read_manifest, write_manifest
+from robustft.outputs import METHOD, command, identity, read_manifest, write_manifest
 from robustft.pipeline import select
 from robustft.records import RecordSource
 from robustft.report.run import next_steps, write_run_report
@@ -29,7 +29,6 @@ from robustft.verdicts import CleanResult, write_outputs
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
 
-METHOD = "robustft"  # as the manifest names it
 _STAGES = {"detected": "detect", "relabeled": "relabel"}  # what is published -> its stage
 
 

@@ -13,6 +13,7 @@ from robustft.config import CleanConfig
 from robustft.files import write_atomically
 from robustft.terminal import printable
 
+METHOD = "robustft"  # as the manifest names it
 MANIFEST = "manifest.json"
 OUTPUTS = ("verdicts.jsonl", "rejects.jsonl", "report.html", MANIFEST)  # and the training set
 MESSAGES, DATASET_INFO = "messages.jsonl", "dataset_info.json"  # with --dataset-info

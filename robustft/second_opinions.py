@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import orjson
 
+from robustft.config import differences
 from robustft.errors import UserError
 from robustft.intake import READ_BY
-from robustft.outputs import read_manifest
+from robustft.outputs import METHOD, read_manifest
 from robustft.prompts import LETTERS
 from robustft.records import Record, RecordSource
 from robustft.remote import is_remote
+from robustft.shards import plan_folder
 from robustft.store import UNIT_ROWS, Opinion
 from robustft.terminal import printable
 
@@ -81,12 +83,17 @@ class SecondOpinions:
         """
         for run in self._runs:
             before = run.manifest["config"]
-            other = run.manifest["input"]["blake2b"] != source.content_hash
-            if other or any(before.get(name) != settings[name] for name in READ_BY):
+            differ = differences(
+                {name: before.get(name) for name in READ_BY},
+                {name: settings[name] for name in READ_BY},
+            )
+            if run.manifest["input"]["blake2b"] != source.content_hash:
+                differ.insert(0, "its content was another")
+            if differ:
+                found = f"{run.manifest['input'].get('path')}: {'; '.join(differ)}"
                 raise UserError(
                     f"--second-opinion {run.folder}: expected a run on the same input with the "
-                    f"same --schema, --split and --limit, found one on "
-                    f"{printable(str(run.manifest['input'].get('path')))}"
+                    f"same --schema, --split and --limit, found one on {printable(found)}"
                 )
 
     def unit(self, number: int, records: Sequence[Record]) -> list[tuple[Opinion, ...]]:
@@ -104,16 +111,17 @@ class _Run:
         self.manifest = read_manifest(folder)
         match self.manifest:
             case {
-                "method": "robustft",
+                "method": method,
                 "counts": dict(),
                 "config": dict(),
                 "models": {"model": str(model), "revision": str(revision)},
-            } if self.path.is_file():
+            } if method == METHOD and self.path.is_file():
                 self.model = printable(model)
                 self.identity = _identity(model, revision)
             case _:
                 raise UserError(
-                    f"--second-opinion {folder}: expected the --out of a finished `robustft clean`"
+                    f"--second-opinion {folder}: expected the --out of a finished `robustft "
+                    f"clean`, found {_instead(folder, self.manifest)}"
                 )
 
     def unit(self, number: int, records: Sequence[Record]) -> Iterator[Opinion]:
@@ -145,6 +153,8 @@ class _Run:
 def local_folder(run: str) -> Path:
     """The folder that names a run. Raises UserError where it is on another file system."""
     folder = run.removeprefix("file://")
+    if not folder:  # a shell variable that is not set, most likely
+        raise UserError("--second-opinion: expected a folder, found nothing")
     if is_remote(folder):
         raise UserError(
             f"--second-opinion {run}: expected a folder of this machine; copy the run's "
@@ -156,6 +166,22 @@ def local_folder(run: str) -> Path:
 def full_paths(runs: Sequence[str]) -> tuple[str, ...]:
     """The folders of runs as they are named from anywhere."""
     return tuple(str(local_folder(run).resolve()) for run in runs)
+
+
+def _instead(folder: Path, manifest: dict[str, Any]) -> str:
+    """What a folder holds that is not the --out of a finished run of ours."""
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "nothing there"
+    if "counts" not in manifest and plan_folder(folder).is_dir():
+        return f"shards that are not merged: run `robustft merge {folder}`"
+    if (method := manifest.get("method", METHOD)) != METHOD:
+        return printable(f"one of --method {method}, in which no experts were heard")
+    if "counts" not in manifest and (folder / "run.sqlite").exists():
+        return "one that is not finished: run its command again"
+    missing = [
+        name for name in ("manifest.json", "verdicts.jsonl") if not (folder / name).is_file()
+    ]
+    return f"no {' and no '.join(missing)} in it" if missing else "another manifest.json"
 
 
 def _identity(model: str, revision: str) -> str:

@@ -116,6 +116,8 @@ def test_shards_hear_what_one_process_hears(source: Path, other: Path) -> None:
         run_shard(config, 0, 2, wait=0, **models)  # type: ignore[arg-type]
     assert run_shard(config, 1, 2, wait=0, **models) == [0]  # type: ignore[arg-type]
     assert run_shard(config, 0, 2, wait=0, **models) == []  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"found shards that are not merged: run `robustft merge"):
+        run(source, other.parent / "c", Adder("c", 0.7, 3), second_opinion=(str(out),))
     merge([out])
     assert (out / "verdicts.jsonl").read_bytes() == (one / "verdicts.jsonl").read_bytes()
 
@@ -254,10 +256,26 @@ def test_a_model_may_have_any_name(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (lambda run: shutil.rmtree(run), "expected the --out of a finished `robustft clean`"),
-        (lambda run: (run / "verdicts.jsonl").unlink(), "expected the --out of a finished"),
-        (lambda run: edit(run, config={"limit": 5}), "with the same --schema, --split and --limit"),
-        (lambda run: edit(run, input={"blake2b": "0"}), "expected a run on the same input"),
+        (shutil.rmtree, "expected the --out of a finished `robustft clean`, found nothing there"),
+        (lambda run: (run / "verdicts.jsonl").unlink(), "found no verdicts.jsonl in it"),
+        (lambda run: (run / "manifest.json").unlink(), "found one that is not finished: run its"),
+        (lambda run: only(run, "verdicts.jsonl"), "found no manifest.json in it"),
+        (lambda run: only(run), r"found no manifest\.json and no verdicts\.jsonl in it"),
+        (
+            lambda run: (shutil.rmtree(run), run.write_text("")),
+            "finished `robustft clean`, found a file",
+        ),
+        (lambda run: edit(run, method="self-label"), "found one of --method self-label, in which"),
+        (lambda run: edit(run, models=None), "found another manifest.json"),
+        (
+            lambda run: edit(run, config={"limit": 5}),
+            r"with the same --schema, --split and --limit, found one on \S+in\.jsonl: --limit was "
+            "5, now not given",
+        ),
+        (
+            lambda run: edit(run, input={"blake2b": "0"}),
+            r"a run on the same input .* found one on \S+in\.jsonl: its content was another",
+        ),
         (lambda run: line(run, 600, None), "expected 188 verdicts from line 513 on"),
         (lambda run: line(run, 600, "{"), r"line 601: expected the verdict on record 's600'"),
         (lambda run: line(run, 3, "[]"), r"line 4: expected the verdict on record 's3'"),
@@ -287,8 +305,16 @@ def edit(folder: Path, **facts: Any) -> None:
     path = folder / "manifest.json"
     found = json.loads(path.read_text())
     for name, values in facts.items():
-        found[name] |= values
+        found[name] = found[name] | values if isinstance(values, dict) else values
     path.write_text(json.dumps(found))
+
+
+def only(folder: Path, *names: str) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in names:
+            path.unlink()
 
 
 def line(folder: Path, number: int, text: str | None) -> None:
@@ -323,6 +349,7 @@ def test_the_papers_rule_hears_no_second_opinion(tmp_path: Path) -> None:
     [
         ("s3://bucket/run", r"--second-opinion s3://bucket/run: expected a folder of this machine"),
         ("caf\udce9", "the name is not UTF-8, as a manifest is"),
+        ("", "^--second-opinion: expected a folder, found nothing$"),
     ],
 )
 def test_runs_that_cannot_be_read_or_named(

@@ -31,9 +31,9 @@ from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
 from robustft.files import locked, remove_leftovers
-from robustft.finishing import METHOD, Models, finish
+from robustft.finishing import Models, finish
 from robustft.intake import Intake, intake_folder, take_in
-from robustft.outputs import claim, identity, made_by
+from robustft.outputs import METHOD, claim, identity, made_by
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
 from robustft.second_opinions import full_paths
