@@ -24,7 +24,7 @@ from robustft.records import Record, RecordSource
 from robustft.remote import is_remote
 from robustft.shards import plan_folder
 from robustft.store import UNIT_ROWS, Opinion
-from robustft.terminal import printable
+from robustft.terminal import listed, printable
 
 # What else votes, is asked, or stands among a verdict's experts.
 _TAKEN = (
@@ -166,6 +166,34 @@ def local_folder(run: str) -> Path:
 def full_paths(runs: Sequence[str]) -> tuple[str, ...]:
     """The folders of runs as they are named from anywhere."""
     return tuple(str(local_folder(run).resolve()) for run in runs)
+
+
+def found_again(
+    recorded: Sequence[str], identity: Sequence[str], named: Sequence[str]
+) -> tuple[str, ...]:
+    """The folders of the runs that were heard: as `recorded`, but for those `named` anew.
+
+    identity: who was heard, as `SecondOpinions.identity`. Raises UserError where a folder does not
+    hold one of them.
+    """
+    places = dict(zip(identity, recorded, strict=True))
+    for folder in named:
+        run = _Run(local_folder(folder))
+        if run.identity not in places:
+            raise UserError(
+                f"--second-opinion {folder}: expected a run that was heard before, of "
+                f"{listed(identity) or 'none'}, found one of {run.identity}"
+            )
+        places[run.identity] = folder
+    for heard, folder in places.items():
+        moved = f"{heard} was heard from there: if it has moved, say where with --second-opinion"
+        try:
+            found = _Run(local_folder(folder)).identity
+        except UserError as error:
+            raise UserError(f"{error}; {moved}") from None
+        if found != heard:
+            raise UserError(f"--second-opinion {folder}: found a run of {found}; {moved}")
+    return tuple(places.values())
 
 
 def _instead(folder: Path, manifest: dict[str, Any]) -> str:

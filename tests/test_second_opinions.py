@@ -378,6 +378,29 @@ def test_a_merge_elsewhere_finds_the_runs(
     assert merge([other.parent / "b"]).others == ("other",)
 
 
+def test_a_merge_is_told_where_a_run_has_moved(source: Path, other: Path) -> None:
+    out = other.parent / "b"
+    third = other.parent / "third"
+    run(source, third, Adder("hub/third", 0.7, 3))
+    config = CleanConfig(
+        input=str(source), out=out, second_opinion=(str(other), str(third)), **QUICK
+    )  # type: ignore[arg-type]
+    run_shard(config, 0, 1, engine=Adder("own", 0.7, 2), embedder=LetterEmbedder())  # type: ignore[arg-type]
+    merge([out])
+    before = (out / "verdicts.jsonl").read_bytes()
+    moved = str(other.rename(other.parent / "moved"))
+    told = "found nothing there; hub/other@1 was heard from there: if it has moved, say where with"
+    with pytest.raises(UserError, match=told):
+        merge([out])
+    assert merge([out], second_opinion=[moved]).others == ("other", "third")
+    assert (out / "verdicts.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"before, of hub/other@1, hub/third@1, found one of own@1"):
+        merge([out], second_opinion=[moved, str(out)])
+    shutil.copytree(third, other)
+    with pytest.raises(UserError, match=r"found a run of hub/third@1; hub/other@1 was heard from"):
+        merge([out])
+
+
 def test_clean_takes_a_path_or_several(source: Path, other: Path) -> None:
     result = clean(
         source, out=other.parent / "both", engine=Adder("own", 0.7, 2), embedder=LetterEmbedder(),

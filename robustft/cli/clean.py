@@ -117,7 +117,8 @@ def _run_shards(options: argparse.Namespace, config: CleanConfig) -> int:
         run_processes(options.arguments, options.shard or (0, 1), count, pinned=pinned)
         if options.shard:
             return DONE
-        return _conclude(merge([config.out], watch=watch), options)
+        result = merge([config.out], second_opinion=config.second_opinion, watch=watch)
+        return _conclude(result, options)
     missing = run_shard(config, *options.shard, wait=options.wait, announce=print_announcement)
     print_shard_summary(options.shard, missing, config)
     return DONE
@@ -142,8 +143,11 @@ def run_merge(options: argparse.Namespace) -> int:
         from robustft.truth import check
 
         check(options.truth)
-    out = optional_path(options.out)
-    return _conclude(merge(list(map(Path, options.folders)), out, data=options.input), options)
+    result = merge(
+        list(map(Path, options.folders)), optional_path(options.out), data=options.input,
+        second_opinion=options.second_opinion,
+    )  # fmt: skip
+    return _conclude(result, options)
 
 
 def _clean_config(options: argparse.Namespace) -> CleanConfig:

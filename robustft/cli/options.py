@@ -396,6 +396,11 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument(
         "--input", metavar="INPUT", help="the input, if it has moved (default: where it was)"
     )
+    parser.add_argument(
+        "--second-opinion", action="append", metavar="DIR", default=[],
+        help="a run that the shards have heard, if it has moved; may be repeated (default: where "
+        "they were)",
+    )  # fmt: skip
     _add_truth(parser)
 
 

@@ -36,7 +36,7 @@ from robustft.intake import Intake, intake_folder, take_in
 from robustft.outputs import METHOD, claim, identity, made_by
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource
-from robustft.second_opinions import full_paths
+from robustft.second_opinions import found_again, full_paths
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split
 from robustft.store import UNIT_ROWS, Stopwatch, Store, folder_lock, refuse_changes
 from robustft.terminal import listed
@@ -237,6 +237,7 @@ def merge(
     out: Path | None = None,
     *,
     data: str | None = None,
+    second_opinion: Sequence[str] = (),
     watch: Stopwatch | None = None,
 ) -> CleanResult:
     """Select over all shards and write the outputs, once every shard has relabeled.
@@ -246,6 +247,7 @@ def merge(
     folders: output folders of `clean --shard`, or folders of shards, that hold all shards of a run.
     out: where the outputs go; None: the first of `folders`.
     data: the input, where it is no longer where the shards found it.
+    second_opinion: those of the runs that the shards have heard which are no longer there.
     watch: started with the shards, where the same command ran them.
 
     Raises:
@@ -257,7 +259,11 @@ def merge(
     plan = read_plan(roots[0])
     for root in roots[1:]:
         refuse_changes(root, read_plan(root)._shared(), plan._shared())
-    config = replace(plan.config, out=out or roots[0], input=data or plan.config.input)
+    heard = plan.identity.get("second_opinion", [])
+    config = replace(
+        plan.config, out=out or roots[0], input=data or plan.config.input,
+        second_opinion=found_again(plan.config.second_opinion, heard, second_opinion),
+    )  # fmt: skip
     source = open_source(config)
     if source.content_hash != plan.identity["input"]:
         raise UserError(f"{config.input}: is not the input that the shards were made from")

@@ -173,7 +173,7 @@ def run_ray(
         ) from None
     finally:
         ray.shutdown()
-    return merge([asked], watch=watch)
+    return merge([asked], second_opinion=config.second_opinion, watch=watch)
 
 
 def _cores_of_nodes(ray: Any) -> list[int]:
