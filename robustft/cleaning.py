@@ -42,9 +42,9 @@ def clean(
     data: str | Path | Iterable[Mapping[str, Any]],
     *,
     out: str | Path,
-    model: str | None = None,
+    model: str | Path | None = None,
     engine: Engine | EngineConfig | None = None,
-    embedder: TextEmbedder | str | None = None,
+    embedder: TextEmbedder | str | Path | None = None,
     experts: ExpertConfig | None = None,
     **settings: Any,
 ) -> CleanResult:
@@ -91,12 +91,16 @@ def clean(
     if engine is not None and run_by:
         raise UserError(f"give {', '.join(run_by)} or engine, not both: an engine has its own")
     if "without" in rest:
-        parts = rest["without"]
-        rest["without"] = frozenset([parts] if isinstance(parts, str) else parts)
+        rest["without"] = frozenset(_several("without", rest["without"], "a name", str))
     if "second_opinion" in rest:
-        runs = rest["second_opinion"]
-        several = [runs] if isinstance(runs, str | Path) else runs
-        rest["second_opinion"] = tuple(map(str, several))
+        runs = _several("second_opinion", rest["second_opinion"], "a path", str | Path)
+        rest["second_opinion"] = tuple(map(str, runs))
+    model = str(model) if isinstance(model, Path) else model
+    embedder = str(embedder) if isinstance(embedder, Path) else embedder
+    if not (embedder is None or isinstance(embedder, str) or hasattr(embedder, "encode")):
+        raise UserError(f"embedder must be a model's name or a TextEmbedder, got {embedder!r:.80}")
+    if not isinstance(out, str | Path):
+        raise UserError(f"out must be a path, got {out!r:.80}")
     described = engine if isinstance(engine, EngineConfig) else EngineConfig(model, **run_by)
     tuned = TunedConfig(**folds)
     ready = None if isinstance(embedder, str) else embedder
@@ -118,6 +122,17 @@ def clean(
             **rest,
         )
         return run_clean(config, engine=loaded, embedder=ready)
+
+
+def _several(name: str, value: Any, what: str, kind: Any) -> list[Any]:
+    """One value or several, as a list; raises UserError where one is not of `kind`."""
+    if isinstance(value, kind):
+        return [value]
+    iterable = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
+    several = list(value) if iterable else [value]
+    if not iterable or not all(isinstance(one, kind) for one in several):
+        raise UserError(f"{name} must be {what} or several, got {value!r:.80}")
+    return several
 
 
 def _rows_file(rows: Any, folder: Path) -> Path:

@@ -24,6 +24,29 @@ def _require(condition: bool, name: str, requirement: str, value: object) -> Non
         raise UserError(f"{name} must be {requirement}, got {value!r}")
 
 
+# How a field's annotation begins -> the type of its values, and that in words.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "str": (str, "text"),
+    "bool": (bool, "True or False"),
+}
+
+
+def _require_kinds(config: Any) -> None:
+    """Raise UserError where a plain field holds a value of another type than it is annotated with.
+
+    A bool is no number.
+    """
+    for one in dataclasses.fields(config):
+        first, *others = str(one.type).split(" | ")
+        value = getattr(config, one.name)
+        if first in _KINDS and not (value is None and "None" in others):
+            kind, wanted = _KINDS[first]
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            _require(right, one.name, wanted, value)
+
+
 # Settings of an engine that say how its answers are fetched, not what they are.
 ENGINE_MEANS = (
     "base_url", "key_variable", "concurrency", "timeout", "retries", "tensor_parallel",
@@ -50,6 +73,7 @@ class EngineConfig:
     tensor_parallel: int = 1  # GPUs that share one model (vllm)
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         for name in ("concurrency", "tensor_parallel"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.retries >= 0, "retries", "at least 0", self.retries)
@@ -87,6 +111,7 @@ class ExpertConfig:
     calibrate: bool = False  # divide the letters' content-free probabilities out (Zhao et al. 2021)
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         _require(self.rounds >= 1, "rounds", "at least 1", self.rounds)
         _require(self.samples >= 1, "samples", "at least 1", self.samples)
         _require(
@@ -120,6 +145,7 @@ class TunedConfig:
     fold_top_layers: int | None = None  # adapt only the last N layers; None: all
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         _require(self.folds == 0 or self.folds >= 2, "folds", "0 (none) or at least 2", self.folds)
         for name in ("fold_epochs", "fold_batch_size"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -153,12 +179,7 @@ class CleanConfig:
     tuned: TunedConfig = field(default_factory=TunedConfig)
 
     def __post_init__(self) -> None:
-        for name, kind in (("k", int), ("limit", int), ("seed", int), ("beta", float)):
-            value = getattr(self, name)
-            absent = name == "limit" and value is None
-            number = isinstance(value, int | kind) and not isinstance(value, bool)
-            wanted = "a number" if kind is float else "a whole number"
-            _require(absent or number, name, wanted, value)
+        _require_kinds(self)
         _require(isinstance(self.without, frozenset), "without", "a frozenset", self.without)
         _require(self.k >= 1, "k", "at least 1", self.k)
         in_range = math.isfinite(self.beta) and 0 <= self.beta <= 1
@@ -265,6 +286,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         for name in ("epochs", "rank", "batch_size"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("limit", "top_layers", "steps"):
@@ -305,6 +327,7 @@ class EvalConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         _require(self.limit is None or self.limit >= 1, "limit", "at least 1", self.limit)
         _require(self.answer_tokens >= 1, "answer_tokens", "at least 1", self.answer_tokens)
 
@@ -343,6 +366,7 @@ class ReproduceConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        _require_kinds(self)
         for name in ("limit", "test_limit", "epochs", "batch_size", "top_layers", "rounds",
                      "reasoning_tokens"):  # fmt: skip
             value = getattr(self, name)

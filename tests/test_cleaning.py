@@ -92,6 +92,49 @@ def test_an_engine_is_one_or_says_how_to_get_one(tmp_path: Path) -> None:
         clean(tmp_path, engine=rft.EngineConfig(model=str(tmp_path / "no/such/folder")))
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"second_opinion": None}, "second_opinion must be a path or several, got None"),
+        ({"second_opinion": 5}, "second_opinion must be a path or several, got 5"),
+        ({"second_opinion": [None]}, r"second_opinion must be a path or several, got \[None\]"),
+        ({"second_opinion": b"run"}, "second_opinion must be a path or several, got b'run'"),
+        (
+            {"second_opinion": {"run": 1}},
+            "second_opinion must be a path or several, got {'run': 1}",
+        ),
+        ({"second_opinion": "text"}, "--second-opinion text: expected the --out of a finished"),
+        ({"without": None}, "without must be a name or several, got None"),
+        ({"without": 5}, "without must be a name or several, got 5"),
+        ({"threads": "2"}, "threads must be a whole number, got '2'"),
+        ({"folds": "2"}, "folds must be a whole number, got '2'"),
+        ({"rounds": 2.0}, "rounds must be a whole number, got 2.0"),
+        ({"calibrate": "no"}, "calibrate must be True or False, got 'no'"),
+        ({"dataset_info": "no"}, "dataset_info must be True or False, got 'no'"),
+        ({"split": None}, "split must be text, got None"),
+        ({"out": 5}, "out must be a path, got 5"),
+        ({"embedder": 5}, "embedder must be a model's name or a TextEmbedder, got 5"),
+        ({"engine": None, "model": 5}, "model must be text, got 5"),
+        ({"engine": None, "device": 7}, "device must be text, got 7"),
+        ({"engine": None, "temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"engine": None, "temperature": True}, "temperature must be a number, got True"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name(
+    settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        clean(**{"out": tmp_path, **settings})
+
+
+def test_models_may_be_named_by_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[rft.CleanConfig] = []
+    monkeypatch.setattr("robustft.cleaning.run_clean", lambda config, **_: asked.append(config))
+    rft.clean(ROWS, out=tmp_path, model=tmp_path / "model", embedder=tmp_path / "embedder")
+    assert asked[0].engine.model == str(tmp_path / "model")
+    assert asked[0].embedder == str(tmp_path / "embedder")
+
+
 def test_an_unknown_setting_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no setting 'betta'; did you mean 'beta'\?"):
         clean(tmp_path, betta=0.5)
