@@ -32,6 +32,7 @@ from robustft.experts import record_kind
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
 from robustft.methods.scorers import Scorer, ngram_features, sharpened
+from robustft.progress import Progress
 from robustft.prompts import LETTERS, context_prompt
 from robustft.records import Record
 from robustft.retrieval import CosineKNN
@@ -69,6 +70,7 @@ class _NoiseAL:
             Scorer(ngram_features(self._texts), self._width, self._shared, seed + 1),
         )
         self._threshold = 1.0 / self._width
+        self._round = 0  # of asking the LLM
         self._failures: dict[int, str] = {}  # row -> why the LLM gave no reply, asked last
 
     def run(self) -> list[Decision]:
@@ -136,6 +138,7 @@ class _NoiseAL:
         labels = self._given.copy()
         rows = np.flatnonzero(split.purified)
         self._failures.clear()
+        self._round += 1
         if len(rows) == 0:
             return labels
         shown: list[list[int]] = [[] for _ in rows]
@@ -151,8 +154,10 @@ class _NoiseAL:
             for record, near in zip(records, shown, strict=True)
         ]
         limit = self._setting.config.experts.answer_tokens
-        for row, one in zip(rows, predict(records, prompts, self._setting.engine, limit),
-                            strict=True):  # fmt: skip
+        doing = f"noiseal · labels, {self._round} of {_ROUNDS + 1}"
+        with Progress(doing, len(rows), unit="records") as progress:
+            said = predict(records, prompts, self._setting.engine, limit, progress=progress.update)
+        for row, one in zip(rows, said, strict=True):
             labels[row] = self._learn(int(row), one.answer)
             if one.failure:
                 self._failures[int(row)] = one.failure

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from robustft.cleaning import open_source
 from robustft.engines import Choice, Failure
 from robustft.errors import UserError
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
+from robustft.progress import Progress
 from robustft.prompts import SELECT_WORDS, neutral_select_prompt, select_prompt
-from robustft.records import Record
+from robustft.records import Record, count_records
 from robustft.verdicts import CleanResult
 
 
@@ -43,9 +45,12 @@ def prepare(setting: Setting) -> CleanResult:
                 trusted = bool(yes > no)
                 answer = records[row].answer if trusted else None
                 decisions[row] = Decision(answer, "trusted" if trusted else "not trusted")
+            shown.update(len(rows))
         return [decisions[row] for row in range(len(records))]
 
-    return write_decisions(setting.config, "self-select", decide)
+    total = count_records(open_source(setting.config))
+    with Progress("self-select", total, unit="records") as shown:
+        return write_decisions(setting.config, "self-select", decide)
 
 
 METHOD = Method("self-select", "SelfSelect", "SFT on the examples the model trusts", prepare)

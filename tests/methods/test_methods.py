@@ -199,6 +199,23 @@ def test_an_input_that_changes_while_it_is_worked_on(tmp_path: Path, name: str) 
     assert not (tmp_path / "out/cleaned.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("self-label", "robustft: self-label: 100%"),
+        ("self-select", "robustft: self-select: 100%"),
+        ("noiseal", "robustft: noiseal · labels, 1 of 4: 100%"),
+    ],
+)
+def test_what_takes_long_says_how_far_it_is(
+    name: str, told: str, made: Callable[..., object], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("robustft.progress._SECONDS_BETWEEN_LINES", 0)
+    made(name)
+    assert told in capsys.readouterr().err
+
+
 def test_noiseal_on_open_answers(tmp_path: Path) -> None:
     words = ("ant", "bee", "cow", "dog", "elk")
     rows = [{"question": f"{words[n % 5]} {words[n % 5]}?", "answer": str(2 * (n % 5))}
