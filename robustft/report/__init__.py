@@ -90,6 +90,7 @@ def _outcome(summary: ReportData) -> str:
         (_REJECT, counts.rejected),
     ]
     records = counts.records
+    unjudged = f"{counts.unjudged:,} could not be judged" if counts.unjudged else ""
     if counts.input == 0:
         sentence = "The input held no record."
     elif records == 0:
@@ -101,13 +102,14 @@ def _outcome(summary: ReportData) -> str:
         )
     elif counts.noisy == 0:
         sentence = (
-            f"None of the {counted(records, 'record')} looked noisy: the cleaned set is the "
-            "input as it came."
+            f"None of the {counted(records, 'record')} looked noisy"
+            f"{f' ({unjudged})' if unjudged else ''}: the cleaned set is the input as it came."
         )
     else:
         sentence = (
             f"<b>{counts.noisy:,}</b> of {counted(records, 'record')} looked noisy "
-            f"({markup.percent(counts.noisy, records)}). The cleaned set holds "
+            f"({markup.percent(counts.noisy, records)})"
+            f"{f', {unjudged}' if unjudged else ''}. The cleaned set holds "
             f"<b>{counts.keep + counts.relabel:,}</b>."
         )
     tiles = "".join(
@@ -173,7 +175,7 @@ def _figures(summary: ReportData) -> str:
             + _legend((Series("before", "before"), Series("after", "after")))
             if summary.before or summary.after
             else "",
-            "No answer to count.",
+            "Only lettered answers are counted here, and there is none.",
         ),
         _card(
             "Why records went where they did",
