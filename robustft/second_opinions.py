@@ -24,7 +24,7 @@ from robustft.records import Record, RecordSource
 from robustft.remote import is_remote
 from robustft.shards import plan_folder
 from robustft.store import UNIT_ROWS, Opinion
-from robustft.terminal import listed, printable
+from robustft.terminal import counted, listed, printable
 
 # What else votes, is asked, or stands among a verdict's experts.
 _TAKEN = (
@@ -77,7 +77,7 @@ class SecondOpinions:
             heard[run.identity] = f"as {run.folder} has"
 
     def require_input(self, source: RecordSource, settings: dict[str, Any]) -> None:
-        """Raise UserError where a run has read another input, or other records of it.
+        """Raise UserError where a run has read another input, or other records of it, or lost some.
 
         settings: the fingerprint of the configuration at hand.
         """
@@ -95,6 +95,7 @@ class SecondOpinions:
                     f"--second-opinion {run.folder}: expected a run on the same input with the "
                     f"same --schema, --split and --limit, found one on {printable(found)}"
                 )
+            run.require_whole()
 
     def unit(self, number: int, records: Sequence[Record]) -> list[tuple[Opinion, ...]]:
         """What every run's model said to each record of a unit, in the order of `names`."""
@@ -124,11 +125,27 @@ class _Run:
                     f"clean`, found {_instead(folder, self.manifest)}"
                 )
 
+    def require_whole(self) -> None:
+        """Raise UserError where verdicts are missing: else only hours of asking would tell."""
+        counts = self.manifest["counts"]
+        records = int(counts.get("input", 0)) - int(counts.get("rejected", 0))
+        status = self.path.stat()
+        _, lines = _unit_starts(self.path, status.st_size, status.st_mtime_ns)
+        if lines != records:
+            whole = min(lines, records) // UNIT_ROWS * UNIT_ROWS
+            raise self._wrong_number(whole + 1, min(records - whole, UNIT_ROWS), lines - whole)
+
+    def _wrong_number(self, first: int, expected: int, found: int) -> UserError:
+        return UserError(
+            f"{self.path}: expected {counted(expected, 'verdict')} from line {first} on, one for "
+            f"every record of the input, found {found}"
+        )
+
     def unit(self, number: int, records: Sequence[Record]) -> Iterator[Opinion]:
         """What the model said to each record: by its reasoning, where it was asked to reason."""
         found: list[bytes] = []
         status = self.path.stat()
-        starts = _unit_starts(self.path, status.st_size, status.st_mtime_ns)
+        starts, _ = _unit_starts(self.path, status.st_size, status.st_mtime_ns)
         if number + 1 < len(starts):
             start, stop = starts[number : number + 2]
             with self.path.open("rb") as file:
@@ -136,10 +153,7 @@ class _Run:
                 found = file.read(stop - start).splitlines()
         first = number * UNIT_ROWS + 1
         if len(found) != len(records):
-            raise UserError(
-                f"{self.path}: expected {len(records)} verdicts from line {first} on, one for "
-                f"every record of the input, found {len(found)}"
-            )
+            raise self._wrong_number(first, len(records), len(found))
         for row, (line, record) in enumerate(zip(found, records, strict=True)):
             opinion = _opinion(line, record)
             if opinion is None:
@@ -217,8 +231,11 @@ def _identity(model: str, revision: str) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _unit_starts(path: Path, size: int, modified: int) -> list[int]:
-    """Where the lines of each unit begin, and the file's end; `size` and `modified` are its own."""
+def _unit_starts(path: Path, size: int, modified: int) -> tuple[list[int], int]:
+    """Where the lines of each unit begin, and the file's end; how many lines there are.
+
+    `size` and `modified` are the file's own.
+    """
     starts, lines, at = [0], 0, 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -226,7 +243,7 @@ def _unit_starts(path: Path, size: int, modified: int) -> list[int]:
             first = -(lines + 1) % UNIT_ROWS  # of the ends here, the one that ends a unit
             starts += (ends[first::UNIT_ROWS] + at + 1).tolist()
             lines, at = lines + len(ends), at + len(block)
-    return [*starts, at] if starts[-1] < at else starts
+    return ([*starts, at] if starts[-1] < at else starts), lines
 
 
 def _opinion(line: bytes, record: Record) -> Opinion | None:

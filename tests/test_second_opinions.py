@@ -173,6 +173,17 @@ def test_free_texts_are_not_compared_with_other_models(tmp_path: Path) -> None:
     assert found.warnings[0] == "60 free texts are compared with this model's alone"
 
 
+@pytest.mark.parametrize("number", [600, 3])
+def test_missing_verdicts_are_told_before_anybody_is_asked(
+    number: int, source: Path, other: Path
+) -> None:
+    line(other, number, None)
+    engine = Adder("own", 0.7, 2)
+    with pytest.raises(UserError, match=r"expected 188 verdicts from line 513 on, .* found 187"):
+        run(source, other.parent / "both", engine, second_opinion=(str(other),))
+    assert not engine.asked
+
+
 def test_one_free_text_is_told_of_as_one(tmp_path: Path) -> None:
     text = {"id": "t", "question": "Tell me of the sea.", "answer": "It is wide and blue and deep."}
     source = write_jsonl(tmp_path / "in.jsonl", [*sums(60), text])
