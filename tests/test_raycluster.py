@@ -93,7 +93,8 @@ def test_its_time_is_that_of_the_whole_command(
 ) -> None:
     watched: list[Any] = []
     monkeypatch.setattr(
-        "robustft.distributed.raycluster.merge", lambda _, watch=None: watched.append(watch)
+        "robustft.distributed.raycluster.merge",
+        lambda _, watch=None, **options: watched.append(watch),
     )
     run_ray(config(tmp_path, tmp_path / "out", rows=20), None, 1, loader)
     assert watched[0].seconds() > 0
