@@ -22,7 +22,7 @@ import numpy.typing as npt
 from robustft.answers import Kind, answer_kind, matches, normalise
 from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
-from robustft.records import Record, RecordSource, RecordWriter, watched
+from robustft.records import Record, RecordSource, RecordWriter, Reject, leave_out, watched
 from robustft.records.formats import dump_json
 from robustft.terminal import counted
 from robustft.truth import written_by_corrupt
@@ -124,8 +124,8 @@ def _survey(
     heaps: dict[Kind, list[tuple[int, str, str]]] = {kind: [] for kind in KINDS[1:]}
     held: set[tuple[Kind, str]] = set()
     for item in watched(source, "read"):
-        if not isinstance(item, Record):
-            rejected += 1
+        if isinstance(item, Reject):
+            rejected = leave_out(item, source, rejected)
             continue
         ranks.append(_hash(seed, "rank", item.id))
         kind = answer_kind(item.answer, item.options)

@@ -22,7 +22,7 @@ from robustft.files import spare
 from robustft.metrics import Tally, macro_f1
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, answer_prompt, letters, opening
-from robustft.records import Record, RecordSource, Reject, count_records, open_records
+from robustft.records import Record, RecordSource, Reject, count_records, leave_out, open_records
 from robustft.records.formats import hash_files
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
@@ -219,7 +219,7 @@ def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
     chunk: list[Record] = []
     for item in source:
         if isinstance(item, Reject):
-            result.rejected += 1
+            result.rejected = leave_out(item, source, result.rejected)
             continue
         chunk.append(item)
         if len(chunk) == UNIT_ROWS:

@@ -62,11 +62,13 @@ def test_exact_share_and_nesting(tmp_path: Path, count: int, seed: int, rates: l
         previous = changed
 
 
-def test_truth_file_undoes_the_noise(tmp_path: Path) -> None:
+def test_truth_file_undoes_the_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = choices(50)
-    source = open_records(str(write(tmp_path / "d.jsonl", rows, junk=b"broken\n")))
+    source = open_records(str(write(tmp_path / "d.jsonl", rows, junk=b"broken\nworse\n")))
     report = corrupt(source, 0.3, 7, tmp_path / "noisy.jsonl")
-    assert (report.records, report.rejected, report.corrupted) == (50, 1, 15)
+    assert (report.records, report.rejected, report.corrupted) == (50, 2, 15)
+    (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert said.startswith(f"{tmp_path / 'd.jsonl'}, line 1: ")  # the first of them alone
     assert report.truth == tmp_path / "noisy.jsonl.truth.jsonl"
     noisy, truth = lines(report.out), lines(report.truth)
     assert [line["id"] for line in truth] == [str(n) for n in range(50)]

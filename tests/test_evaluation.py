@@ -119,12 +119,16 @@ def test_f1_is_told_where_parts_of_an_answer_count(tmp_path: Path) -> None:
     assert "mean F1 50.0%, in which a part of an answer counts for its share" in str(parts)
 
 
-def test_unreadable_lines_are_left_out_and_said(tmp_path: Path) -> None:
+def test_unreadable_lines_are_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps(choice("A", "A")) + "\n{broken\n")
     result = evaluate(EvalConfig(str(path)), engine=oracle())
     assert (result.overall.total, result.rejected) == (1, 1)
     assert "1 line could not be read and was left out" in str(result)
+    (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert said.startswith(f"{path}, line 2: ")
 
 
 def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> None:

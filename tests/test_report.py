@@ -231,12 +231,12 @@ def test_hostile_data_stays_text() -> None:
                 "nll_dropped": None,
                 "nll_threshold": None,
             },
-            "None of the 9 records looked noisy",
+            "Of 9 records none looked noisy",
         ),
-        ({"counts": Counts(1, 1, 0, 1, 0, 0, 0)}, "None of the 1 record looked noisy"),
+        ({"counts": Counts(1, 1, 0, 1, 0, 0, 0)}, "Of 1 record none looked noisy"),
         (
             {"counts": Counts(9, 6, 0, 9, 0, 0, 0, unjudged=3)},
-            "None of the 9 records looked noisy (3 could not be judged): the cleaned set is the",
+            "Of 9 records none looked noisy (3 could not be judged): the cleaned set is the",
         ),
         (
             {"counts": Counts(9, 2, 4, 5, 3, 1, 0, unjudged=3)},

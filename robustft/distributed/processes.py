@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from robustft.errors import UnfinishedError, UserError
+from robustft.terminal import counted
 
 _TRIES = 4  # starts of a shard that is killed again and again
 _PATIENCE = 30.0  # seconds for an interrupted process to end by itself
@@ -64,8 +65,8 @@ def require_gpus(count: int) -> None:
     found = torch.cuda.device_count()
     if found < count:
         raise UserError(
-            f"--gpus {count}: found {found} GPUs; use --processes for several processes that "
-            "share what there is"
+            f"--gpus {count}: found {counted(found, 'GPU')}; use --processes for several "
+            "processes that share what there is"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, du
 from robustft.records.framing import MAX_LINE_BYTES, Place, Reject, reject, short
 from robustft.records.schemas import LETTERS, Context, Schema, find_schema
 from robustft.records.sources import open_reader
+from robustft.terminal import printable
 
 __all__ = [
     "Place",
@@ -29,12 +31,14 @@ __all__ = [
     "Reject",
     "count_records",
     "folded",
+    "leave_out",
     "open_records",
     "output_name",
     "reopened",
 ]
 
 SAMPLE_ROWS = 64
+_log = logging.getLogger("robustft")
 
 
 @dataclass(slots=True)  # frozen, it takes five times as long to make
@@ -309,6 +313,19 @@ def open_records(
 def count_records(source: RecordSource) -> int:
     """The number of records, by reading them all."""
     return sum(isinstance(item, Record) for item in watched(source, "count"))
+
+
+def leave_out(reject: Reject, source: RecordSource, before: int) -> int:
+    """How many were left out with this one; where it is the first, the log says why.
+
+    For commands that write no rejects.jsonl.
+    """
+    if before == 0:
+        _log.warning(
+            "%s, %s: %s; left out, as are others that cannot be read",
+            source.path, reject.place, printable(reject.reason),
+        )  # fmt: skip
+    return before + 1
 
 
 def watched(source: RecordSource, doing: str) -> Iterator[Record | Reject]:

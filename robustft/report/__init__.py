@@ -102,7 +102,7 @@ def _outcome(summary: ReportData) -> str:
         )
     elif counts.noisy == 0:
         sentence = (
-            f"None of the {counted(records, 'record')} looked noisy"
+            f"Of {counted(records, 'record')} none looked noisy"
             f"{f' ({unjudged})' if unjudged else ''}: the cleaned set is the input as it came."
         )
     else:

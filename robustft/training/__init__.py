@@ -23,7 +23,7 @@ from robustft.models import (
     load_causal_lm,
     load_tokenizer,
 )
-from robustft.records import Record, RecordSource, Reject, open_records
+from robustft.records import Record, RecordSource, Reject, leave_out, open_records
 from robustft.store import folder_lock, refuse_changes
 from robustft.terminal import counted
 from robustft.training import trackers
@@ -212,13 +212,11 @@ def _read(source: RecordSource, tokenizer: Any, cutoff: int) -> tuple[TrainingSe
         nonlocal rejected
         for item in source:
             if isinstance(item, Reject):
-                rejected += 1
+                rejected = leave_out(item, source, rejected)
             else:
                 yield item
 
     data = encode_records(readable(), tokenizer, cutoff)
-    if rejected:
-        _log.warning("%s: %d lines could not be read and are left out", source.path, rejected)
     if data.shortened:
         _log.warning("%d records are longer than %d tokens and are cut", data.shortened, cutoff)
     return data, rejected
