@@ -67,7 +67,7 @@ class EngineConfig:
     base_url: str | None = None  # of the server (openai)
     tokenizer: str | None = None  # hub id or folder; None: the model's, where it can be loaded
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the server's key
-    concurrency: int = 64  # requests in flight at most (openai)
+    concurrency: int = 128  # requests in flight at most (openai)
     timeout: float = 300.0  # seconds for one try of one request (openai)
     retries: int = 5  # tries after the first (openai)
     tensor_parallel: int = 1  # GPUs that share one model (vllm)

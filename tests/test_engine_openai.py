@@ -379,7 +379,7 @@ def test_a_server_gets_as_many_requests_as_it_takes(
     replies = made.choose(*questions(100))
     assert not [one for one in replies if isinstance(one, Failure)]
     assert [r.getMessage().split(": ", 1)[1] for r in caplog.records] == [
-        "takes fewer than 16 requests at a time (--concurrency); it gets as many as it takes"
+        "refuses some requests as too many at a time; it gets as many as it takes"
     ]
 
 

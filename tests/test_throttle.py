@@ -49,6 +49,20 @@ def test_as_many_answers_as_slots_add_one_up_to_the_most() -> None:
     asyncio.run(play())
 
 
+def test_slots_grow_by_quick_answers_alone() -> None:
+    async def play() -> None:
+        throttle = Throttle(100, patience=60)
+        assert await in_flight(throttle) == 16
+        for _ in range(50):
+            throttle.answered(quick=False)
+        assert throttle.slots == 16
+        for _ in range(16 + 17):
+            throttle.answered()
+        assert throttle.slots == await in_flight(throttle) == 18
+
+    asyncio.run(play())
+
+
 def test_one_slot_is_left() -> None:
     async def play() -> None:
         throttle = Throttle(3, patience=60)

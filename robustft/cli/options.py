@@ -205,8 +205,8 @@ def _add_engine(parser: Parser) -> None:
         help="environment variable that holds the server's key, where it needs one",
     )  # fmt: skip
     group.add_argument(
-        "--concurrency", type=_positive, default=64, metavar="N",
-        help="requests to the server at a time, at most",
+        "--concurrency", type=_positive, default=128, metavar="N",
+        help="requests to the server at a time, at most; 16 at first, more as long as it keeps up",
     )  # fmt: skip
     group.add_argument(
         "--timeout", type=_above_zero, default=300.0, metavar="SECONDS",

@@ -87,7 +87,7 @@ class JsonClient:
         base_url: str,
         *,
         key_variable: str = "OPENAI_API_KEY",
-        concurrency: int = 64,
+        concurrency: int = 128,
         timeout: float = 300.0,
         retries: int = 5,
         backoff: float = 0.5,
@@ -207,6 +207,7 @@ class JsonClient:
         async with self._throttle.slot() as began:
             # A server that is gone is not worth the full patience for every request in the batch.
             tries = 1 if self._given_up >= _LOST_AFTER else self._tries
+            asked = time.monotonic()
             try:
                 found: _T | Failure
                 found = await self._persist(path, body, read, tries, apart=_TOO_MANY)
@@ -223,7 +224,7 @@ class JsonClient:
                     return Failure(f"{error} (and nothing else for {self._patience:g} s)")
                 return Failure(f"{error} ({tries} tries)" if error.passing else str(error))
             self._given_up = self._refused = 0
-            self._throttle.answered()
+            self._throttle.answered(quick=time.monotonic() - asked < self._timeout / 4)
             return found
 
     def _come_back(self, began: int) -> bool:
@@ -231,10 +232,8 @@ class JsonClient:
         if not self._told:
             self._told = True
             _log.warning(
-                "%s: takes fewer than %d requests at a time (--concurrency); it gets as many as it "
-                "takes",
+                "%s: refuses some requests as too many at a time; it gets as many as it takes",
                 self.base_url,
-                self._concurrency,
             )
         return self._throttle.refused(began)
 

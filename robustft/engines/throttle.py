@@ -7,23 +7,25 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
+_FIRST = 16
+
 
 class Throttle:
-    """Slots for requests: half as many where the server refuses one as too many, then more again.
+    """Slots for requests: one more after a round of quick answers, half as many after a refusal.
 
-    Additive increase, multiplicative decrease (Chiu and Jain 1989): one slot more after as many
-    answers as there are slots. All on one event loop.
+    Additive increase, multiplicative decrease (Chiu and Jain 1989). A slow server gets no more
+    than it began with: they would wait there, past their time. All on one event loop.
 
     Args:
-        most: slots at first and at most.
+        most: slots at most.
         patience: seconds in which nothing but refusals came, after which they count as failures.
     """
 
     def __init__(self, most: int, patience: float) -> None:
-        self.slots = most
+        self.slots = min(_FIRST, most)
         self._most = most
         self._patience = patience
-        self._free = asyncio.Semaphore(most)
+        self._free = asyncio.Semaphore(self.slots)
         self._owed = 0  # slots that are no more, once they come free
         self._cuts = 0
         self._answers = 0  # since the number of slots changed
@@ -44,10 +46,10 @@ class Throttle:
         else:
             self._free.release()
 
-    def answered(self) -> None:
-        """A request was answered."""
+    def answered(self, *, quick: bool = True) -> None:
+        """A request was answered; `quick`: far sooner than it had to be."""
         self._refusing_since = None
-        self._answers += self.slots < self._most
+        self._answers += quick and self.slots < self._most
         if self._answers == self.slots:
             self._answers = 0
             self.slots += 1
