@@ -95,12 +95,8 @@ def finish(
     for warning in conclusion.warnings:
         result.warn(warning)
     for letter in vanished(result.answers_before, result.answers_after):
-        result.warn(
-            f"answer {letter} has all but left the training set: "
-            f"{counted(result.answers_before[letter], 'record')} before, "
-            f"{result.answers_after[letter]:,} "
-            "after; verdicts.jsonl says why, --beta 1 keeps more"
-        )
+        before, after = result.answers_before[letter], result.answers_after[letter]
+        result.warn(left_the_set(letter, before, after, config))
     if not models.abilities.choose and config.experts.choice == "likelihood":
         result.warn(
             "the engine gives no probabilities of given words: lettered answers, checker and "
@@ -145,6 +141,16 @@ def vanished(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
         for answer, count in sorted(before.items())
         if count >= 5 and after.get(answer, 0) < share * count / 4
     ]
+
+
+def left_the_set(answer: str, before: int, after: int, config: CleanConfig) -> str:
+    """The warning about an answer that `vanished`; what keeps more of it, where anything does."""
+    # Where nothing is selected, its records have a new answer: no share keeps more of them.
+    selected = config.beta < 1 and "selection" not in config.without
+    return (
+        f"answer {answer} has all but left the training set: {counted(before, 'record')} before, "
+        f"{after:,} after; verdicts.jsonl says why{', --beta 1 keeps more' if selected else ''}"
+    )
 
 
 def _manifest(
