@@ -17,6 +17,7 @@ from robustft.records import Record
 from robustft.reproduction.cells import Bench, Cell
 from robustft.reproduction.studies import Study
 from robustft.reproduction.workshop import TrainingData, Workshop, read
+from robustft.terminal import counted
 
 _PARTS = ("read", "written", "trained")
 
@@ -33,13 +34,15 @@ class _Work:
 def estimate(study: Study, config: ReproduceConfig) -> str:
     """The plan of a study, an upper bound: what cells share is counted once a cell."""
     bench = Bench(config)
-    cells = list(dict.fromkeys(cell for row in study.rows for cell in row.cells))
-    lines = [f"{study.title}: {len(cells)} cells"]
+    cells = study.cells
+    lines = [f"{study.title}: {counted(len(cells), 'cell')}"]
     total: Counter[str] = Counter()
     speeds: dict[str, float] = {}
     lacking: defaultdict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        name = f"{METHODS[cell.method].title} on {cell.task} at {cell.noise} %, seed {cell.seed}"
+    for cell, row in cells.items():
+        name = f"{row} on {cell.task} at {cell.noise} %, seed {cell.seed}"
+        if cell.instruction is not None:
+            name += f', "{cell.instruction}"'
         try:
             work = _work(bench, cell, perplexity=study.perplexity)
             speeds = speeds or bench.shop(cell.model).speeds()
@@ -55,7 +58,9 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
     if lacking and config.data is None:
         lines.append("  with --data FOLDER the data come from a folder with one folder a task")
     lines.append("at most: " + ", ".join(f"{total[part]:,} tokens {part}" for part in _PARTS))
-    if all(speeds.get(part) for part in _PARTS if total[part]):
+    if len(cells) == sum(map(len, lacking.values())):
+        lines.append("nothing of it can run here")
+    elif all(speeds.get(part) for part in _PARTS if total[part]):
         seconds = sum(total[part] / speeds[part] for part in _PARTS if total[part])
         lines.append(f"at the speed of earlier work in {config.out}: {seconds / 60:.0f} minutes")
     else:
@@ -69,8 +74,7 @@ def _named(cells: Sequence[Cell]) -> str:
     """What a number of cells share, in few words."""
     methods = dict.fromkeys(METHODS[cell.method].title for cell in cells)
     tasks = dict.fromkeys(cell.task for cell in cells)
-    cells_ = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
-    return f"{cells_} ({', '.join(methods)} on {', '.join(tasks)})"
+    return f"{counted(len(cells), 'cell')} ({', '.join(methods)} on {', '.join(tasks)})"
 
 
 def _work(bench: Bench, cell: Cell, *, perplexity: bool) -> _Work:

@@ -78,15 +78,14 @@ def _require_categories(study: Study, config: ReproduceConfig) -> None:
 def _run(study: Study, config: ReproduceConfig, *, alone: bool) -> dict[Cell, Outcome]:
     """The outcome of every cell; with a share, those of this process."""
     bench = Bench(config)
-    cells = list(dict.fromkeys(cell for row in study.rows for cell in row.cells))
-    cells.sort(key=lambda cell: str(cell.model))  # a model is loaded once
+    names = study.cells
+    cells = sorted(names, key=lambda cell: str(cell.model))  # a model is loaded once
     number, of = config.share
     done: dict[Cell, Outcome] = {}
     with Progress(study.name, len(cells), unit="cells") as progress:
         for index, cell in enumerate(cells):
             if index % of == number:
-                title = METHODS[cell.method].title
-                print(f"robustft: {study.name}, cell {index + 1} of {len(cells)}: {title} on "
+                print(f"robustft: {study.name}, cell {index + 1} of {len(cells)}: {names[cell]} on "
                       f"{cell.task} at {cell.noise} %", file=sys.stderr, flush=True)  # fmt: skip
                 done[cell] = bench.run(cell, perplexity=study.perplexity)
                 if done[cell].reason and alone:

@@ -52,6 +52,15 @@ class Study:
     instructions: int = 0  # over how many each row is the mean; 0: it is not
     note: str = ""
 
+    @property
+    def cells(self) -> dict[Cell, str]:
+        """Every cell once, in the order of the rows, with the row that first needs it."""
+        found: dict[Cell, str] = {}
+        for plan in self.rows:
+            for cell in plan.cells:
+                found.setdefault(cell, plan.name)
+        return found
+
 
 def _grid(
     config: ReproduceConfig, tasks: Sequence[str], noise: Sequence[int]

@@ -178,6 +178,28 @@ def test_a_dry_run_computes_nothing(
     assert not (tmp_path / "table1.csv").exists()
 
 
+def test_a_dry_run_tells_rows_apart_and_what_cannot_run(
+    data: Path, tmp_path: Path, tiny_model: Path, tiny_encoder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    more = ["--tasks", "fpb", "--noise", "30", "--dry-run"]
+    assert main(arguments("table3", data, tmp_path, tiny_model, tiny_encoder, *more)) == 0
+    said = capsys.readouterr().out
+    assert "  RobustFT on fpb at 30 %, seed 0: " in said
+    assert "  w/o Checker on fpb at 30 %, seed 0: " in said
+    more += ["--methods", "sft"]
+    assert main(arguments("fig6", data, tmp_path, tiny_model, tiny_encoder, *more)) == 0
+    named = re.findall(r'  SFT on fpb at 30 %, seed 0, "(.*)": ', capsys.readouterr().out)
+    assert len(set(named)) == 5
+    more[1] = "arc"
+    (tmp_path / "arc").mkdir()
+    assert main(arguments("fig4", tmp_path, tmp_path, tiny_model, tiny_encoder, *more)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Figure 4: perplexity on the test set: 1 cell\n")
+    assert said.endswith("nothing of it can run here\n")
+    assert "minutes" not in said
+
+
 def test_a_dry_run_counts_what_open_questions_may_be_answered_with(
     tmp_path: Path, tiny_model: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
