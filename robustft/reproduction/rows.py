@@ -91,7 +91,7 @@ class Row:
         if len(set(self.values)) > 1:
             n = len(self.values)
             half = float(student.ppf(0.975, n - 1)) * stdev(self.values) / math.sqrt(n)
-            return self.mean - half, self.mean + half
+            return max(self.mean - half, 0.0), min(self.mean + half, 100.0)
         result = next((o.result for o in self.outcomes if o.result is not None), None)
         tally = self.tally or (result.overall if result else None)
         if tally is None:
