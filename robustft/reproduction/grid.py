@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from robustft.config import ReproduceConfig
@@ -19,7 +19,7 @@ from robustft.provenance import made_by
 from robustft.reproduction import plots
 from robustft.reproduction.cells import Bench, Cell, Outcome
 from robustft.reproduction.estimate import estimate
-from robustft.reproduction.presets import preset_for
+from robustft.reproduction.presets import Preset, preset_for
 from robustft.reproduction.rows import CHANGE, Row, to_csv, to_markdown
 from robustft.reproduction.studies import STUDIES, Study
 from robustft.reproduction.workshop import read
@@ -171,16 +171,11 @@ def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[s
     """What a reader must know to take the numbers for what they are."""
     cells = [cell for plan in study.rows for cell in plan.cells]
     models = list(dict.fromkeys(cell.model or DEFAULT_MODEL for cell in cells))
-    preset = preset_for(config, cells[0].model)
-    layers = "all layers" if preset.top_layers is None else f"the top {preset.top_layers} layers"
     notes = [
         _accuracy_note(study, config.seeds),
         f"Model: {', '.join(models)}. Data: {config.data or 'Hugging Face hub'}, "
         f"{config.limit or 'all'} training and {config.test_limit or 'all'} test records. "
-        f"LoRA on {layers}: learning rate {preset.learning_rate:g}, {preset.batch_size} records a "
-        f"step, as many steps for every row as {counted(preset.epochs, 'epoch')} of the noisy set "
-        f"would take. Experts: {counted(preset.rounds, 'round')} of reasoning of "
-        f"{preset.reasoning_tokens} tokens.",
+        + _settings_note({model: preset_for(config, model) for model in models}),
     ]
     if any(row.metric == "exact match" for row in rows):
         notes.append(
@@ -198,6 +193,25 @@ def _notes(study: Study, config: ReproduceConfig, rows: Sequence[Row]) -> list[s
     made = dict.fromkeys(o.made_by for row in rows for o in row.outcomes if o.made_by)
     notes.append(f"{'; '.join(made) or made_by()}.")
     return [f"{note}\n" for note in notes]
+
+
+def _settings_note(presets: Mapping[str, Preset]) -> str:
+    """How models were trained and asked; by name where not all of them alike."""
+    alike: dict[Preset, list[str]] = {}
+    for model, preset in presets.items():
+        alike.setdefault(preset, []).append(model)
+    found = []
+    for preset, models in alike.items():
+        whose = f"{', '.join(models)}: " if len(alike) > 1 else ""
+        top = preset.top_layers
+        layers = "all layers" if top is None else f"the top {counted(top, 'layer')}"
+        found.append(
+            f"{whose}LoRA on {layers}: learning rate {preset.learning_rate:g}, {preset.batch_size} "
+            f"records a step, as many steps for every row as {counted(preset.epochs, 'epoch')} of "
+            f"the noisy set would take. Experts: {counted(preset.rounds, 'round')} of reasoning of "
+            f"{preset.reasoning_tokens} tokens."
+        )
+    return " ".join(found)
 
 
 def _accuracy_note(study: Study, seeds: Sequence[int]) -> str:
@@ -221,6 +235,8 @@ def _accuracy_note(study: Study, seeds: Sequence[int]) -> str:
         note = f"Accuracy in percent with Wilson's 95 % interval over the test records {one}."
     if any(plan.paper is not None for plan in study.rows):
         note += (
-            " In brackets: the paper's number, Llama-3.1-8B-Instruct unless the row names a model."
+            " In round brackets: the paper's number, Llama-3.1-8B-Instruct unless the row names a "
+            "model."
         )
-    return note
+    each = ", of each model" if len({cell.model for cell in study.cells}) > 1 else ""
+    return f"{note} Bold: the best on the same test records and noise{each}."

@@ -187,7 +187,7 @@ def to_markdown(
     """A table of rows against task and noise, the paper's numbers in brackets.
 
     Each with its interval, or with the standard deviation over its values. What is best on the same
-    test records and noise is bold.
+    test records and noise, of one model, is bold.
     """
     columns = list(dict.fromkeys(row.place[1:] for row in rows))
     names = list(dict.fromkeys(row.place[0] for row in rows))
@@ -212,9 +212,10 @@ def _heading(task: str, noise: int | None) -> str:
     return task.upper() if noise is None else f"{task.upper()} {noise} %"
 
 
-def _rivals(row: Row) -> tuple[str, int | None, str]:
-    """What rows share that can be compared: the test records and the noise."""
-    return row.task, row.noise, row.category
+def _rivals(row: Row) -> tuple[str, int | None, str, str | None]:
+    """What rows share that can be compared: the test records, the noise and the model at hand."""
+    model = row.outcomes[0].cell.model if row.outcomes else None
+    return row.task, row.noise, row.category, model
 
 
 def _best(rows: Iterable[Row]) -> dict[object, float]:

@@ -489,9 +489,34 @@ def test_a_table_over_seeds_against_hand_computed_numbers(
     ]
     assert notes[0] == (
         "Accuracy in percent with Student's 95 % interval over seeds 0, 1, 2; where all agree, as "
-        "without training, Wilson's over the test records. In brackets: the paper's number, "
-        "Llama-3.1-8B-Instruct unless the row names a model."
+        "without training, Wilson's over the test records. In round brackets: the paper's number, "
+        "Llama-3.1-8B-Instruct unless the row names a model. Bold: the best on the same test "
+        "records and noise."
     )
+
+
+def test_a_table_of_models_has_the_best_of_each_bold_and_tells_their_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {"vanilla": 50, "sft": 60}
+    small, large = "SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
+    config = ReproduceConfig(
+        "table2", tmp_path, tasks=("fpb",), noise=(30,), methods=tuple(right), models=(small, large)
+    )
+    table, notes = written_table(
+        config,
+        lambda cell: {"all": (right[cell.method] - 20 * (cell.model == small), 100)},
+        monkeypatch,
+    )
+    assert table == [
+        "| SmolLM2-135M-Instruct: Vanilla | 30.0 [21.9, 39.6] |",
+        "| SmolLM2-135M-Instruct: SFT | **40.0** [30.9, 49.8] |",
+        "| Llama-3.1-8B-Instruct: Vanilla | 50.0 [40.4, 59.6] (75.5) |",
+        "| Llama-3.1-8B-Instruct: SFT | **60.0** [50.2, 69.1] (79.7) |",
+    ]
+    assert notes[0].endswith("Bold: the best on the same test records and noise, of each model.")
+    assert f" {small}: LoRA on the top 4 layers: learning rate 0.002, 8 records" in notes[1]
+    assert f" {large}: LoRA on all layers: learning rate 0.0001, 8 records" in notes[1]
 
 
 def test_drop_shows_exact_match_and_f1_and_says_which_the_paper_has(
@@ -561,7 +586,7 @@ def test_instructions_are_averaged_over_seeds_before_they_deviate(
     assert notes[0] == (
         "Accuracy in percent: mean ± standard deviation over 2 instructions of the means over "
         "seeds 0, 1. In the CSV also Student's 95 % interval over them; where all agree, Wilson's "
-        "over the test records."
+        "over the test records. Bold: the best on the same test records and noise."
     )
     (line,) = rows_of(tmp_path / "fig6.csv")
     # Student's t with one degree of freedom, 12.706, times 3: no accuracy is 103.12 %.
