@@ -118,6 +118,13 @@ class Row:
         return 100 * fmean(run) if run else math.nan
 
     @property
+    def perplexities(self) -> tuple[float, float, float]:
+        """10 %, 50 % and 90 % quantiles over test records and seeds; NaN where none are known."""
+        found = [value for outcome in self.outcomes for value in outcome.perplexities]
+        low, median, high = np.quantile(found or [math.nan], (0.1, 0.5, 0.9)).tolist()
+        return low, median, high
+
+    @property
     def test_records(self) -> int:
         """How many test records an accuracy rests on."""
         run = [outcome.result for outcome in self.outcomes if outcome.result is not None]
@@ -145,8 +152,6 @@ def to_csv(rows: Iterable[Row]) -> str:
         f1 = [o.result.macro_f1 for o in run if o.result and o.result.macro_f1 is not None]
         whole = f1 and not row.category
         line, column, noise = row.place
-        perplexities = [value for outcome in run for value in outcome.perplexities]
-        quantiles = np.quantile(perplexities, (0.1, 0.5, 0.9)) if perplexities else [math.nan] * 3
         values = {
             "row": line,
             "task": column,
@@ -166,7 +171,7 @@ def to_csv(rows: Iterable[Row]) -> str:
             "note": row.reason or _remark(run),
         }
         names = ("perplexity_p10", "perplexity_p50", "perplexity_p90")
-        values |= {n: _number(float(q), 4) for n, q in zip(names, quantiles, strict=True)}
+        values |= {n: _number(q, 4) for n, q in zip(names, row.perplexities, strict=True)}
         writer.writerow(values)
     return text.getvalue()
 
@@ -249,4 +254,6 @@ def _cell(
     run, planned = sum(o.result is not None for o in row.outcomes), len(row.outcomes)
     lacking = f", {run} of {planned} {'runs' if deviation else 'seeds'}" if run < planned else ""
     f1 = "" if math.isnan(row.f1) else f", F1 {row.f1:.1f}"
-    return f"{text}{star} {spread}{f1}{lacking}{printed}"
+    low, median, high = row.perplexities
+    perplexity = "" if math.isnan(median) else f", perplexity {median:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{text}{star} {spread}{f1}{perplexity}{lacking}{printed}"

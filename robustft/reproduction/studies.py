@@ -197,7 +197,10 @@ def fig4(config: ReproduceConfig) -> Study:
         for task, noise in _grid(config, ("mmlu", "arc"), paper.NOISE)
         for method in _methods(config, ("vanilla", "sft", "robustft"))
     ]  # fmt: skip
-    note = "Perplexity of a test record: exp of the mean nll (nats) of its right answer's tokens."
+    note = (
+        "Perplexity of a test record: exp of the mean nll (nats) of its right answer's tokens; in "
+        "the table its median, in brackets what 10 and 90 % of the records lie below."
+    )
     title = "Figure 4: perplexity on the test set"
     return Study("fig4", title, tuple(rows), perplexity=True, note=note)
 

@@ -519,6 +519,20 @@ def test_a_table_of_models_has_the_best_of_each_bold_and_tells_their_settings(
     assert f" {large}: LoRA on all layers: learning rate 0.0001, 8 records" in notes[1]
 
 
+def test_the_table_of_figure_4_has_the_perplexities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Bench, cell: Cell, *, perplexity: bool = False) -> Outcome:
+        result = EvalResult("m", None, Tally(100, 50))
+        return Outcome(cell, result, perplexities=[1.0, 2.0, 3.0, 4.0, 5.0])
+
+    monkeypatch.setattr(Bench, "run", run)
+    reproduce(ReproduceConfig("fig4", tmp_path, tasks=("fpb",), noise=(30,), methods=("sft",)))
+    text = (tmp_path / "fig4.md").read_text()
+    assert "| SFT | 50.0 [40.4, 59.6], perplexity 3.00 [1.40, 4.60] |" in text
+    assert "the table its median, in brackets what 10 and 90 % of the records lie below." in text
+
+
 def test_drop_shows_exact_match_and_f1_and_says_which_the_paper_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
