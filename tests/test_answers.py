@@ -84,6 +84,10 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("(B) neutral, as a gain is not reported", "B", "B"),
         ("B) neutral is supported by the text", "B", "B"),
         ("Answer: (B) neutral. Not negative.", "B", "B"),
+        ("Answer: (B) neutral, not negative.", "B", "B"),
+        ("B) neutral – not a negative one", "B", "B"),
+        ("Answer: B. neutral\nIncorrect options: A and C", "B", "B"),
+        ("(B) neutral is not positive", "B", "B"),
     ],
 )
 def test_choice_found(reply: str, answer: str, characters: str) -> None:
@@ -128,6 +132,7 @@ def test_choice_found(reply: str, answer: str, characters: str) -> None:
         "A) No, profits fell.\nB) Yes, nothing changed.\nC) No.",
         "**A) negative** – too strong\n**B) neutral** – that is it",
         "(B) neutral is not supported",
+        "(B) neutral: not supported",
         "B) neutral isn't it",
         "**B. neutral** is wrong",
         "B. neutral cannot be right.",

@@ -38,7 +38,7 @@ _NEGATION = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(
-    r"""[\s*_)\]"'`”’,:–—-]{0,8}(?:(?:is|was|are|were|can|could|would|should|does|did|seems)\s?)?
+    r"""(?:[^\S\n]|[*_)\]"'`”’,:–—-]){0,8}(?:(?:is|was|are|were|can|could|would|should|does|did|seems)\s?)?
         (?:be\s)?(?:n['’]t|not|cannot|never|wrong|incorrect|false|unlikely)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -238,9 +238,13 @@ def _opens_reply(line: re.Match[str], rest: str) -> bool:
 
 
 def _denied(text: str, position: int, choices: _Options) -> bool:
-    """Whether an option's text stands there and is said not to be it: "neutral is not right"."""
+    """Whether an option's text stands there and is said not to be it: "neutral is not right".
+
+    In "neutral, not positive" another one is.
+    """
     own = choices.prefix(text, position)
-    return own is not None and _DENIED.match(text, own[2]) is not None
+    denial = _DENIED.match(text, own[2]) if own else None
+    return denial is not None and choices.prefix(text, denial.end()) is None
 
 
 def _mentions(text: str, start: int) -> Iterator[tuple[str, int, int]]:
