@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -399,11 +399,14 @@ def test_out_of_memory_halves_the_micro_batch(
             raise torch.OutOfMemoryError("no")
         return real(examples)
 
+    freed: list[object] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: freed.append(sys.exc_info()[1]))
     monkeypatch.setattr(loop, "response_loss", scarce)
     expected = reference_loss(loop.model, [loop._examples[i] for i in range(8)]).item() / 16
     assert loop._step(range(8)) == pytest.approx(expected, rel=1e-4)
     assert asked[0] == 8
     assert max(asked[-3:]) <= 2
+    assert set(freed) == {None}  # an error that is still at hand holds the tensors of its frames
 
     def full(examples: list[Example]) -> torch.Tensor:
         raise torch.OutOfMemoryError("no")
@@ -493,6 +496,34 @@ def test_float16_gradients_neither_underflow_nor_overflow(
         assert loop.history.loss_scale <= (1 if dtype == torch.float32 else 2**16)
     exact, scaled = gradients
     assert (scaled - exact).norm() < 0.02 * exact.norm()
+
+
+def test_float16_gradients_that_no_scale_holds_are_told(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TrainingLoop.response_loss
+    monkeypatch.setattr(
+        TrainingLoop, "response_loss", lambda self, examples: 1e30 * plain(self, examples)
+    )
+    loop = loop_for(config_for(corpus, tiny_model, tmp_path), tmp_path / "none", torch.float16)
+    with pytest.raises(UserError, match=r"the gradient became \w+ at .* leave --dtype float16$"):
+        loop.run()
+
+
+def test_a_float16_checkpoint_of_before_goes_on_with_a_scale(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(corpus, tiny_model, tmp_path)
+    loop = loop_for(config, tmp_path / "c", torch.float16)
+    with monkeypatch.context() as before:
+        before.setattr(
+            "robustft.training.loop.asdict",
+            lambda history: {k: v for k, v in asdict(history).items() if k != "loss_scale"},
+        )
+        loop._save()
+    resumed = loop_for(config, tmp_path / "c", torch.float16)
+    resumed.resume()
+    assert resumed.history.loss_scale == 2**16
 
 
 def test_records_are_cut_to_the_models_window(

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,8 +71,8 @@ class TrainingLoop:
         self.model = model
         self.device = next(model.parameters()).device
         self.config = config
-        half = next(model.parameters()).dtype == torch.float16
-        self.history = History(loss_scale=_FLOAT16_LOSS_SCALE if half else 1.0)
+        self._half = next(model.parameters()).dtype == torch.float16
+        self.history = History(loss_scale=_FLOAT16_LOSS_SCALE if self._half else 1.0)
         self._examples: Sequence[Example] = data.examples
         self._lengths = data.lengths
         self._checkpoint = checkpoint
@@ -163,20 +163,20 @@ class TrainingLoop:
                         f"{elsewhere if self._checkpoint.exists() else ''}"
                     ) from error
                 self._budget = min(self._budget, widest * len(batch)) // 2
-                torch.cuda.empty_cache()
+            else:
+                if math.isfinite(norm) or not math.isfinite(loss) or self.history.loss_scale == 1:
+                    break
+                self.history.loss_scale /= 2  # a scaled gradient was beyond float16
                 continue
-            if math.isfinite(norm) or not math.isfinite(loss) or self.history.loss_scale == 1:
-                break
-            self.history.loss_scale /= 2  # a scaled gradient was beyond float16
+            torch.cuda.empty_cache()  # not before the error is gone, which holds tensors
         if not math.isfinite(loss + norm):
             # Resumed, it would come to the same; without it the folder is free for another rate.
             self._checkpoint.unlink(missing_ok=True)
-            what = "gradient" if math.isfinite(loss) else "loss"
-            narrow = ", or leave --dtype float16" if self.history.loss_scale > 1 else ""
+            what = f"gradient became {norm}" if math.isfinite(loss) else f"loss became {loss}"
+            narrow = ", or leave --dtype float16" if self._half else ""
             raise UserError(
-                f"the {what} became {norm if math.isfinite(loss) else loss} at step {step + 1}; "
-                "lower --learning-rate "
-                f"(now {self.config.learning_rate:g}){narrow}"
+                f"the {what} at step {step + 1}; lower --learning-rate (now "
+                f"{self.config.learning_rate:g}){narrow}"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate_at(
@@ -275,7 +275,8 @@ class TrainingLoop:
 
         try:
             with safe_open(self._checkpoint, framework="pt") as stored:
-                history = History(**json.loads(stored.metadata()["history"]))
+                # What a checkpoint of before does not name is as at the start.
+                history = replace(self.history, **json.loads(stored.metadata()["history"]))
                 found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             state: dict[int, dict[str, torch.Tensor]] = {}
             for index, (name, parameter) in enumerate(self._trained.items()):
