@@ -126,7 +126,9 @@ def _remove_abandoned(path: Path) -> None:
             handle = os.open(left, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
+                # Before it was locked, its writer may have renamed it and begun another.
+                if os.path.samestat(os.fstat(handle), left.stat()):
+                    left.unlink()
             finally:
                 os.close(handle)
 

@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from robustft.files import atomic_file, write_atomically
 
 
@@ -53,3 +55,23 @@ def test_a_writer_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
         os.waitpid(process, 0)
         assert (tmp_path / "out.txt").read_text() == "second"
     assert (tmp_path / "out.txt").read_text() == "first"
+
+
+def test_a_writers_next_draft_is_not_taken_for_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes one write and begins the next while its draft is being looked at."""
+    path, draft = tmp_path / "out.txt", tmp_path / ".out.txt.7.tmp"
+    draft.write_text("first")
+    lock, locked = fcntl.flock, []
+
+    def meanwhile(handle: int, how: int) -> None:
+        if not locked:
+            draft.replace(path)
+            draft.write_text("second")
+        locked.append(handle)
+        lock(handle, how)
+
+    monkeypatch.setattr("fcntl.flock", meanwhile)
+    write_atomically(path, "ours")
+    assert draft.read_text() == "second"
