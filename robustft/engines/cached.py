@@ -188,3 +188,7 @@ class RememberingEngine(CachedEngine):
             identity=(engine.revision, config.fingerprint()),
         )  # fmt: skip
         self.name, self.revision, self.abilities = engine.name, engine.revision, engine.abilities
+
+    def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
+        """The batches of the engine behind, of which each is kept once it is answered."""
+        return self.engine.plan(prompts, max_new_tokens)

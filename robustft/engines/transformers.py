@@ -386,15 +386,13 @@ class TransformersEngine:
         """Teacher-forced statistics of the given responses, response positions only."""
         encoded, endings, cut = self.encoder.fit_with(prompts, responses)
 
-        def ask(rows: Sequence[int]) -> list[ResponseScore]:
-            found = self._nll([encoded[row] for row in rows], [endings[row] for row in rows])
-            return [ResponseScore.of(one, cut[row]) for row, one in zip(rows, found, strict=True)]
-
         # The batch was planned by its prompts; responses may be far longer.
         widths = [len(head) + len(tail) for head, tail in zip(encoded, endings, strict=True)]
         scores: dict[int, ResponseScore] = {}
         for rows in self._batches(widths):
-            scores.update(zip(rows, self._with_back_off(rows, ask), strict=True))
+            found = self._nll([encoded[row] for row in rows], [endings[row] for row in rows])
+            for row, one in zip(rows, found, strict=True):
+                scores[row] = ResponseScore.of(one, cut[row])
         return [scores[row] for row in range(len(prompts))]
 
     def _nll(self, encoded: Sequence[list[int]], endings: Sequence[list[int]]) -> list[TokenValues]:

@@ -368,6 +368,22 @@ def test_a_killed_baseline_goes_on_and_asks_nothing_twice(
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_an_engine_is_asked_in_batches_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wide(ScriptedEngine):
+        def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
+            return [list(range(len(prompts)))]
+
+    path, _ = corpus(tmp_path / "noisy.csv", size=200)
+    batches: list[None] = []
+    ready = Wide(choose=knowing, before_batch=lambda: batches.append(None))
+    monkeypatch.setattr("robustft.methods.load_engine", lambda _: ready)
+    clean_by("self-label", CleanConfig(input=path, out=tmp_path / "out"))
+    assert len(ready.asked) == 200
+    assert len(batches) == 1
+
+
 def test_a_baseline_for_other_trainers(tmp_path: Path) -> None:
     path, _ = corpus(tmp_path / "noisy.csv", size=9)
     prepare = METHODS["self-label"].prepare
