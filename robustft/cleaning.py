@@ -99,6 +99,8 @@ def clean(
     embedder = str(embedder) if isinstance(embedder, Path) else embedder
     if not (embedder is None or isinstance(embedder, str) or hasattr(embedder, "encode")):
         raise UserError(f"embedder must be a model's name or a TextEmbedder, got {embedder!r:.80}")
+    if not (experts is None or isinstance(experts, ExpertConfig)):
+        raise UserError(f"experts must be an ExpertConfig, got {experts!r:.80}")
     if not isinstance(out, str | Path):
         raise UserError(f"out must be a path, got {out!r:.80}")
     described = engine if isinstance(engine, EngineConfig) else EngineConfig(model, **run_by)

@@ -114,6 +114,8 @@ def test_an_engine_is_one_or_says_how_to_get_one(tmp_path: Path) -> None:
         ({"split": None}, "split must be text, got None"),
         ({"out": 5}, "out must be a path, got 5"),
         ({"embedder": 5}, "embedder must be a model's name or a TextEmbedder, got 5"),
+        ({"experts": {"rounds": 1}}, "experts must be an ExpertConfig, got {'rounds': 1}"),
+        ({"experts": {}}, "experts must be an ExpertConfig, got {}"),
         ({"engine": None, "model": 5}, "model must be text, got 5"),
         ({"engine": None, "device": 7}, "device must be text, got 7"),
         ({"engine": None, "temperature": "hot"}, "temperature must be a number, got 'hot'"),
