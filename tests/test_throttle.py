@@ -88,3 +88,17 @@ def test_refusals_count_as_failures_where_nothing_else_comes(
     assert throttle.refused(0)
     now = 225.0
     assert not throttle.refused(0)
+
+
+def test_a_rest_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last request of a batch may have ended otherwise; the next batch comes much later."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    throttle = Throttle(1, patience=60)
+    assert throttle.refused(0)
+    now = 500.0
+    assert throttle.refused(0)
+    now = 559.0
+    assert throttle.refused(0)
+    now = 560.0
+    assert not throttle.refused(0)

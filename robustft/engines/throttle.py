@@ -30,6 +30,7 @@ class Throttle:
         self._cuts = 0
         self._answers = 0  # since the number of slots changed
         self._refusing_since: float | None = None
+        self._refused_at = 0.0
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[int]:
@@ -63,6 +64,8 @@ class Throttle:
             self._cuts += 1
             self._answers = 0
         now = time.monotonic()
-        if self._refusing_since is None:
+        rested = now - self._refused_at > self._patience  # nothing was asked, or nothing came
+        if self._refusing_since is None or rested:
             self._refusing_since = now
+        self._refused_at = now
         return now - self._refusing_since < self._patience
