@@ -88,6 +88,8 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("B) neutral – not a negative one", "B", "B"),
         ("Answer: B. neutral\nIncorrect options: A and C", "B", "B"),
         ("(B) neutral is not positive", "B", "B"),
+        ("B) neutral, not C", "B", "B"),
+        ("B) neutral, not clearly positive", "B", "B"),
     ],
 )
 def test_choice_found(reply: str, answer: str, characters: str) -> None:

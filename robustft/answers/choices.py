@@ -38,7 +38,7 @@ _NEGATION = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(
-    r"""(?:[^\S\n]|[*_)\]"'`”’,:–—-]){0,8}(?:(?:is|was|are|were|can|could|would|should|does|did|seems)\s?)?
+    r"""(?:[^\S\n]|[*_)\]"'`”’:–—-]){0,8}(?:(?:is|was|are|were|can|could|would|should|does|did|seems)\s?)?
         (?:be\s)?(?:n['’]t|not|cannot|never|wrong|incorrect|false|unlikely)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
