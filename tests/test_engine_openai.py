@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import logging
 import socket
@@ -383,11 +384,24 @@ def test_a_server_gets_as_many_requests_as_it_takes(
     ]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_server_that_is_busy_at_first_is_not_taken_for_a_lesser_one(
+    server: FaultyServer, tiny_model: Path, chat: bool
+) -> None:
+    calm = engine(server, None if chat else tiny_model).abilities
+    requests = itertools.count(1)
+    server.fault = "too_many_requests"
+    server.strikes = lambda digest, tries: next(requests) % 4 != 0
+    assert engine(server, None if chat else tiny_model, longest_wait=10.0).abilities == calm
+
+
 def test_a_server_that_takes_no_request_is_not_asked_for_ever(
     server: FaultyServer, tiny_model: Path
 ) -> None:
     made = engine(server, tiny_model)
     server.fault, server.strikes = "too_many_requests", lambda digest, tries: True
+    with pytest.raises(EngineLost, match=r": HTTP 429: slow down, and nothing else for 0\.1 s$"):
+        engine(server, tiny_model)
     replies = made.choose(*questions(20))
     assert {str(one.reason) for one in replies if isinstance(one, Failure)} == {
         "HTTP 429: slow down (and nothing else for 0.1 s)"

@@ -151,8 +151,18 @@ class JsonClient:
     # --- requests ----------------------------------------------------------------------------
 
     def ask(self, path: str, body: Any, read: Callable[[bytes], _T], *, tries: int = 2) -> _T:
-        """One request, `body` None for a GET; raises RequestError where it fails."""
-        return self._run(self._persist(path, body, read, tries))
+        """One request, `body` None for a GET; raises RequestError where it fails.
+
+        Raises EngineLost where it comes too soon for minutes: that tells nothing of the request.
+        """
+        try:
+            return self._run(self._persist(path, body, read, tries))
+        except RequestError as error:
+            if error.status == _TOO_MANY:
+                raise EngineLost(
+                    f"{self.base_url}: {error}, and nothing else for {self._patience:g} s"
+                ) from None
+            raise
 
     def ask_all(
         self, path: str, bodies: Sequence[Any], readers: Sequence[Callable[[bytes], _T]]
@@ -240,13 +250,22 @@ class JsonClient:
     async def _persist(
         self, path: str, body: Any, read: Callable[[bytes], _T], tries: int, apart: int = 0
     ) -> _T:
-        """Up to `tries` tries of one request; replies of the status `apart` end them at once."""
+        """Up to `tries` tries of one request, and as long as it comes too soon.
+
+        Replies of the status `apart` end them at once.
+        """
+
+        def enough(state: tenacity.RetryCallState) -> bool:
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, RequestError) and error.status == _TOO_MANY:
+                return (state.seconds_since_start or 0.0) >= self._patience
+            return state.attempt_number >= tries
 
         def again(error: BaseException) -> bool:
             return isinstance(error, RequestError) and error.passing and error.status != apart
 
         patient = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(tries),
+            stop=enough,
             wait=self._wait,
             retry=tenacity.retry_if_exception(again),
             reraise=True,
