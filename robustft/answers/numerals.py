@@ -35,7 +35,7 @@ _NUMBER = re.compile(
       |\s?(?:[×·*x]|\\times|\\cdot)\s?10\^\{?(?P<power>[-−]?\d{1,4})\b\}?)?
     (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
     (?:\s(?P<scale>thousand|million|billion|trillion)\b)?
-    (?(currency)(?:(?P<letter>(?-i:[kKMB]|bn))(?![\w$]))?)
+    (?(currency)(?:(?P<letter>(?-i:[kKMB]|bn))(?![\w$+*/^=<>]))?)
     (?:\s?%)?""",
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
