@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 from test_pipeline import write_jsonl
 
-from robustft.detection.detectors import NO_BETTER_THAN_CHANCE, TEXTS_DIFFER, CrowdDetector, stacked
+from robustft.detection.detectors import (
+    NO_BETTER_THAN_CHANCE,
+    RULES_PASS,
+    TEXTS_DIFFER,
+    CrowdDetector,
+    stacked,
+)
 from robustft.detection.rule import Asked
 from robustft.records import Record, open_records
 from robustft.store import Opinion
@@ -57,3 +64,40 @@ def test_evidence_of_before_tells_who_was_silent() -> None:
 @pytest.mark.parametrize("given", ["7", "a few words", f"{LONG}\n#### 7"])
 def test_other_answers_that_never_agree(given: str, tmp_path: Path) -> None:
     assert warned(tmp_path, [given] * 20, ["8"] * 20) == (NO_BETTER_THAN_CHANCE,)
+
+
+class _Rows:
+    """A corpus in memory, whose questions have no word in common."""
+
+    threads = 1
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows = rows
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        return self._rows[positions]
+
+    def questions(self, positions: np.ndarray) -> Iterator[str]:
+        return (f"q{position}" for position in positions)
+
+
+def noticed(rows: np.ndarray, given: np.ndarray, expert: np.ndarray) -> tuple[str, ...]:
+    evidence = {
+        "unjudged": np.zeros(len(given), np.bool_), "question": np.arange(len(given)),
+        "given": given.astype(np.int8), "options": np.full(len(given), 7),
+        "width": np.full(len(given), 3, np.int8), "clusters": np.zeros((len(given), 2), np.int8),
+        "answered": np.ones(len(given), np.bool_), "base": expert.astype(np.float32),
+    }  # fmt: skip
+    return CrowdDetector().conclude(evidence, _Rows(rows)).warnings
+
+
+def test_where_nothing_is_found_it_is_said_what_cannot_be_seen() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=400)
+    rows = rng.normal(size=(3, 16))[truth] * 2 + rng.normal(size=(400, 16))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    ignorant = np.full((400, 3), 1 / 3)
+    merged = np.where(truth == 2, 1, truth)  # one label in place of another, throughout
+    assert noticed(rows, merged, ignorant) == (RULES_PASS,)
+    scattered = np.where(rng.random(400) < 0.2, (truth + 1) % 3, truth)
+    assert noticed(rows, scattered, ignorant) == ()

@@ -32,12 +32,18 @@ TEXTS_DIFFER = (
     "free texts are compared by their words, of which two good answers may share few: "
     "--detector paper asks the checker instead"
 )
+RULES_PASS = (
+    "hardly a wrong answer was found; those that follow a rule (one label in place of another, a "
+    "whole topic) pass for right ones and are not in this noise rate: where the model is strong, "
+    "--detector paper goes by its word"
+)
 
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
 _MOST_SETS = 32  # the largest so many
 _LETTER = 0.9  # the probability an expert is taken to give the letter it names without one
 _FREE_TEXT = 1  # instead of a set of options
 _WIDE = 0.3  # a noise rate whose interval is wider says little
+_HARDLY_ANY = 0.02  # a noise rate that stays below it says that next to nothing was found
 TUNED = "tuned"  # the model fine-tuned out of fold: [n, options] probabilities, where it was asked
 Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
 
@@ -299,6 +305,9 @@ def _warnings(
             f"on {counted(lost, 'record')} no expert is better than chance: "
             f"{plural_of(lost, 'it is', 'these are')} kept as given"
         )
+    lettered = sum(s for one, s in zip(found, sizes, strict=True) if one.labels is not None)
+    if rate is not None and rate.high < _HARDLY_ANY and lettered > sum(sizes) / 2:
+        yield RULES_PASS
     if rate is None or rate.high - rate.low <= _WIDE:
         return
     either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"
