@@ -8,7 +8,7 @@ With `--run fpb30=DIR` the opinions of a finished `robustft clean` join in, `arc
 the paper's rule is judged on the same opinions. `--copies` adds copies of the clean files at other
 noise rates. Beside them stand every single expert, cleanlab (same features; its best score by
 AUROC, its best filter by F1), what the label frequencies alone give and what flagging everything
-gives.
+gives. `--shapes` shows instead what the learners make of FPB where wrong answers are not uniform.
 """
 
 from __future__ import annotations
@@ -273,6 +273,57 @@ def flipped(clean: list[Record], rate: float, seed: int) -> list[Record]:
     return found
 
 
+def shaped_cells(folder: Path, seed: int) -> Iterator[Row]:
+    """The learners alone on copies of FPB whose wrong answers follow a rule, are few, or rare."""
+    clean = read(folder / "fpb" / "labeled.csv")
+    truth = np.array([LETTERS.index(record.answer) for record in clean])
+    texts = [record.question for record in clean]
+    rows, words = Embedder().encode(texts), learners.word_features(texts)
+    for cell, kept, given in shapes(truth, rows, seed):
+        team = crowd.Learners(rows[kept], given, int(truth.max()) + 1, words[kept])
+        found = crowd.judge_labels({}, given, int(truth.max()) + 1, team)
+        yield judged(cell, found, given != truth[kept], truth[kept])
+
+
+def shapes(
+    truth: np.ndarray, rows: np.ndarray, seed: int
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, positions of the records that count, and the labels they are given."""
+    from sklearn.cluster import KMeans
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(seed)
+    everything = np.arange(len(truth))
+
+    def scattered(kept: np.ndarray, rate: float) -> np.ndarray:
+        given = truth[kept].copy()
+        some = rng.permutation(len(kept))[: round(rate * len(kept))]
+        given[some] = (given[some] + rng.integers(1, 3, size=len(some))) % 3
+        return given
+
+    def one_way(given: np.ndarray, source: int, target: int, share: float) -> np.ndarray:
+        some = rng.permutation(np.flatnonzero(truth == source))
+        given = given.copy()
+        given[some[: round(share * len(some))]] = target
+        return given
+
+    yield "5 %, uniform", everything, scattered(everything, 0.05)
+    yield "30 %, uniform", everything, scattered(everything, 0.3)
+    frequent = np.flatnonzero(truth != 0)
+    rare = rng.permutation(np.flatnonzero(truth == 0))[: round(0.03 / 0.97 * len(frequent))]
+    kept = np.sort(np.r_[rare, frequent])
+    yield "30 %, A made rare (3 %)", kept, scattered(kept, 0.3)
+    yield "40 % of C are given B", everything, one_way(truth, 2, 1, 0.4)
+    yield "45 % of B are given C", everything, one_way(truth, 1, 2, 0.45)
+    yield "20 %, and 30 % of C as B", everything, one_way(scattered(everything, 0.2), 2, 1, 0.3)
+    few = rng.permutation(everything)[:60]
+    weak = LogisticRegression(C=10.0, max_iter=500).fit(rows[few], truth[few])
+    yield "a weak model's answers", everything, weak.predict(rows)
+    topic = KMeans(10, n_init=4, random_state=seed).fit_predict(rows)
+    largest = topic == np.bincount(topic).argmax()
+    yield "1 topic of 10, all wrong", everything, np.where(largest, (truth + 1) % 3, truth)
+
+
 # --- open answers ----------------------------------------------------------------------------
 
 
@@ -353,6 +404,7 @@ def main() -> None:
     parser.add_argument("--run", action="append", default=[], metavar="CELL=DIR")
     parser.add_argument("--copies", nargs="*", type=float, default=[], metavar="RATE")
     parser.add_argument("--seed", type=int, default=0, help="of the copies")
+    parser.add_argument("--shapes", action="store_true", help="FPB under noise that is not uniform")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path, help="SVG or PNG")
     options = parser.parse_args()
@@ -362,6 +414,9 @@ def main() -> None:
     print(f"{'cell':<24} {'detector':<56} AUROC                 F1     ECE    noise rate (true)")
 
     def cells() -> Iterator[Row]:
+        if options.shapes:
+            yield from shaped_cells(options.folder, options.seed)
+            return
         for name in ("fpb", "arc"):
             yield from choice_cells(options.folder, name, runs, options.copies, options.seed)
         yield from solution_cells(options.folder / "gsm8k_solutions/solutions.jsonl")
@@ -369,6 +424,9 @@ def main() -> None:
     for one in cells():
         rows.append(Row(**asdict(one) | common))
         estimate = f"{one.noise_rate} ({one.true_rate})" if one.true_rate != "" else ""
+        if options.shapes:
+            estimate += f", interval {one.rate_low} to {one.rate_high}"
+            estimate += f"; precision {one.precision}, expected {one.expected_precision}"
         area = f"{one.auroc:.3f} [{one.auroc_low:.3f}, {one.auroc_high:.3f}]"
         line = f"{one.cell:<24} {one.detector:<56} {area}  {one.f1:.3f}  {one.ece!s:<6} {estimate}"
         print(line, flush=True)
