@@ -62,7 +62,8 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
         lines.append("nothing of it can run here")
     elif all(speeds.get(part) for part in _PARTS if total[part]):
         seconds = sum(total[part] / speeds[part] for part in _PARTS if total[part])
-        lines.append(f"at the speed of earlier work in {config.out}: {seconds / 60:.0f} minutes")
+        took = counted(math.ceil(seconds / 60), "minute")
+        lines.append(f"at the speed of earlier work in {config.out}: {took}")
     else:
         lines.append(
             f"time: unknown until some of this has run in {config.out}; a small --limit tells soon"

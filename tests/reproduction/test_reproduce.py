@@ -200,6 +200,18 @@ def test_a_dry_run_tells_rows_apart_and_what_cannot_run(
     assert "minutes" not in said
 
 
+@pytest.mark.parametrize(("speed", "told"), [(1e9, "1 minute"), (10.0, r"\d\d+ minutes")])
+def test_a_dry_run_tells_whole_minutes(
+    speed: float, told: str, data: Path, tmp_path: Path, tiny_model: Path, tiny_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    parts = dict.fromkeys(("read", "written", "trained"), speed)
+    monkeypatch.setattr("robustft.reproduction.workshop.Workshop.speeds", lambda _: parts)
+    more = ["--tasks", "fpb", "--noise", "30", "--methods", "sft,robustft", "--dry-run"]
+    assert main(arguments("table1", data, tmp_path, tiny_model, tiny_encoder, *more)) == 0
+    assert re.search(rf": {told}\n$", capsys.readouterr().out)
+
+
 def test_a_dry_run_counts_what_open_questions_may_be_answered_with(
     tmp_path: Path, tiny_model: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
