@@ -182,7 +182,7 @@ def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Sign
     assert not out.exists()
 
     printed, said = start(0, out).communicate(timeout=60)
-    assert said == SMALL_MODEL
+    assert [line for line in said.splitlines(True) if "left out" not in line] == [SMALL_MODEL]
     *summary, asked = printed.splitlines()
     assert 0 < int(asked.split()[0]) <= 63 - 8
     whole, _ = start(0, tmp_path / "whole.jsonl").communicate(timeout=60)
