@@ -21,7 +21,7 @@ from typing import Any
 from robustft.errors import UserError
 from robustft.files import not_ours, replacing, write_atomically
 from robustft.models import cache_dir
-from robustft.outputs import MANIFEST, is_output
+from robustft.outputs import ANSWERS, MANIFEST, is_output
 from robustft.progress import Progress
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.ASCII)
@@ -29,13 +29,8 @@ _BLOCK = 4 << 20
 _VALIDATORS = ("ETag", "Content-MD5", "Digest", "Last-Modified")  # of a web server's file
 _FETCHED: set[Path] = set()  # by this process
 _SENT = ".sent"  # names of the files that were copied, or were about to be
-_STAYS = (
-    "run.sqlite",
-    "answers.sqlite",
-    "embeddings.f32",
-    "input-",
-    ".",
-)  # beginnings of working files' names
+# Beginnings of working files' names.
+_STAYS = ("run.sqlite", ANSWERS, "embeddings.f32", "input-", ".")
 
 
 def is_remote(path: str) -> bool:

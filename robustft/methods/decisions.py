@@ -15,7 +15,8 @@ from robustft.config import CleanConfig
 from robustft.exchange import exchange
 from robustft.files import atomic_file
 from robustft.outputs import claim, command, identity, made_by, write_manifest
-from robustft.records import Record, RecordWriter, Reject, output_name
+from robustft.progress import Progress
+from robustft.records import Record, RecordWriter, Reject, count_records, output_name
 from robustft.store import Stopwatch, folder_lock
 from robustft.terminal import counted, plural_of
 from robustft.verdicts import CleanResult
@@ -38,12 +39,17 @@ class Decision:
 
 
 def write_decisions(
-    config: CleanConfig, method: str, decide: Callable[[Sequence[Record]], Sequence[Decision]]
+    config: CleanConfig,
+    method: str,
+    decide: Callable[[Sequence[Record], Callable[[float], None]], Sequence[Decision]],
+    *,
+    quiet: bool = False,
 ) -> CleanResult:
     """Write `cleaned.*`, `verdicts.jsonl`, `rejects.jsonl` and `manifest.json` to `config.out`.
 
     `method` is its name; `decide` sees up to 512 records at a time, in input order, once it is
-    certain that the folder may be written to.
+    certain that the folder may be written to, and what to call with the number of records done;
+    `quiet`: it shows itself how far it is.
 
     Raises:
         UserError: the input cannot be read, the folder not be written, or it is not this method's.
@@ -62,10 +68,12 @@ def write_decisions(
         cleaned = stack.enter_context(RecordWriter(result.cleaned, source))
         verdicts = stack.enter_context(atomic_file(out / "verdicts.jsonl"))
         rejects = stack.enter_context(atomic_file(out / "rejects.jsonl"))
+        total = None if quiet else count_records(source)
+        shown = stack.enter_context(Progress(method, total, unit="records", quiet=quiet))
         stream = iter(source)
         while items := list(itertools.islice(stream, _CHUNK)):
             records = [item for item in items if isinstance(item, Record)]
-            for record, decision in zip(records, decide(records), strict=True):
+            for record, decision in zip(records, decide(records, shown.update), strict=True):
                 action = _action(record, decision)
                 if action == "relabel" and decision.answer is not None:
                     refused = source.refusal(record.row, decision.answer)

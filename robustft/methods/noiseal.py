@@ -19,7 +19,7 @@ other questions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,13 +226,13 @@ def prepare(setting: Setting) -> CleanResult:
     config = setting.config
     decisions: list[Decision] = []
 
-    def decide(chunk: Sequence[Record]) -> list[Decision]:
+    def decide(chunk: Sequence[Record], _: Callable[[float], None]) -> list[Decision]:
         if not decisions:
             records = [item for item in open_source(config) if isinstance(item, Record)]
             decisions.extend(_NoiseAL(setting, records).run())
         return [decisions[record.index] for record in chunk]
 
-    return write_decisions(config, "noiseal", decide)
+    return write_decisions(config, "noiseal", decide, quiet=True)
 
 
 METHOD = Method("noiseal", "NoiseAL", "co-predicting small models, the LLM as annotator", prepare)

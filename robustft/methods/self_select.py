@@ -7,16 +7,14 @@ empty question, as RobustFT's checker is: small models say one of the two to eve
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from robustft.cleaning import open_source
 from robustft.engines import Choice, Failure
 from robustft.errors import UserError
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
-from robustft.progress import Progress
 from robustft.prompts import SELECT_WORDS, neutral_select_prompt, select_prompt
-from robustft.records import Record, count_records
+from robustft.records import Record
 from robustft.verdicts import CleanResult
 
 
@@ -31,7 +29,7 @@ def prepare(setting: Setting) -> CleanResult:
             raise UserError(f"the engine gave no reply: {said.reason}")
         return said
 
-    def decide(records: Sequence[Record]) -> list[Decision]:
+    def decide(records: Sequence[Record], progress: Callable[[float], None]) -> list[Decision]:
         neutral = by_itself()
         prompts = [select_prompt(record) for record in records]
         decisions: dict[int, Decision] = {}
@@ -45,12 +43,10 @@ def prepare(setting: Setting) -> CleanResult:
                 trusted = bool(yes > no)
                 answer = records[row].answer if trusted else None
                 decisions[row] = Decision(answer, "trusted" if trusted else "not trusted")
-            shown.update(len(rows))
+            progress(len(rows))
         return [decisions[row] for row in range(len(records))]
 
-    total = count_records(open_source(setting.config))
-    with Progress("self-select", total, unit="records") as shown:
-        return write_decisions(setting.config, "self-select", decide)
+    return write_decisions(setting.config, "self-select", decide)
 
 
 METHOD = Method("self-select", "SelfSelect", "SFT on the examples the model trusts", prepare)
