@@ -28,7 +28,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from robustft import answers, crowd
 from robustft.benchmarks.measure import versions
 from robustft.crowd import learners
-from robustft.crowd.labels import transition
+from robustft.crowd.pool import transition
 from robustft.detection import Asked, option_probabilities, paper_rule
 from robustft.embedding import Embedder
 from robustft.prompts import LETTERS

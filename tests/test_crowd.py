@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustft import crowd
-from robustft.crowd import learners, open_answers
+from robustft.crowd import labels as crowd_of_labels
+from robustft.crowd import learners, open_answers, pool
 from robustft.crowd.judgement import Floats
-from robustft.crowd.labels import _Given, skill, transition
+from robustft.crowd.pool import Given, Noise, skill, transition
 
 
 def auroc(wrong: np.ndarray, score: np.ndarray) -> float:
@@ -100,7 +102,7 @@ def test_an_expert_slightly_worse_than_chance_is_muted() -> None:
     rng = np.random.default_rng(8)
     truth = rng.integers(3, size=900)
     said = opinions(truth, 0.30, 3, rng)
-    assert -5 < skill(np.log(said), _Given(truth, 3)) < -2.0
+    assert -5 < skill(np.log(said), Given(truth, 3)) < -2.0
     assert crowd.judge_labels({"unlucky": said}, truth, 3).powerless
 
 
@@ -194,6 +196,11 @@ def test_learners_that_fall_silent_have_spoken() -> None:
         def predict(self, transition: Floats) -> dict[str, Floats]:
             return replies.pop() if replies else {}
 
+        def sample(
+            self, rows: learners.Labels, labels: tuple[int, int] | None = None
+        ) -> crowd.Learners:
+            return self
+
     judged = crowd.judge_labels({}, labels, 3, Neighbours())
     assert judged.weights == {"neighbours": 1.0}
     assert np.mean((judged.wrong > 0.5) == (labels != truth)) > 0.95
@@ -226,9 +233,131 @@ def test_skill_is_standard_normal_under_chance() -> None:
     for _ in range(300):
         labels = rng.choice(4, p=[0.4, 0.3, 0.2, 0.1], size=200)
         expert = np.log(rng.dirichlet(np.full(4, 0.3), size=200) + 1e-4)
-        scores.append(skill(expert, _Given(labels, 4)))
+        scores.append(skill(expert, Given(labels, 4)))
     assert abs(np.mean(scores)) < 0.2
     assert abs(np.std(scores) - 1) < 0.15
+
+
+# --- wrong labels that follow a rule --------------------------------------------------------
+
+
+def turned(
+    labels: np.ndarray, truth: np.ndarray, right: int, wrong: int, share: float, seed: int = 0
+) -> np.ndarray:
+    """A share of the records that are truly `right` is given as `wrong`."""
+    rng = np.random.default_rng(seed)
+    some = rng.permutation(np.flatnonzero(truth == right))
+    labels = labels.copy()
+    labels[some[: round(share * len(some))]] = wrong
+    return labels
+
+
+def assert_found(found: crowd.Judgement, wrong: np.ndarray, least: float = 0.85) -> None:
+    """Wrong labels are found, and nearly nothing else; the rate is right."""
+    flagged = found.wrong > 0.5
+    assert wrong[flagged].mean() > least
+    assert flagged[wrong].mean() > least
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - wrong.mean()) < 0.05
+
+
+@pytest.mark.parametrize(("right", "wrong"), [(0, 1), (1, 0), (2, 1)])
+@pytest.mark.parametrize("share", [0.2, 0.45])
+def test_a_label_often_given_for_another_is_found(right: int, wrong: int, share: float) -> None:
+    rows, truth, _ = corpus(11, 600)
+    labels = turned(truth, truth, right, wrong, share)
+    found = crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3))
+    assert_found(found, labels != truth)
+    assert found.labels is not None
+    flagged = found.wrong > 0.5
+    assert (found.labels.argmax(1) == right)[flagged].mean() > 0.95
+
+
+def test_several_rules_are_found_beside_scattered_errors() -> None:
+    rows, truth, scattered = corpus(12, 1500, 0.1, 5)
+    labels = turned(turned(scattered, truth, 0, 1, 0.4), truth, 3, 2, 0.3)
+    found = crowd.judge_labels({}, labels, 5, crowd.Learners(rows, labels, 5))
+    assert_found(found, labels != truth)
+
+
+def test_one_strong_model_tells_of_a_rule_and_two_labels_suffice() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=1000)
+    labels = turned(truth, truth, 0, 1, 0.4)
+    alone = crowd.judge_labels({"model": opinions(truth, 0.95, 3, rng)}, labels, 3)
+    assert_found(alone, labels != truth, least=0.7)
+    rows, truth, _ = corpus(13, 600, 0.0, 2)
+    labels = turned(truth, truth, 1, 0, 0.4)
+    assert_found(
+        crowd.judge_labels({}, labels, 2, crowd.Learners(rows, labels, 2)), labels != truth
+    )
+
+
+def test_rules_that_hide_each_other_are_found_together() -> None:
+    """Every label goes wrong in a way of its own."""
+    rows, truth, _ = corpus(16, 600)
+    labels = np.where(np.random.default_rng(0).random(600) < 0.2, (truth + 1) % 3, truth)
+    assert_found(
+        crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3)), labels != truth
+    )
+
+
+def test_rules_of_a_large_corpus_are_looked_for_in_a_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, truth, _ = corpus(14, 3000)
+    labels = turned(truth, truth, 0, 2, 0.4)
+    monkeypatch.setattr(crowd_of_labels, "_SAMPLE", 500)
+    monkeypatch.setattr(pool, "_FIT_ROWS", 1000)
+    heard: list[int] = []
+    predict = crowd.Learners.predict
+
+    def counted(self: crowd.Learners, transition: Floats) -> dict[str, Floats]:
+        found = predict(self, transition)
+        heard.append(len(found["regression"]))
+        return found
+
+    monkeypatch.setattr(crowd.Learners, "predict", counted)
+    questions = np.arange(3000)
+    taught = crowd.Learners(rows, labels, 3, questions=questions)
+    assert_found(crowd.judge_labels({}, labels, 3, taught), labels != truth)
+    assert {size for size in heard if size > 500} == {3000}
+    assert sum(size == 3000 for size in heard) <= 8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_that_overlap_by_nature_follow_no_rule(seed: int) -> None:
+    """One kind of question is answered now with this, now with that; no answer is wrong."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(5, size=900)
+    truth = np.array([0, 0, 1, 2, 2])[kind]
+    truth[(kind == 1) & (rng.random(900) < 0.4)] = 1
+    centres = rng.normal(size=(5, 16))
+    for spread in (0.6, 3.0):  # told apart well, and hardly: then scattered noise is seen
+        rows = centres[kind] + spread * rng.normal(size=(900, 16))
+        rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        found = crowd.judge_labels({}, truth, 3, crowd.Learners(rows, truth, 3))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(crowd_of_labels, "_PAIRS", 0)
+            without = crowd.judge_labels({}, truth, 3, crowd.Learners(rows, truth, 3))
+        np.testing.assert_array_equal(found.wrong, without.wrong)
+        assert spread > 1 or (found.wrong > 0.5).mean() < 0.02
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 6), st.floats(0, 1), st.integers(0, 99))
+def test_noise_is_a_transition_and_comes_back_from_it(classes: int, rate: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    found = Noise(rate, rng.random((classes, classes)) * (1 - np.eye(classes))).transition
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found.sum(1), 1.0)
+    assert (1.0 - np.diag(found)).max() < 0.951
+    shares = rng.dirichlet(np.ones(classes))
+    again = Noise.of(found, shares)
+    np.testing.assert_allclose(again.transition, found, atol=1e-9)
+    assert again.rate == pytest.approx(float(shares @ (1.0 - np.diag(found))), abs=1e-9)
+    even = Noise.even(0.3, classes).transition
+    np.testing.assert_allclose(even[~np.eye(classes, dtype=bool)], 0.3 / (classes - 1))
 
 
 # --- learners -------------------------------------------------------------------------------
@@ -290,8 +419,29 @@ def test_a_large_corpus_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
         assert right > more - 0.05
     steps: list[tuple[str, int, int]] = []
     crowd.judge_labels({}, labels[1:], 3, taught, progress=lambda *step: steps.append(step))
-    assert [done for _, done, _ in steps] == list(range(1, len(steps) + 1))
-    assert len(steps) <= steps[0][2]
+    for _, stage in itertools.groupby(steps, key=lambda step: step[0]):
+        done, totals = zip(*((step[1], step[2]) for step in stage), strict=True)
+        assert done == tuple(range(1, len(done) + 1))
+        assert len(set(totals)) == 1
+        assert done[-1] <= totals[0]
+
+
+def test_some_records_of_learners_are_learnt_alone() -> None:
+    rows, _, labels = corpus(7, 400)
+    words = learners.word_features(["good news", "bad news", "no news"][label] for label in labels)
+    questions = np.arange(400) // 2
+    whole = crowd.Learners(rows, labels, 3, words, questions=questions)
+    everything = whole.sample(np.arange(400))
+    for name, values in whole.predict(np.eye(3)).items():
+        np.testing.assert_array_equal(everything.predict(np.eye(3))[name], values)
+    chosen = np.flatnonzero(labels != 1)
+    two = whole.sample(chosen, (0, 2)).predict(np.eye(2))
+    assert two["neighbours"].shape == (len(chosen), 2)
+    np.testing.assert_allclose(two["neighbours"].sum(1), 1.0)
+    alone = learners.out_of_fold(
+        rows[chosen], labels[chosen] // 2, np.eye(2), questions=questions[chosen]
+    )
+    np.testing.assert_array_equal(two["regression"], alone)
 
 
 def test_copies_of_a_record_do_not_judge_each_other() -> None:
@@ -554,7 +704,7 @@ def test_a_liking_for_one_option_neither_proves_nor_hides_what_an_expert_knows()
     labels = rng.integers(0, 3, 600)
     leaning = np.array([0.0, -5.0, -5.0])
     knowing = 0.3 * np.eye(3)[labels] + rng.normal(0.0, 1.0, (600, 3))
-    given_labels = _Given(labels, 3)
+    given_labels = Given(labels, 3)
     alone = skill(rng.normal(0.0, 1.0, (600, 3)) + leaning, given_labels)
     both = skill(knowing + leaning, given_labels)
     assert abs(alone) < 2.6 < both

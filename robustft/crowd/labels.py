@@ -3,7 +3,7 @@
 Model of one record (x: what the experts see, z: the true label, y: the given one):
 
     p(z | x)  =  softmax_z( b[z] + sum_m w_m log p_m(z | x) / p_m(z) )   pooled experts, w_m >= 0
-    p(y | z)  =  1 - e  where y = z,  e R[z, y]  elsewhere               how labels go wrong
+    p(y | z)  =  e S[z, y]  where y is not z,  else the rest             how labels go wrong
     p(z | x, y)  ~  p(z | x) p(y | z)                                    the judgement
 
 p_m(z) is an expert's mean over the records: what it says of every record alike counts once, in b,
@@ -14,95 +14,45 @@ y it judges. That is the confusion model of Dawid and Skene (1979) with the give
 witness of unknown reliability; a logarithmic opinion pool (Genest and Zidek 1986) joins the others,
 and the likelihood is that of a noise adaptation layer (Sukhbaatar et al. 2014, arXiv 1406.2080).
 The noise rate is not fixed at one value: hypotheses e on a grid are weighted by their evidence.
+The rows of S say how much more often than others a label goes wrong, and into which; they are
+expected to be alike. Wrong labels that follow a rule, as where two thirds of z are called y, would
+be learnt by the experts that learn from labels: such rules are supposed, one by one, and kept where
+the evidence rises.
 A record may have fewer options than others; those it lacks are neither true nor given there.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
+import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.special import logsumexp
 
 from robustft.crowd.judgement import Floats, Judgement, rate_estimate
-from robustft.crowd.learners import Labels, Learners, Progress, label_frequencies, softmax
+from robustft.crowd.learners import Labels, Learners, Progress, softmax
+from robustft.crowd.pool import Fit, Given, Noise, logs_of, skill
 
 # Standard deviations above chance: 0.5 % of the experts at chance pass, and learners on 3 % of the
 # corpora that teach nothing (their tries are several, and each label is in others' predictions).
 _SIGNIFICANT = 2.6
 _CONTRARY = 5.0  # so far below chance, an expert tells that most given answers are wrong
-# Least probability an expert is taken to mean. A language model is surer than it should be: how
-# much surer of one answer than of another must not be cut off with it.
-_FLOOR = 1e-30
-_RAREST = 1e-4  # least mean probability of an option
 _FIRST_RATE = 0.2  # where nothing better is known when the learners first learn
 _ROUNDS = 6  # learners and noise model, in turn, at most
 _SETTLED = 0.01  # until the noise rate moves no more than this
-_RATE_STEP = 0.02
-_RATE_PRIOR = 2.0  # p(e) ~ (1 - e)^2: where nothing else tells, few answers are wrong
-_FIT_ROWS = 20_000  # the pool is fitted on at most this many rows
-_CHUNK = 65_536
-# Summed weight expected a priori. Learners are fitted under a penalty, on labels that are wrong in
-# part: their probabilities are too flat. A language model's are taken at their word.
-_EXPECTED = {"learners": 4.5, "panel": 1.0, "tuned": 1.0}
-_SUM_SPREAD = 0.7  # standard deviation of that sum, a priori
-_SPREAD = 1.0  # standard deviation of a single weight around its share of the sum
-_BIAS_SPREAD = 0.5  # standard deviation of b[z] around the log of how frequent z is
-_PSEUDO_COUNTS = 50.0  # wrong labels of every true label, spread evenly, added to those found
-
-
-class _Given:
-    """The given labels, each out of the first `widths[i]` of C options."""
-
-    def __init__(self, labels: Labels, classes: int, widths: Labels | None = None) -> None:
-        self.labels, self.classes = labels, classes
-        self._widths = np.full(len(labels), classes) if widths is None else widths
-        self._known, self._kind = np.unique(self._widths, return_inverse=True)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: slice | Labels) -> _Given:
-        return _Given(self.labels[rows], self.classes, self._widths[rows])
-
-    @property
-    def lacking(self) -> NDArray[np.bool_]:
-        """[N, C] options that a record does not have."""
-        return np.arange(self.classes) >= self._widths[:, None]
-
-    @functools.cached_property
-    def frequencies(self) -> Floats:
-        """[C] share of each label."""
-        return label_frequencies(self.labels, self.classes)
-
-    @property
-    def expected(self) -> Floats:
-        """[N, C] how frequent each of a record's options is among given labels."""
-        return np.stack(self._among_options(self.frequencies))[self._kind]
-
-    def likelihood(self, rate: float, spread: Floats) -> Floats:
-        """[N, C] p(y_i | z)."""
-        tables = np.stack([transition(rate, one) for one in self._among_options(spread)])
-        return np.asarray(tables[self._kind, :, self.labels])
-
-    def _among_options(self, shares: Floats) -> list[Floats]:
-        """`shares` [..., C] of all options as shares of the first ones, by how many there are."""
-        within = [np.where(np.arange(self.classes) < width, shares, 0.0) for width in self._known]
-        return [one / np.maximum(one.sum(-1, keepdims=True), 1e-12) for one in within]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """One hypothesis about the noise rate, with the weights and bias that suit it best."""
-
-    rate: float
-    weights: Floats  # [M]
-    bias: Floats  # [C]
-    log_evidence: float
+_SUSPECTED = 0.35  # share of a label that a rule is first supposed to turn into another
+_PAIRS = 6  # of labels, those confused most, among which a rule is looked for
+_SUSPICIOUS = 4.0  # nats that a rule must add on the records given one of the two labels
+_LIKELY = 2  # rules that are then tried on all records, beside all together
+_RULES = 4  # found at most
+# Least mean probability of the likeliest label under it: labels that overlap by nature look as if
+# one were given for the other, too, but are not told apart for all that.
+_SURE = 0.8
+_DOUBT = 10.0  # nats that a rule must add to the evidence
+_SAMPLE = 10_000  # records among which rules are looked for
 
 
 def judge_labels(
@@ -130,217 +80,216 @@ def judge_labels(
     expert may also predict them *worse* than chance: then most answers are wrong, and the panel
     is what tells; learners alone cannot see noise beyond the plurality and are muted there.
     """
-    known = _Given(given, classes, options)
-    lacking = known.lacking
-    logs = {name: _logs(values) for name, values in panel.items()}
-    skills = {name: skill(values, known) for name, values in logs.items()}
-    anchors = {n: logs[n] for n, z in skills.items() if z > _SIGNIFICANT or z < -_CONTRARY}
-    ceiling = 0.95 if anchors else (classes - 1) / classes
-    spread = (np.ones((classes, classes)) - np.eye(classes)) / max(classes - 1, 1)
-    trained = {name: _logs(values) for name, values in (tuned or {}).items()}
+    known = Given(given, classes, options)
+    said = {name: logs_of(values) for name, values in panel.items()}
+    skills = {name: skill(values, known) for name, values in said.items()}
+    anchors = {n: said[n] for n, z in skills.items() if z > _SIGNIFICANT or z < -_CONTRARY}
+    trained = {name: logs_of(values) for name, values in (tuned or {}).items()}
     heard = {name: v for name, v in trained.items() if skill(v, known) > _SIGNIFICANT}
-    experts, pools, evidence = anchors | heard, list[_Pool](), np.zeros(0)
-    rate = _FIRST_RATE
-    passes = itertools.count(1)
-
-    def teach(rate: float) -> dict[str, Floats]:
-        found = learners.predict(transition(rate, spread)) if learners else {}
-        if progress is not None:
-            progress("learners", next(passes), _ROUNDS + 1)
-        return {name: _logs(values) for name, values in found.items()}
-
-    taught = teach(rate) if learners else {}
-    able = _able(taught, teach, known) if learners else []
-    for number in range(_ROUNDS if able else 1):
-        if able and number:
-            taught = teach(rate)
-        if able and (number or not (anchors or heard)):
-            found = anchors | heard | {name: taught[name] for name in able if name in taught}
-            if not found:
-                break  # the learners fell silent: what they said before counts
-            experts = found
-        if not experts:
-            break
-        kinds = {name: "panel" for name in anchors} | {name: "tuned" for name in heard}
-        means = {name: _mean_probabilities(v, lacking) for name, v in experts.items()}
-        opinions = np.stack([v - np.log(means[name], dtype=np.float32)
-                             for name, v in experts.items()])  # fmt: skip
-        # Who has learnt from the corpus knows how frequent each label is without the wrong ones.
-        taught_means = [mean for name, mean in means.items() if name not in anchors]
-        frequent = np.mean(taught_means or [np.maximum(known.frequencies, _RAREST)], axis=0)
-        prior = _weight_prior([kinds.get(name, "learners") for name in experts])
-        pools = _fit_pools(opinions, known, spread, prior, np.log(frequent), ceiling)
-        evidence = softmax(np.array([pool.log_evidence for pool in pools]))
-        before, rate = rate, float(evidence @ [pool.rate for pool in pools])
-        spread = _wrong_labels(opinions, known, spread, pools, evidence)
-        if number and abs(rate - before) < _SETTLED:
-            break
+    ceiling = 0.95 if anchors else (classes - 1) / classes
     weights = dict.fromkeys([*panel, *trained, *(learners.names if learners else ())], 0.0)
-    if not pools:
+    found = _Crowd(known, anchors, heard, ceiling, learners, progress).judge()
+    if found is None:
         return Judgement(np.full(len(given), 0.5), None, weights)
-    mean = evidence @ np.stack([pool.weights for pool in pools])
-    weights |= dict(zip(experts, (mean / max(mean.sum(), 1e-12)).tolist(), strict=True))
-    labels, rates = _posterior(opinions, known, spread, pools, evidence)
+    fit = found.fit
+    weights |= dict(zip(fit.experts, fit.weights / max(fit.weights.sum(), 1e-12), strict=True))
+    labels, rates = fit.posterior(found.noise.spread)
     wrong = np.clip(1.0 - labels[np.arange(len(given)), given], 0.0, 1.0)
-    voting = set(experts).intersection(learners.names if learners else ())
-    learned = {name: softmax(values) for name, values in experts.items() if name in voting}
-    return Judgement(wrong, rate_estimate(rates, evidence, len(given)), weights, labels, learned)
+    voting = set(fit.experts).intersection(learners.names if learners else ())
+    learned = {name: softmax(values) for name, values in fit.experts.items() if name in voting}
+    rate = rate_estimate(rates, fit.evidence, len(given))
+    return Judgement(wrong, rate, weights, labels, learned)
 
 
-def _able(
-    taught: Mapping[str, Floats], teach: Callable[[float], Mapping[str, Floats]], given: _Given
-) -> list[str]:
-    """Names of the learners to hear; none where not one of them beats chance.
+@dataclass(frozen=True, slots=True)
+class _Hearing:
+    """What the experts say under one idea of the noise, and what it says of the noise."""
 
-    Tried as if little (`taught`) and as if much were wrong, for under the wrong noise rate a
-    regression learns less. All learn from the same records: what one of them proves, that these can
-    be learnt, no other has to prove again.
-    """
-    skills: dict[str, float] = {}
-    for logs in (taught, teach(0.75 * (given.classes - 1) / given.classes)):
-        for name, values in logs.items():
-            found = skill(values, given)
-            skills[name] = max(found, skills.get(name, found))
-    proven = max(skills.values(), default=0.0) > _SIGNIFICANT
-    return [name for name, found in skills.items() if proven and found > 0]
+    fit: Fit
+    noise: Noise
+    expected: Floats  # [C, C] the spread that was expected
+
+    @property
+    def log_evidence(self) -> float:
+        """Logarithm of how likely all of it makes the given labels."""
+        return self.fit.log_evidence
 
 
-def skill(opinions: Floats, given: _Given) -> float:
-    """How far an expert predicts the given labels beyond their frequencies, in standard deviations.
+class _Crowd:
+    """Everyone who judges a corpus: experts who say what they say, and learners who are taught."""
 
-    The score test (Rao 1948) of w = 0 in p(y | x) ~ exp(b[y]) p_m(y | x)^w, b free: under chance it
-    is standard normal, whatever the expert's calibration (a learner's deviation is up to the square
-    root of 2: of two records each predicts the other). Its liking for one option, the same in
-    every record, tells nothing and is taken out: it would drown what it knows.
-    """
-    had = ~given.lacking
-    liking = (opinions * had).sum(0) / np.maximum(had.sum(0), 1)
-    opinions = np.where(had, opinions - liking, 0.0)
-    expected = given.expected
-    means = (opinions * expected).sum(1)
-    gained = opinions[np.arange(len(given)), given.labels] - means
-    variance = float(((opinions - means[:, None]) ** 2 * expected).sum())
-    return float(gained.sum()) / variance**0.5 if variance > 1e-12 else 0.0
+    def __init__(
+        self, given: Given, panel: Mapping[str, Floats], tuned: Mapping[str, Floats],
+        ceiling: float, learners: Learners | None, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self._given, self._learners, self._ceiling = given, learners, ceiling
+        self._others = {**panel, **tuned}
+        self._kinds = dict.fromkeys(learners.names if learners else (), "learners")
+        self._kinds |= dict.fromkeys(panel, "panel") | dict.fromkeys(tuned, "tuned")
+        self._progress = progress
+        self._taught: tuple[Floats, dict[str, Floats]] | None = None  # the last transition, and all
+        self._stage("learners", _ROUNDS + 2)
+        self._able = self._find_able() if learners else []
+
+    def judge(self) -> _Hearing | None:
+        """Find a noise model and opinions that suit each other; None where nobody can tell."""
+        first = Noise.even(_FIRST_RATE, self._given.classes)
+        found = self._hear(first, first.spread, alone=bool(self._others))
+        if found is None:
+            return None
+        found = self._settle(found)
+        if len(self._given) <= _SAMPLE:
+            return self._with_rules(found)
+        rng = np.random.default_rng(0)
+        some = self._sample(np.sort(rng.choice(len(self._given), _SAMPLE, replace=False)))
+        there = some._hear(found.noise, found.expected)
+        if there is None:
+            return found
+        there = some._settle(there)
+        told = some._with_rules(there)
+        if told is there:
+            return found
+        self._stage("learners", _ROUNDS)
+        rival = self._hear(told.noise, told.expected)
+        if rival is None:
+            return found
+        rival = self._settle(rival)
+        return rival if rival.log_evidence > found.log_evidence + _DOUBT else found
+
+    def _with_rules(self, found: _Hearing) -> _Hearing:
+        """Suppose that a label is often given for another, and see what makes that likely.
+
+        Learners who trust the labels learn a rule with them and find nothing to object to. Taught
+        that a third of label a is called b, they explain the given labels better if that is so.
+        """
+        for _ in range(_RULES):
+            shares = np.maximum(found.fit.predicted().mean(0), 1e-12)
+            rivals = []
+            suspected = self._suspected(found)
+            # Several rules at once hide each other: one alone may explain nothing.
+            tries = [[rule] for rule in suspected[:_LIKELY]] + [suspected][: len(suspected) - 1]
+            for rules in tries:
+                self._stage("learners", _ROUNDS)
+                noise = _turned(found.noise.transition, rules, shares)
+                rival = self._hear(noise, noise.spread)
+                rivals += [self._settle(rival)] if rival else []
+            rival = max(rivals, key=lambda one: one.log_evidence, default=found)
+            gain = rival.log_evidence - found.log_evidence
+            if gain < _DOUBT or rival.fit.predicted().max(1).mean() < _SURE:
+                break
+            found = rival
+        return found
+
+    def _suspected(self, found: _Hearing) -> list[tuple[int, int]]:
+        """Rules (right, wrong), likeliest first, each tried on the records given one of the two.
+
+        That is little work, however many labels there are.
+        """
+        transition = found.noise.transition
+        pairs = self._confused(found)
+        self._stage("rules", 3 * len(pairs))
+        gains: dict[tuple[int, int], float] = {}
+        for pair in pairs:
+            two = self._of_two(*pair)
+            kept = float(np.mean([transition[y, y] / transition[y, pair].sum() for y in pair]))
+            plain = Noise.even(1.0 - kept, 2)
+            usual = two._hear(plain, plain.spread)
+            if usual is None:
+                continue
+            shares = usual.fit.predicted().mean(0)
+            for right, wrong in ((0, 1), (1, 0)):
+                noise = _turned(usual.noise.transition, [(right, wrong)], shares)
+                tried = two._hear(noise, noise.spread)
+                if tried:
+                    gains[pair[right], pair[wrong]] = tried.log_evidence - usual.log_evidence
+        likely = [rule for rule, gain in gains.items() if gain > _SUSPICIOUS]
+        return sorted(likely, key=gains.__getitem__, reverse=True)
+
+    def _confused(self, found: _Hearing) -> list[tuple[int, int]]:
+        """The pairs of labels that the experts take for each other most."""
+        given, predicted = self._given, found.fit.predicted()
+        labels = np.flatnonzero(given.frequencies).tolist()
+        taken = np.stack(
+            [predicted[given.labels == y].sum(0) for y in range(given.classes)], axis=1
+        )
+        taken /= np.maximum(taken.sum(1, keepdims=True), 1e-12)  # [z, y]
+        taken += taken.T
+        pairs = itertools.combinations(labels, 2)
+        return heapq.nlargest(_PAIRS, pairs, key=lambda pair: float(taken[pair]))
+
+    def _settle(self, found: _Hearing) -> _Hearing:
+        """Learners and noise model, in turn, until the noise rate hardly moves."""
+        for _ in range(_ROUNDS - 1 if self._able else 0):
+            before = found.noise.rate
+            later = self._hear(found.noise, found.expected)
+            if later is None:
+                break  # the learners fell silent: what they said before counts
+            found = later
+            if abs(found.noise.rate - before) < _SETTLED:
+                break
+        return found
+
+    def _hear(self, noise: Noise, expected: Floats, alone: bool = False) -> _Hearing | None:
+        """Everyone under one idea of the noise; without learners where the others are `alone`."""
+        taught = self._teach(noise.transition) if self._able and not alone else {}
+        experts = self._others | {name: taught[name] for name in self._able if name in taught}
+        if not experts:
+            return None
+        kinds = {name: self._kinds[name] for name in experts}
+        fit = Fit(kinds, experts, self._given, noise.spread, self._ceiling)
+        return _Hearing(fit, Noise(fit.rate, fit.wrong_labels(expected)), expected)
+
+    def _teach(self, transition: Floats) -> dict[str, Floats]:
+        if self._taught is None or not np.array_equal(self._taught[0], transition):
+            found = self._learners.predict(transition) if self._learners else {}
+            self._taught = transition, {name: logs_of(values) for name, values in found.items()}
+            if self._progress is not None:
+                self._progress(self._doing, next(self._passes), self._total)
+        return self._taught[1]
+
+    def _find_able(self) -> list[str]:
+        """Names of the learners to hear; none where not one of them beats chance.
+
+        Tried as if much and as if little were wrong, for under the wrong noise rate a regression
+        learns less. All learn from the same records: what one of them proves, that these can be
+        learnt, no other has to prove again.
+        """
+        classes = self._given.classes
+        skills: dict[str, float] = {}
+        for rate in (0.75 * (classes - 1) / classes, _FIRST_RATE):
+            for name, values in self._teach(Noise.even(rate, classes).transition).items():
+                found = skill(values, self._given)
+                skills[name] = max(found, skills.get(name, found))
+        proven = max(skills.values(), default=0.0) > _SIGNIFICANT
+        return [name for name, found in skills.items() if proven and found > 0]
+
+    def _sample(self, rows: Labels, labels: tuple[int, int] | None = None) -> _Crowd:
+        """The same crowd on some of the records."""
+        some = copy.copy(self)
+        some._given, some._taught = self._given[rows], None
+        some._others = {name: values[rows] for name, values in self._others.items()}
+        some._learners = self._learners.sample(rows, labels) if self._learners else None
+        return some
+
+    def _of_two(self, first: int, second: int) -> _Crowd:
+        """The same crowd on the records given one of two labels, as if there were no others."""
+        rows = np.flatnonzero(np.isin(self._given.labels, (first, second)))
+        some = self._sample(rows, (first, second))
+        some._given = Given((self._given.labels[rows] == second).astype(np.int64), 2)
+        for name, values in some._others.items():
+            both = values[:, (first, second)]
+            some._others[name] = both - logsumexp(both, axis=1, keepdims=True)
+        return some
+
+    def _stage(self, doing: str, total: int) -> None:
+        """What progress is told."""
+        self._doing, self._total, self._passes = doing, total, itertools.count(1)
 
 
-def transition(rate: float, spread: Floats) -> Floats:
-    """[C, C] T[z, y] = p(y | z): wrong at `rate`, then distributed as the rows of `spread`."""
-    return (1.0 - rate) * np.eye(len(spread)) + rate * spread
-
-
-def _logs(values: Floats) -> Floats:
-    return np.log(np.clip(values, _FLOOR, 1.0)).astype(np.float32)
-
-
-def _mean_probabilities(logs: Floats, lacking: NDArray[np.bool_]) -> Floats:
-    """[C] mean probability of every option, over the records that have it."""
-    had = ~lacking
-    total = (np.exp(logs) * had).sum(0, dtype=np.float64)
-    return np.asarray(np.maximum(total / np.maximum(had.sum(0), 1), _RAREST))
-
-
-def _pooled(weights: Floats, bias: Floats, opinions: Floats, lacking: NDArray[np.bool_]) -> Floats:
-    """[N, C] p(z | x) from log-probabilities [M, N, C]; none for options that a record lacks."""
-    scores = np.tensordot(weights, opinions, 1) + bias
-    scores[lacking] = -np.inf
-    return softmax(scores)
-
-
-def _weight_prior(kinds: Sequence[str]) -> tuple[Floats, Floats]:
-    """([M] means, [M, M] precision) of the weights: the sum of each kind of expert is expected."""
-    mean = np.zeros(len(kinds))
-    precision = np.eye(len(kinds)) / _SPREAD**2
-    for kind, expected in _EXPECTED.items():
-        member = np.array([one == kind for one in kinds])
-        mean[member] = expected / max(int(member.sum()), 1)
-        precision += np.outer(member, member) / _SUM_SPREAD**2
-    return mean, precision
-
-
-def _fit_pools(
-    opinions: Floats,
-    given: _Given,
-    spread: Floats,
-    prior: tuple[Floats, Floats],
-    log_frequent: Floats,
-    ceiling: float,
-) -> list[_Pool]:
-    """The best pool under every noise rate of the grid, neighbours starting from each other."""
-    if len(given) > _FIT_ROWS:
-        rows = np.sort(np.random.default_rng(0).choice(len(given), _FIT_ROWS, replace=False))
-        opinions, given = opinions[:, rows], given[rows]
-    opinions = opinions.astype(np.float64)
-    lacking = given.lacking
-    pools: list[_Pool] = []
-    start = np.concatenate([prior[0], log_frequent])
-    for rate in np.arange(0.01, ceiling - 0.005, _RATE_STEP):
-        likelihood = given.likelihood(float(rate), spread)
-        pool = _fit_pool(float(rate), opinions, lacking, likelihood, prior, log_frequent, start)
-        start = np.concatenate([pool.weights, pool.bias])
-        pools.append(pool)
-    return pools
-
-
-def _fit_pool(
-    rate: float,
-    opinions: Floats,
-    lacking: NDArray[np.bool_],
-    likelihood: Floats,
-    prior: tuple[Floats, Floats],
-    log_frequent: Floats,
-    start: Floats,
-) -> _Pool:
-    expected, precision = prior
-    count = len(opinions)
-
-    def loss(flat: Floats) -> tuple[float, Floats]:
-        predicted = _pooled(flat[:count], flat[count:], opinions, lacking)
-        joint = predicted * likelihood
-        evidence = joint.sum(1)
-        off = predicted - joint / evidence[:, None]  # gradient with respect to the scores
-        strayed, off_bias = flat[:count] - expected, flat[count:] - log_frequent
-        pull, pull_bias = precision @ strayed, off_bias / _BIAS_SPREAD**2
-        penalty = 0.5 * float(strayed @ pull + off_bias @ pull_bias)
-        by_weight = np.einsum("nc,mnc->m", off, opinions) + pull
-        by_bias = off.sum(0) + pull_bias
-        return penalty - float(np.log(evidence).sum()), np.concatenate([by_weight, by_bias])
-
-    bounds = [(0.0, None)] * count + [(None, None)] * len(log_frequent)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    log_prior = _RATE_PRIOR * float(np.log1p(-rate))
-    return _Pool(rate, found.x[:count], found.x[count:], log_prior - float(found.fun))
-
-
-def _posterior(
-    opinions: Floats, given: _Given, spread: Floats, pools: list[_Pool], evidence: Floats
-) -> tuple[Floats, Floats]:
-    """([N, C] p(z | x, y), averaged over the hypotheses; [H] noise rate under each)."""
-    labels = np.zeros(opinions.shape[1:])
-    rates = np.array([pool.rate for pool in pools])
-    likely = np.flatnonzero(evidence > 1e-4)
-    kept = np.zeros(len(pools))
-    for low in range(0, len(given), _CHUNK):
-        rows = slice(low, low + _CHUNK)
-        some = given[rows]
-        lacking = some.lacking
-        for index in likely:
-            pool = pools[index]
-            joint = _pooled(pool.weights, pool.bias, opinions[:, rows], lacking)
-            joint *= some.likelihood(pool.rate, spread)
-            joint /= joint.sum(1, keepdims=True)
-            labels[rows] += evidence[index] * joint
-            kept[index] += float(joint[np.arange(len(joint)), some.labels].sum())
-    rates[likely] = 1.0 - kept[likely] / len(given)
-    return labels / labels.sum(1, keepdims=True), rates
-
-
-def _wrong_labels(
-    opinions: Floats, given: _Given, spread: Floats, pools: list[_Pool], evidence: Floats
-) -> Floats:
-    """[C, C] R[z, y]: which wrong label a true one turns into, from the expected counts."""
-    classes = len(spread)
-    labels, _ = _posterior(opinions, given, spread, pools, evidence)
-    counts = np.stack([labels[given.labels == y].sum(0) for y in range(classes)], axis=1)
-    counts += _PSEUDO_COUNTS / max(classes - 1, 1)
-    np.fill_diagonal(counts, 0.0)
-    return np.asarray(counts / np.maximum(counts.sum(1, keepdims=True), 1e-12))
+def _turned(transition: Floats, rules: list[tuple[int, int]], shares: Floats) -> Noise:
+    """Noise in which more of one label is given as another; shares: [C] of the true labels."""
+    turned = transition.copy()
+    for right, wrong in rules:
+        turned[right] *= 1.0 - _SUSPECTED
+        turned[right, wrong] += _SUSPECTED
+    return Noise.of(turned, shares)

@@ -7,6 +7,7 @@ that into the label y that was given ("forward correction", Patrini et al. 2017,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias
 
@@ -166,6 +167,20 @@ class Learners:
         }
         honest = bool((transition.argmax(1) == np.arange(len(transition))).all())
         return found | ({"neighbours": self._votes} if honest else {})
+
+    def sample(self, rows: Labels, labels: tuple[int, int] | None = None) -> Learners:
+        """The same for the records at `rows`; those near them keep their votes.
+
+        labels: two that alone are given to these records and become labels 0 and 1.
+        """
+        some = copy.copy(self)
+        some.features = {name: values[rows] for name, values in self.features.items()}
+        some._given, some._votes = self._given[rows], self._votes[rows]
+        some._questions = None if self._questions is None else self._questions[rows]
+        if labels is not None:
+            some._given = (some._given == labels[1]).astype(np.int64)
+            some._votes = some._votes[:, labels] / some._votes[:, labels].sum(1, keepdims=True)
+        return some
 
 
 def out_of_fold(
