@@ -92,7 +92,8 @@ def judge_labels(
     if found is None:
         return Judgement(np.full(len(given), 0.5), None, weights)
     fit = found.fit
-    weights |= dict(zip(fit.experts, fit.weights / max(fit.weights.sum(), 1e-12), strict=True))
+    shares = fit.weights / max(fit.weights.sum(), 1e-12)
+    weights |= dict(zip(fit.experts, shares.tolist(), strict=True))
     labels, rates = fit.posterior(found.noise.spread)
     wrong = np.clip(1.0 - labels[np.arange(len(given)), given], 0.0, 1.0)
     voting = set(fit.experts).intersection(learners.names if learners else ())
