@@ -146,15 +146,19 @@ def label_rows(
         yield row(cell, name, wrong, 1 - values[at, given], said != given,
                   right_label=(said == truth).mean())  # fmt: skip
     if team:
-        features, clean = team.features["regression with words"], np.eye(classes)
-        fitted = {
-            f"{penalty:g}": learners.out_of_fold(features, given, clean, penalty=penalty)
-            for penalty in PENALTIES
-        }
-        yield from cleanlab_rows(cell, wrong, given, fitted)
+        yield from cleanlab_rows(cell, wrong, given, regressions(team, given, classes))
     elif panel:
         yield from cleanlab_rows(cell, wrong, given, panel)
     yield judged(cell, crowd.judge_labels(panel, given, classes, team), wrong, truth)
+
+
+def regressions(team: crowd.Learners, given: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    """What cleanlab gets: the learners' features, under several penalties."""
+    features, clean = team.features["regression with words"], np.eye(classes)
+    return {
+        f"{penalty:g}": learners.out_of_fold(features, given, clean, penalty=penalty)
+        for penalty in PENALTIES
+    }
 
 
 def cleanlab_rows(
@@ -279,10 +283,11 @@ def shaped_cells(folder: Path, seed: int) -> Iterator[Row]:
     truth = np.array([LETTERS.index(record.answer) for record in clean])
     texts = [record.question for record in clean]
     rows, words = Embedder().encode(texts), learners.word_features(texts)
+    classes = int(truth.max()) + 1
     for cell, kept, given in shapes(truth, rows, seed):
-        team = crowd.Learners(rows[kept], given, int(truth.max()) + 1, words[kept])
-        found = crowd.judge_labels({}, given, int(truth.max()) + 1, team)
-        yield judged(cell, found, given != truth[kept], truth[kept])
+        team, wrong = crowd.Learners(rows[kept], given, classes, words[kept]), given != truth[kept]
+        yield from cleanlab_rows(cell, wrong, given, regressions(team, given, classes))
+        yield judged(cell, crowd.judge_labels({}, given, classes, team), wrong, truth[kept])
 
 
 def shapes(
@@ -321,6 +326,10 @@ def shapes(
     yield "a weak model's answers", everything, weak.predict(rows)
     topic = KMeans(10, n_init=4, random_state=seed).fit_predict(rows)
     largest = topic == np.bincount(topic).argmax()
+    turned = one_way(one_way(truth, 2, 1, 0.4), 0, 2, 0.5)
+    yield "40 % of C as B, 50 % of A as C", everything, turned
+    each = rng.random(len(truth)) < 0.2
+    yield "20 %, A as B, B as C, C as A", everything, np.where(each, (truth + 1) % 3, truth)
     yield "1 topic of 10, all wrong", everything, np.where(largest, (truth + 1) % 3, truth)
 
 

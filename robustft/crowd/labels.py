@@ -46,7 +46,7 @@ _SETTLED = 0.01  # until the noise rate moves no more than this
 _SUSPECTED = 0.35  # share of a label that a rule is first supposed to turn into another
 _PAIRS = 6  # of labels, those confused most, among which a rule is looked for
 _SUSPICIOUS = 4.0  # nats that a rule must add on the records given one of the two labels
-_LIKELY = 2  # rules that are then tried on all records, beside all together
+_LIKELY = 2  # rules that are then tried on all records, and ideas of these looked at closely
 _RULES = 4  # found at most
 # Least mean probability of the likeliest label under it: labels that overlap by nature look as if
 # one were given for the other, too, but are not told apart for all that.
@@ -165,15 +165,13 @@ class _Crowd:
         """
         for _ in range(_RULES):
             shares = np.maximum(found.fit.predicted().mean(0), 1e-12)
-            rivals = []
-            suspected = self._suspected(found)
-            # Several rules at once hide each other: one alone may explain nothing.
-            tries = [[rule] for rule in suspected[:_LIKELY]] + [suspected][: len(suspected) - 1]
-            for rules in tries:
-                self._stage("learners", _ROUNDS)
-                noise = _turned(found.noise.transition, rules, shares)
-                rival = self._hear(noise, noise.spread)
-                rivals += [self._settle(rival)] if rival else []
+            tries = self._suspected(found)
+            self._stage("rules", len(tries))
+            noises = [_turned(found.noise.transition, rules, shares) for rules in tries]
+            heard = [one for noise in noises if (one := self._hear(noise, noise.spread))]
+            heard.sort(key=lambda one: one.log_evidence, reverse=True)
+            self._stage("learners", _ROUNDS * _LIKELY)
+            rivals = [self._settle(one) for one in heard[:_LIKELY]]
             rival = max(rivals, key=lambda one: one.log_evidence, default=found)
             gain = rival.log_evidence - found.log_evidence
             if gain < _DOUBT or rival.fit.predicted().max(1).mean() < _SURE:
@@ -181,10 +179,11 @@ class _Crowd:
             found = rival
         return found
 
-    def _suspected(self, found: _Hearing) -> list[tuple[int, int]]:
-        """Rules (right, wrong), likeliest first, each tried on the records given one of the two.
+    def _suspected(self, found: _Hearing) -> list[list[tuple[int, int]]]:
+        """Rules (right, wrong) that may hold together, a list for every idea of that.
 
-        That is little work, however many labels there are.
+        Each is tried on the records given one of the two: little work, however many labels there
+        are. Several hide each other, so where one is likely all are supposed at once, too.
         """
         transition = found.noise.transition
         pairs = self._confused(found)
@@ -203,8 +202,13 @@ class _Crowd:
                 tried = two._hear(noise, noise.spread)
                 if tried:
                     gains[pair[right], pair[wrong]] = tried.log_evidence - usual.log_evidence
-        likely = [rule for rule, gain in gains.items() if gain > _SUSPICIOUS]
-        return sorted(likely, key=gains.__getitem__, reverse=True)
+        ranked = sorted(gains, key=gains.__getitem__, reverse=True)
+        likely = [rule for rule in ranked if gains[rule] > _SUSPICIOUS]
+        if not likely:
+            return []
+        best = list({rule[0]: rule for rule in reversed(ranked)}.values())  # one of every label
+        together = [[rule for rule in best if gains[rule] > 0], best]
+        return [[rule] for rule in likely[:_LIKELY]] + [some for some in together if len(some) > 1]
 
     def _confused(self, found: _Hearing) -> list[tuple[int, int]]:
         """The pairs of labels that the experts take for each other most."""
