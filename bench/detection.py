@@ -433,7 +433,7 @@ def main() -> None:
     for one in cells():
         rows.append(Row(**asdict(one) | common))
         estimate = f"{one.noise_rate} ({one.true_rate})" if one.true_rate != "" else ""
-        if options.shapes:
+        if options.shapes and estimate:
             estimate += f", interval {one.rate_low} to {one.rate_high}"
             estimate += f"; precision {one.precision}, expected {one.expected_precision}"
         area = f"{one.auroc:.3f} [{one.auroc_low:.3f}, {one.auroc_high:.3f}]"
