@@ -182,6 +182,7 @@ def _manifest(
         "powerless": result.powerless,
         "noise_rate": result.noise_rate,
         "expected_precision": result.expected_precision,
+        "confusions": result.confusions,
         "threshold_nll": result.threshold,
         "agreed_with_given": {
             name: count for (name, what), count in result.tallies.items() if what == "agreed"

@@ -22,6 +22,7 @@ import orjson
 from numpy.typing import NDArray
 
 from robustft.config import CleanConfig
+from robustft.confusions import Confusion, Confusions
 from robustft.corpus import Corpus
 from robustft.crowd import Estimate
 from robustft.detection import Asked, Conclusion, Detection, agrees
@@ -80,6 +81,7 @@ class CleanResult:
     answers_before: Counter[str] = field(default_factory=Counter)
     answers_after: Counter[str] = field(default_factory=Counter)
     options: set[tuple[str, ...]] = field(default_factory=set)  # all, where records share them
+    confusions: tuple[Confusion, ...] = ()  # options given in place of others, commonest first
     reasons: Counter[str] = field(default_factory=Counter)  # action and cause -> records
     reject_reasons: Counter[str] = field(default_factory=Counter)
     # (expert, "asked" | "answered" | "agreed" with the given answer) -> records
@@ -136,6 +138,7 @@ def write_outputs(
     result.counts.update(clean=total - noisy - unjudged, noisy=noisy, unjudged=unjudged)
     result.reject_reasons = corpus.intake.reject_reasons
     suspicious: list[tuple[float, int, Judged]] = []
+    confusions = Confusions(len(conclusion.votes), conclusion.pooled.shape[1])
     with ExitStack() as stack:
         cleaned = stack.enter_context(RecordWriter(result.cleaned, source))
         verdicts = stack.enter_context(atomic_file(out / "verdicts.jsonl"))
@@ -156,11 +159,13 @@ def write_outputs(
                 elif entry > suspicious[0]:
                     heapq.heapreplace(suspicious, entry)
             _count(result, judged)
+            _count_confusions(confusions, judged, conclusion)
             verdicts.write(b"".join(lines))
             progress.update(len(judged))
         source.require_unchanged()  # or rows of now would stand under verdicts of then
     with replacing(out / "rejects.jsonl") as temporary:
         shutil.copyfile(corpus.intake.rejects_file, temporary)
+    result.confusions = confusions.found()
     result.suspicious = [one for _, _, one in sorted(suspicious, reverse=True)]
     return result
 
@@ -332,6 +337,17 @@ def _count(result: CleanResult, judged: Sequence[Judged]) -> None:
         result.options.update(one.record.options or () for one in lettered)
     result.answers_before.update(one.record.answer for one in lettered)
     result.answers_after.update(one.answer for one in lettered if one.action != "drop")
+
+
+def _count_confusions(
+    confusions: Confusions, judged: Sequence[Judged], conclusion: Conclusion
+) -> None:
+    start = judged[0].record.index
+    rows = slice(start, start + len(judged))
+    confusions.add(
+        [one.record for one in judged], conclusion.jury[rows], conclusion.pooled[rows],
+        conclusion.noisy[rows], conclusion.silent[rows],
+    )  # fmt: skip
 
 
 def verdict_line(judged: Judged, place: Place) -> bytes:

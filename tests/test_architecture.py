@@ -44,7 +44,7 @@ LAYERS = (
     {"relabeling"},
     {"selection"},
     {"pipeline"},
-    {"verdicts"},
+    {"confusions", "verdicts"},
     {"finishing"},
     {"tuned"},
     {"cleaning"},

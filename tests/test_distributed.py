@@ -105,6 +105,8 @@ def test_merged_shards_are_the_run_of_one_process(tmp_path: Path, of: int, detec
     assert result.counts == expected.counts
     assert repr(result.threshold) == repr(expected.threshold)
     assert result.weights == expected.weights
+    assert result.confusions == expected.confusions
+    assert bool(result.confusions) == (detector == "crowd")
     assert result.counts["input"] == ROWS + 2
     assert result.counts["relabel"] > 90
     assert (tmp_path / "out/report.html").stat().st_size > 0

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustft.confusions import Confusion
 from robustft.errors import UserError
 from robustft.report import (
     Counts,
@@ -368,6 +369,21 @@ def test_the_vote_is_shown() -> None:
     assert "Share of the vote" in page
     assert "63 %" in page
     assert "Share of the vote" not in render(sample())
+
+
+def test_options_given_in_place_of_others_are_shown_where_there_are_any() -> None:
+    assert "Given in place of" not in render(sample())
+    pairs = (
+        Confusion("neutral", "positive", 1143, 3143, 1161, 3),
+        Confusion(HOSTILE, "", 2, 300, 161, 3),
+    )
+    source = render(sample(confusions=pairs))
+    page = Page(source)
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    assert "Given in place of" in page.text
+    assert "neutralpositive1,14336 %" in page.text
+    assert "empty20.7 %" in page.text
+    assert not set("\x00\x1b\u202e\u2066\u200b") & set(source)
 
 
 def test_a_dropped_record_has_no_final_answer() -> None:

@@ -74,6 +74,8 @@ def print_clean_summary(result: CleanResult, compared: str = "") -> None:
         print(f"votes         {shares}")
     if result.estimate and not result.powerless:
         print(f"noise         {result.estimate}")
+    if rule := next((one for one in result.confusions if one.prevails), None):
+        print(f"mostly        {rule}")
     print(f"training set  {result.cleaned}")
     print(f"report        {out / 'report.html'}  (open it in a browser)")
     print(f"verdicts      {out / 'verdicts.jsonl'}")

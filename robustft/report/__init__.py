@@ -11,6 +11,7 @@ from pathlib import Path
 
 from robustft.files import write_atomically
 from robustft.report import figures, markup
+from robustft.report.confusions import confusions_table
 from robustft.report.data import (
     Counts,
     ExpertRow,
@@ -184,6 +185,16 @@ def _figures(summary: ReportData) -> str:
             "No reason was recorded.",
         ),
     ]
+    if table := confusions_table(summary.confusions):
+        cards.append(
+            _card(
+                "Given in place of",
+                "The commonest pairs among noisy records that share their options. Share: of all "
+                "records for which the crowd holds the second option right.",
+                table,
+                "",
+            )
+        )
     return f"<section><h2>What the run saw</h2><div class='cards'>{''.join(cards)}</div></section>"
 
 

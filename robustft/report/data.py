@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from robustft.confusions import Confusion
+
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
@@ -164,4 +166,5 @@ class ReportData:
     weights: Mapping[str, float] = field(default_factory=dict)  # expert -> share of the vote
     estimate: str = ""  # noise rate and worth of the verdicts, in words
     powerless: bool = False  # no expert was better than chance: nothing was changed
+    confusions: tuple[Confusion, ...] = ()  # options given in place of others, commonest first
     suspects: tuple[Suspect, ...] = ()  # most suspicious first; the first twenty are shown

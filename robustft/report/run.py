@@ -82,6 +82,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         weights={} if result.powerless else result.weights,
         powerless=result.powerless,
         estimate="" if result.powerless else result.estimate,
+        confusions=result.confusions,
         suspects=tuple(_suspect(judged) for judged in result.suspicious),
     )
     write_report(config.out / "report.html", data)
