@@ -487,6 +487,10 @@ def test_word_features_leave_out_words_of_one_text() -> None:
     assert found is not None
     assert found.shape == (3, 2)
     np.testing.assert_allclose(np.sqrt(found.multiply(found).sum(1)), 1.0)
+    texts = ["sales rose", "sales fell", "sales stood", "profit rose"]
+    fewer = learners.word_features(texts, most=2)
+    assert fewer is not None
+    assert sorted(np.asarray((fewer != 0).sum(0)).ravel().tolist()) == [2, 3]
 
 
 def test_a_rare_label_is_not_wrong_for_being_rare() -> None:

@@ -28,6 +28,9 @@ _CHUNK = 16_384  # rows predicted at once
 _VOTES = 20  # neighbours that each record asks
 VOTERS = 131_072  # of a larger corpus so many records, drawn at random, are neighbours
 _WORDS = 1 << 16
+# Coefficients of words, of all labels together: beyond them only time grows. MMLU's 57 subjects are
+# told apart as well by 4,600 words as by all 42,000, in a fifth of the time.
+_COEFFICIENTS = 1 << 18
 _WORD_ROWS = 100_000  # of a larger corpus words are not counted: memory stays bounded
 _TOKEN = r"\w+|[^\w\s]"
 
@@ -50,11 +53,13 @@ class Corpus(Protocol):
         ...
 
 
-def word_features(texts: Iterable[str], questions: Labels | None = None) -> Features | None:
+def word_features(
+    texts: Iterable[str], questions: Labels | None = None, most: int = _WORDS
+) -> Features | None:
     """[N, d] CSR of unit-length TF-IDF rows of hashed words and pairs; None without words.
 
-    Words of a single text teach nothing about another and are left out. questions: [N] numbers,
-    equal where texts are copies, which count once.
+    Words of a single text teach nothing about another and are left out; of the others the `most`
+    frequent stay. questions: [N] numbers, equal where texts are copies, which count once.
     """
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -68,6 +73,8 @@ def word_features(texts: Iterable[str], questions: Labels | None = None) -> Feat
     kept = np.flatnonzero(seen > 1)
     if len(kept) == 0:
         return None
+    if len(kept) > most:
+        kept = np.sort(kept[np.argsort(-seen[kept], kind="stable")[:most]])
     counts = counts[:, kept].astype(np.float64)
     counts.data = 1.0 + np.log(counts.data)
     weighted = counts.multiply(1.0 + np.log((1 + len(first)) / (1 + seen[kept]))).tocsr()
@@ -149,7 +156,8 @@ class Learners:
         words = None
         if len(positions) <= _WORD_ROWS:
             rows = corpus[positions]
-            words = word_features(corpus.questions(positions), questions)
+            most = max(_COEFFICIENTS // classes, 1)
+            words = word_features(corpus.questions(positions), questions, most)
         return cls(
             rows, given, classes, words, questions=questions, threads=corpus.threads,
             progress=progress,
