@@ -15,7 +15,7 @@ witness of unknown reliability; a logarithmic opinion pool (Genest and Zidek 198
 and the likelihood is that of a noise adaptation layer (Sukhbaatar et al. 2014, arXiv 1406.2080).
 The noise rate is not fixed at one value: hypotheses e on a grid are weighted by their evidence.
 The rows of S say how much more often than others a label goes wrong, and into which; they are
-expected to be alike. Wrong labels that follow a rule, as where two thirds of z are called y, would
+expected to be alike. Wrong labels that follow a rule, as where a third of z is called y, would
 be learnt by the experts that learn from labels: such rules are supposed, one by one, and kept where
 the evidence rises.
 A record may have fewer options than others; those it lacks are neither true nor given there.

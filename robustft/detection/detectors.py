@@ -33,8 +33,8 @@ TEXTS_DIFFER = (
     "--detector paper asks the checker instead"
 )
 RULES_PASS = (
-    "hardly a wrong answer was found; those that follow a rule (one label in place of another, a "
-    "whole topic) pass for right ones and are not in this noise rate: where the model is strong, "
+    "hardly a wrong answer was found; those that depend on the question (a weaker model's mistakes, "
+    "a whole topic) pass for right ones and are not in this noise rate: where the model is strong, "
     "--detector paper goes by its word"
 )
 
