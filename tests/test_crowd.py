@@ -325,6 +325,22 @@ def test_rules_of_a_large_corpus_are_looked_for_in_a_sample(
     assert sum(size == 3000 for size in heard) <= 8
 
 
+def test_a_rule_where_some_records_lack_the_label_it_gives() -> None:
+    """Half of the records have two options; of the others, 40 % of A are given as D."""
+    rng = np.random.default_rng(3)
+    widths = np.where(rng.random(3000) < 0.5, 2, 4)
+    truth = (rng.random(3000) * widths).astype(np.int64)
+    said = np.where(rng.random(3000) < 0.05, (truth + rng.integers(1, widths)) % widths, truth)
+    likely = np.where(np.arange(4) < widths[:, None], np.eye(4)[said] * 0.8 + 0.05, 0.0)
+    wide = widths == 4
+    labels = truth.copy()
+    labels[wide] = turned(truth[wide], truth[wide], 0, 3, 0.4)
+    found = crowd.judge_labels({"model": likely}, labels, 4, options=widths)
+    flagged = found.wrong > 0.5
+    assert flagged[labels != truth].mean() > 0.9
+    assert flagged[~wide].mean() < 0.07  # where the expert errs, and no more
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_that_overlap_by_nature_follow_no_rule(seed: int) -> None:
     """One kind of question is answered now with this, now with that; no answer is wrong."""

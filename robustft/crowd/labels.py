@@ -277,13 +277,18 @@ class _Crowd:
         return some
 
     def _of_two(self, first: int, second: int) -> _Crowd:
-        """The same crowd on the records given one of two labels, as if there were no others."""
-        rows = np.flatnonzero(np.isin(self._given.labels, (first, second)))
+        """The same crowd on the records given one of two labels, as if there were no others.
+
+        Those that lack one of the two are left out: there neither is given for the other.
+        """
+        given = self._given
+        both = np.isin(given.labels, (first, second)) & ~given.lacking[:, (first, second)].any(1)
+        rows = np.flatnonzero(both)
         some = self._sample(rows, (first, second))
-        some._given = Given((self._given.labels[rows] == second).astype(np.int64), 2)
+        some._given = Given((given.labels[rows] == second).astype(np.int64), 2)
         for name, values in some._others.items():
-            both = values[:, (first, second)]
-            some._others[name] = both - logsumexp(both, axis=1, keepdims=True)
+            said = values[:, (first, second)]
+            some._others[name] = said - logsumexp(said, axis=1, keepdims=True)
         return some
 
     def _stage(self, doing: str, total: int) -> None:

@@ -68,10 +68,17 @@ class Given:
         return np.stack(self._among_options(self.frequencies))[self._kind]
 
     def likelihood(self, rate: float, spread: Floats) -> Floats:
-        """[N, C] p(y_i | z)."""
-        wrong = spread.sum(1, keepdims=True)
-        tables = np.stack([transition(rate, one * wrong) for one in self._among_options(spread)])
-        return np.asarray(tables[self._kind, :, self.labels])
+        """[N, C] p(y_i | z).
+
+        Labels go wrong as often where there are fewer options, unless those that are lacking are
+        the very ones they turn into.
+        """
+        tables = []
+        for width, shares in zip(self._known, self._among_options(spread), strict=True):
+            if_even = spread[:, :width].sum(1) * ((self.classes - 1) / max(width - 1, 1))
+            wrong = np.minimum(spread.sum(1), if_even)[:, None]
+            tables.append(transition(rate, shares * wrong))
+        return np.asarray(np.stack(tables)[self._kind, :, self.labels])
 
     def _among_options(self, shares: Floats) -> list[Floats]:
         """`shares` [..., C] of all options as shares of the first ones, by how many there are."""
