@@ -320,9 +320,33 @@ def test_rules_of_a_large_corpus_are_looked_for_in_a_sample(
     monkeypatch.setattr(crowd.Learners, "predict", counted)
     questions = np.arange(3000)
     taught = crowd.Learners(rows, labels, 3, questions=questions)
-    assert_found(crowd.judge_labels({}, labels, 3, taught), labels != truth)
+    steps: list[tuple[str, int, int]] = []
+    found = crowd.judge_labels({}, labels, 3, taught, progress=lambda *step: steps.append(step))
+    assert_found(found, labels != truth)
+    assert_counted(steps)
+    assert {stage for stage, _, _ in steps} == {"learners", "sample", "pairs of labels", "rules"}
     assert {size for size in heard if size > 500} == {3000}
     assert sum(size == 3000 for size in heard) <= 8
+
+
+def assert_counted(steps: list[tuple[str, int, int]]) -> None:
+    """Every stage of the progress counts from 1 to its total at most."""
+    for _, stage in itertools.groupby(steps, key=lambda step: step[0]):
+        done, totals = zip(*((step[1], step[2]) for step in stage), strict=True)
+        assert done == tuple(range(1, len(done) + 1))
+        assert len(set(totals)) == 1
+        assert done[-1] <= totals[0]
+
+
+def test_a_sample_that_settles_late_is_progress_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _, labels = corpus(14, 1500)
+    monkeypatch.setattr(crowd_of_labels, "_SAMPLE", 500)
+    monkeypatch.setattr(crowd_of_labels, "_SETTLED", -1.0)
+    steps: list[tuple[str, int, int]] = []
+    taught = crowd.Learners(rows, labels, 3)
+    crowd.judge_labels({}, labels, 3, taught, progress=lambda *step: steps.append(step))
+    assert_counted(steps)
+    assert [step for step in steps if step[0] == "learners"][-1][1:] == (7, 7)
 
 
 def test_a_rule_where_some_records_lack_the_label_it_gives() -> None:
@@ -435,11 +459,7 @@ def test_a_large_corpus_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
         assert right > more - 0.05
     steps: list[tuple[str, int, int]] = []
     crowd.judge_labels({}, labels[1:], 3, taught, progress=lambda *step: steps.append(step))
-    for _, stage in itertools.groupby(steps, key=lambda step: step[0]):
-        done, totals = zip(*((step[1], step[2]) for step in stage), strict=True)
-        assert done == tuple(range(1, len(done) + 1))
-        assert len(set(totals)) == 1
-        assert done[-1] <= totals[0]
+    assert_counted(steps)
 
 
 def test_some_records_of_learners_are_learnt_alone() -> None:

@@ -16,8 +16,8 @@ and the likelihood is that of a noise adaptation layer (Sukhbaatar et al. 2014, 
 The noise rate is not fixed at one value: hypotheses e on a grid are weighted by their evidence.
 The rows of S say how much more often than others a label goes wrong, and into which; they are
 expected to be alike. Wrong labels that follow a rule, as where a third of z is called y, would
-be learnt by the experts that learn from labels: such rules are supposed, one by one, and kept where
-the evidence rises.
+be learnt by the experts that learn from labels: such rules are supposed, alone and together, and
+kept where the evidence rises.
 A record may have fewer options than others; those it lacks are neither true nor given there.
 """
 
@@ -74,7 +74,7 @@ def judge_labels(
     learners: experts trained on the given labels, out of fold.
     tuned: expert -> [N, C] probabilities, from models fine-tuned on labels, out of fold.
     options: [N] how many of the C options a record has, its first ones; all C when None.
-    progress: called as `progress("learners", done, total)`, over early where the rate settles.
+    progress: called as `progress(stage, done, total)`, a stage over early where the rate settles.
 
     An expert that predicts the given labels no better than their frequencies do is muted. A panel
     expert may also predict them *worse* than chance: then most answers are wrong, and the panel
@@ -129,7 +129,7 @@ class _Crowd:
         self._kinds |= dict.fromkeys(panel, "panel") | dict.fromkeys(tuned, "tuned")
         self._progress = progress
         self._taught: tuple[Floats, dict[str, Floats]] | None = None  # the last transition, and all
-        self._stage("learners", _ROUNDS + 2)
+        self._stage("learners", _ROUNDS + 1)
         self._able = self._find_able() if learners else []
 
     def judge(self) -> _Hearing | None:
@@ -143,6 +143,7 @@ class _Crowd:
             return self._with_rules(found)
         rng = np.random.default_rng(0)
         some = self._sample(np.sort(rng.choice(len(self._given), _SAMPLE, replace=False)))
+        some._stage("sample", _ROUNDS)
         there = some._hear(found.noise, found.expected)
         if there is None:
             return found
@@ -164,13 +165,12 @@ class _Crowd:
         that a third of label a is called b, they explain the given labels better if that is so.
         """
         for _ in range(_RULES):
-            shares = np.maximum(found.fit.predicted().mean(0), 1e-12)
             tries = self._suspected(found)
-            self._stage("rules", len(tries))
+            self._stage("rules", len(tries) + _LIKELY * (_ROUNDS - 1))
+            shares = found.fit.predicted().mean(0)
             noises = [_turned(found.noise.transition, rules, shares) for rules in tries]
             heard = [one for noise in noises if (one := self._hear(noise, noise.spread))]
             heard.sort(key=lambda one: one.log_evidence, reverse=True)
-            self._stage("learners", _ROUNDS * _LIKELY)
             rivals = [self._settle(one) for one in heard[:_LIKELY]]
             rival = max(rivals, key=lambda one: one.log_evidence, default=found)
             gain = rival.log_evidence - found.log_evidence
@@ -187,7 +187,7 @@ class _Crowd:
         """
         transition = found.noise.transition
         pairs = self._confused(found)
-        self._stage("rules", 3 * len(pairs))
+        self._stage("pairs of labels", 3 * len(pairs))
         gains: dict[tuple[int, int], float] = {}
         for pair in pairs:
             two = self._of_two(*pair)
