@@ -365,6 +365,25 @@ def test_a_rule_where_some_records_lack_the_label_it_gives() -> None:
     assert flagged[~wide].mean() < 0.07  # where the expert errs, and no more
 
 
+def test_ideas_of_rules_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, truth, _ = corpus(14, 600)
+    labels = turned(truth, truth, 0, 2, 0.4)
+    tries: list[list[list[tuple[int, int]]]] = []
+    suspected = crowd_of_labels._Crowd._suspected
+
+    def kept(
+        self: crowd_of_labels._Crowd, found: crowd_of_labels._Hearing
+    ) -> list[list[tuple[int, int]]]:
+        tries.append(suspected(self, found))
+        return tries[-1]
+
+    monkeypatch.setattr(crowd_of_labels._Crowd, "_suspected", kept)
+    crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3))
+    assert [(0, 2)] in tries[0]
+    for ideas in tries:
+        assert len({frozenset(idea) for idea in ideas}) == len(ideas)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_that_overlap_by_nature_follow_no_rule(seed: int) -> None:
     """One kind of question is answered now with this, now with that; no answer is wrong."""

@@ -207,7 +207,8 @@ class _Crowd:
         if not likely:
             return []
         best = list({rule[0]: rule for rule in reversed(ranked)}.values())  # one of every label
-        together = [[rule for rule in best if gains[rule] > 0], best]
+        helpful = [rule for rule in best if gains[rule] > 0]
+        together = [helpful, best] if len(helpful) < len(best) else [best]
         return [[rule] for rule in likely[:_LIKELY]] + [some for some in together if len(some) > 1]
 
     def _confused(self, found: _Hearing) -> list[tuple[int, int]]:
