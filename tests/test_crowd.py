@@ -384,6 +384,17 @@ def test_ideas_of_rules_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len({frozenset(idea) for idea in ideas}) == len(ideas)
 
 
+def test_rates_stay_below_one_where_no_label_is_as_bad_as_the_average() -> None:
+    """After a rule is supposed of a frequent label, and hardly borne out."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=200)
+    said = {"model": np.log(opinions(labels, 0.95, 3, rng)).astype(np.float32)}
+    spread = 0.8 * Noise.even(0.2, 3).spread
+    fit = pool.Fit({"model": "panel"}, said, Given(labels, 3), spread, 0.95)
+    assert np.isfinite(fit.log_evidence)
+    assert 0.0 < fit.rate < 0.1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_that_overlap_by_nature_follow_no_rule(seed: int) -> None:
     """One kind of question is answered now with this, now with that; no answer is wrong."""

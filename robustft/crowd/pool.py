@@ -268,7 +268,7 @@ def _fit_pools(
     lacking = given.lacking
     pools: list[Pool] = []
     start = np.concatenate([prior[0], log_frequent])
-    worst = max(float(spread.sum(1).max()), 1e-12)
+    worst = max(float(spread.sum(1).max()), 1.0)  # below 1, rates would reach 1 and more
     for rate in np.arange(0.01, ceiling - 0.005, _RATE_STEP) / worst:
         likelihood = given.likelihood(float(rate), spread)
         pool = _fit_pool(float(rate), opinions, lacking, likelihood, prior, log_frequent, start)
