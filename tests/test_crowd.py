@@ -227,6 +227,15 @@ def test_one_label_only() -> None:
     assert crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3)).powerless
 
 
+def test_no_records() -> None:
+    rows, labels = np.zeros((0, 8), np.float32), np.zeros(0, np.int64)
+    taught = crowd.Learners(rows, labels, 3)
+    for panel, team in (({"model": np.zeros((0, 3))}, None), ({}, taught)):
+        found = crowd.judge_labels(panel, labels, 3, team)
+        assert found.powerless
+        assert len(found.wrong) == 0
+
+
 def test_skill_is_standard_normal_under_chance() -> None:
     rng = np.random.default_rng(0)
     scores = []

@@ -212,6 +212,8 @@ def skill(opinions: Floats, given: Given) -> float:
     root of 2: of two records each predicts the other). Its liking for one option, the same in
     every record, tells nothing and is taken out: it would drown what it knows.
     """
+    if not len(given):
+        return 0.0
     had = ~given.lacking
     liking = (opinions * had).sum(0) / np.maximum(had.sum(0), 1)
     opinions = np.where(had, opinions - liking, 0.0)
