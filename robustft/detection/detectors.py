@@ -33,9 +33,9 @@ TEXTS_DIFFER = (
     "--detector paper asks the checker instead"
 )
 RULES_PASS = (
-    "hardly a wrong answer was found; those that depend on the question (a weaker model's mistakes, "
-    "a whole topic) pass for right ones and are not in this noise rate: where the model is strong, "
-    "--detector paper goes by its word"
+    "hardly a wrong answer was found; those that depend on the question (a weaker model's "
+    "mistakes, a whole topic) pass for right ones and are not in this noise rate: where the model "
+    "is strong, --detector paper goes by its word"
 )
 
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
