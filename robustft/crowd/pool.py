@@ -1,8 +1,8 @@
 """Experts' opinions as one, and how given labels go wrong: both fitted to the given labels.
 
 The model is in `labels.py`. A corpus' noise is its rate e and its spread S, C x C and 0 on the
-diagonal: p(y | z) = e S[z, y] where y is not z. The rows of S sum to 1 on average, so that e is the
-share of wrong labels; where a row sums to more, that label goes wrong more often than others.
+diagonal: p(y | z) = e S[z, y] where y is not z. The rows of S sum to about 1 on average, so that e
+is about the share of wrong labels; where a row sums to more, that label goes wrong more often.
 """
 
 from __future__ import annotations
@@ -163,8 +163,7 @@ class Fit:
     def predicted(self) -> Floats:
         """[N, C] p(z | x), by the likeliest hypothesis: what is said without the given label."""
         best = self._pools[int(self.evidence.argmax())]
-        scores = self._opinions, self._given.lacking
-        return _pooled(best.weights, best.bias, *scores)
+        return _pooled(best.weights, best.bias, self._opinions, self._given.lacking)
 
     def posterior(self, spread: Floats) -> tuple[Floats, Floats]:
         """([N, C] p(z | x, y), averaged over the hypotheses; [H] noise rate under each)."""
