@@ -24,6 +24,7 @@ A record may have fewer options than others; those it lacks are neither true nor
 from __future__ import annotations
 
 import copy
+import functools
 import heapq
 import itertools
 from collections.abc import Mapping
@@ -102,13 +103,17 @@ def judge_labels(
     return Judgement(wrong, rate, weights, labels, learned)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Hearing:
     """What the experts say under one idea of the noise, and what it says of the noise."""
 
     fit: Fit
-    noise: Noise
     expected: Floats  # [C, C] the spread that was expected
+
+    @functools.cached_property
+    def noise(self) -> Noise:
+        """As it is found; many an idea is given up without a look at it."""
+        return Noise(self.fit.rate, self.fit.wrong_labels(self.expected))
 
     @property
     def log_evidence(self) -> float:
@@ -167,14 +172,14 @@ class _Crowd:
         for _ in range(_RULES):
             tries = self._suspected(found)
             self._stage("rules", len(tries) + _LIKELY * (_ROUNDS - 1))
-            shares = found.fit.predicted().mean(0)
+            shares = found.fit.predicted.mean(0)
             noises = [_turned(found.noise.transition, rules, shares) for rules in tries]
             heard = [one for noise in noises if (one := self._hear(noise, noise.spread))]
             heard.sort(key=lambda one: one.log_evidence, reverse=True)
             rivals = [self._settle(one) for one in heard[:_LIKELY]]
             rival = max(rivals, key=lambda one: one.log_evidence, default=found)
             gain = rival.log_evidence - found.log_evidence
-            if gain < _DOUBT or rival.fit.predicted().max(1).mean() < _SURE:
+            if gain < _DOUBT or rival.fit.predicted.max(1).mean() < _SURE:
                 break
             found = rival
         return found
@@ -196,7 +201,7 @@ class _Crowd:
             usual = two._hear(plain, plain.spread)
             if usual is None:
                 continue
-            shares = usual.fit.predicted().mean(0)
+            shares = usual.fit.predicted.mean(0)
             for right, wrong in ((0, 1), (1, 0)):
                 noise = _turned(usual.noise.transition, [(right, wrong)], shares)
                 tried = two._hear(noise, noise.spread)
@@ -213,7 +218,7 @@ class _Crowd:
 
     def _confused(self, found: _Hearing) -> list[tuple[int, int]]:
         """The pairs of labels that the experts take for each other most."""
-        given, predicted = self._given, found.fit.predicted()
+        given, predicted = self._given, found.fit.predicted
         labels = np.flatnonzero(given.frequencies).tolist()
         taken = np.stack(
             [predicted[given.labels == y].sum(0) for y in range(given.classes)], axis=1
@@ -241,9 +246,8 @@ class _Crowd:
         experts = self._others | {name: taught[name] for name in self._able if name in taught}
         if not experts:
             return None
-        kinds = {name: self._kinds[name] for name in experts}
-        fit = Fit(kinds, experts, self._given, noise.spread, self._ceiling)
-        return _Hearing(fit, Noise(fit.rate, fit.wrong_labels(expected)), expected)
+        fit = Fit(self._kinds, experts, self._given, noise.spread, self._ceiling)
+        return _Hearing(fit, expected)
 
     def _teach(self, transition: Floats) -> dict[str, Floats]:
         if self._taught is None or not np.array_equal(self._taught[0], transition):

@@ -91,7 +91,7 @@ class Noise:
     """How labels go wrong."""
 
     rate: float  # share of wrong labels
-    spread: Floats  # [C, C] what wrong ones turn into, its rows 1 on average
+    spread: Floats  # [C, C] what wrong ones turn into, its rows about 1 on average
 
     @classmethod
     def even(cls, rate: float, classes: int) -> Noise:
@@ -134,7 +134,7 @@ class Fit:
 
     Parameters
     ----------
-    kinds: expert -> `panel`, `tuned` or `learners`.
+    kinds: expert -> `panel`, `tuned` or `learners`, of these and maybe others.
     experts: expert -> [N, C] log-probabilities.
     spread: [C, C] of the noise.
     ceiling: of the noise rate, of whichever label is the worst.
@@ -160,6 +160,7 @@ class Fit:
         self.rate = float(self.evidence @ [pool.rate for pool in self._pools])
         self.weights = self.evidence @ np.stack([pool.weights for pool in self._pools])  # [M]
 
+    @functools.cached_property
     def predicted(self) -> Floats:
         """[N, C] p(z | x), by the likeliest hypothesis: what is said without the given label."""
         best = self._pools[int(self.evidence.argmax())]
