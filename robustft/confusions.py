@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from robustft.answers import normalise
+from robustft.answers import option_names
 from robustft.prompts import LETTERS
 from robustft.records import Record
 from robustft.terminal import printable
@@ -80,12 +80,10 @@ class Confusions:
         right, whose, wrong = pooled[rows].argmax(1), jury[rows], noisy[rows]
         np.add.at(self._right, (whose, right), 1)
         np.add.at(self._given, (whose[wrong], right[wrong], given[wrong]), 1)
-        sets = {
-            (number, records[r].options) for number, r in zip(whose.tolist(), rows, strict=True)
-        }
-        for number, options in sets:
-            known = self._options.setdefault(number, options or ())
-            if known and known != options and _names(known) != _names(options or ()):
+        sets = zip(whose.tolist(), (records[row].options or () for row in rows), strict=True)
+        for number, options in dict.fromkeys(sets):  # as they come: the first spelling is shown
+            known = self._options.setdefault(number, options)
+            if known and known != options and option_names(known) != option_names(options):
                 self._options[number] = ()
 
     def found(self) -> tuple[Confusion, ...]:
@@ -97,7 +95,7 @@ class Confusions:
         for number, options in sorted(self._options.items()):
             if not options or self._right[number].sum() < 2:
                 continue
-            names = _names(options)
+            names = option_names(options)
             alike = tuple(sorted(names))
             noisy[alike] += int(self._given[number].sum())
             for at, name in enumerate(names):
@@ -115,11 +113,6 @@ class Confusions:
             )
             for alike, instead, name in ranked
         )  # fmt: skip
-
-
-def _names(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Options in one spelling, as the crowd tells sets of them apart."""
-    return tuple(normalise(option, "span") for option in options)
 
 
 def _quoted(text: str) -> str:

@@ -89,6 +89,13 @@ def test_the_order_of_the_options_does_not_matter() -> None:
     assert counted(rows, juries=2) == (Confusion("neutral", "positive", 9, 9, 9, 3),)
 
 
+def test_the_first_spelling_of_an_option_is_shown() -> None:
+    rows = [
+        (record("A", (f"No{'.' * dots}", "yes")), 0, "B", True) for dots in (3, 1, 4, 2, 6, 5, 0)
+    ]
+    assert counted(rows) == (Confusion("No...", "yes", 7, 7, 7, 2),)
+
+
 def test_options_that_read_the_same_are_not_given_for_each_other() -> None:
     assert counted([(record("A", ("yes", "Yes", "no")), 0, "B", True)] * 3) == ()
 

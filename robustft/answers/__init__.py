@@ -38,6 +38,7 @@ __all__ = [
     "is_refusal",
     "matches",
     "normalise",
+    "option_names",
     "parse",
     "parse_choice",
     "parse_final_number",
@@ -135,6 +136,11 @@ def normalise(text: str, kind: Kind) -> str:
         if parsed.answer is not None:
             return parsed.answer
     return " ".join(_words(text)) or unicodedata.normalize("NFKC", text).casefold().strip()
+
+
+def option_names(options: Sequence[str]) -> tuple[str, ...]:
+    """Options in one spelling: sets that differ in spelling alone are the same."""
+    return tuple(normalise(option, "span") for option in options)
 
 
 def _nfkc(text: str) -> str:

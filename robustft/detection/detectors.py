@@ -343,7 +343,7 @@ def _unjudged(asked: Sequence[Asked]) -> NDArray[np.bool_]:
 @functools.lru_cache(maxsize=4096)
 def _kind_of(options: tuple[str, ...]) -> int:
     """A number for a set of options; sets that differ in spelling alone share it."""
-    text = "\0".join(answers.normalise(option, "span") for option in options)
+    text = "\0".join(answers.option_names(options))
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=7).digest()
     return int.from_bytes(digest, "big")
 
