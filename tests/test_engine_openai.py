@@ -540,6 +540,20 @@ def test_a_reply_that_cannot_be_read_costs_one_request(
     assert [isinstance(one, Failure) for one in found] == [False, True, False]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", ["connection_reset", "internal_error", "truncated_json"])
+def test_what_a_server_can_do_is_asked_again_where_the_connection_breaks(
+    server: FaultyServer, tiny_model: Path, chat: bool, kind: str
+) -> None:
+    tokenizer = None if chat else tiny_model
+    able = engine(server, tokenizer).abilities
+    server.tries.clear()
+    server.fault = kind
+    server.strikes = lambda digest, tries: tries == 0
+    assert engine(server, tokenizer).abilities == able
+    assert able.choose
+
+
 def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     server: FaultyServer, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -571,6 +585,11 @@ def test_a_server_that_refuses_long_prompts_is_not_lost(
         for said in made.choose(prompts, [(" A", " B", " C")] * 70):
             assert isinstance(said, Failure)
             assert said.reason.startswith("HTTP 400")
+    # The first requests after that break down, which is no refusal; they are sent again.
+    before = server.requests
+    server.fault = "connection_reset"
+    server.strikes = lambda digest, tries: server.requests <= before + 6
+    assert isinstance(made.choose(*questions(1))[0], Choice)
     server.fault = None
     assert isinstance(made.choose(*questions(1))[0], Choice)
 

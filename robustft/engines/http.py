@@ -189,6 +189,8 @@ class JsonClient:
         try:
             await self._persist(path, short, bytes, self._tries)
         except RequestError as error:
+            if error.passing:  # a broken connection, say, which tells nothing of a request's length
+                return
             raise EngineLost(
                 f"{self.base_url}: the last {self._refused} requests were refused, and so is a "
                 f"short one: {error}"
@@ -248,7 +250,12 @@ class JsonClient:
         return self._throttle.refused(began)
 
     async def _persist(
-        self, path: str, body: Any, read: Callable[[bytes], _T], tries: int, apart: int = 0
+        self,
+        path: str,
+        body: Any,
+        read: Callable[[bytes], _T],
+        tries: int,
+        apart: int | None = None,
     ) -> _T:
         """Up to `tries` tries of one request, and as long as it comes too soon.
 
