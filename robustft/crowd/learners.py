@@ -8,7 +8,9 @@ that into the label y that was given ("forward correction", Patrini et al. 2017,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -24,6 +26,7 @@ _CUTS = 2
 _PENALTY = 1.0  # half the squared norm of the coefficients is added to the summed log-loss
 _TOLERANCE = 1e-5  # relative to the log-loss; less moves no verdict
 _FIT_ROWS = 40_000  # a fold is fitted on at most this many rows
+_FITS = 4  # folds fitted at a time, at most: each holds its rows in float64
 _CHUNK = 16_384  # rows predicted at once
 _VOTES = 20  # neighbours that each record asks
 VOTERS = 131_072  # of a larger corpus so many records, drawn at random, are neighbours
@@ -127,7 +130,7 @@ class Learners:
     words: [N, v] from `word_features`, or None.
     questions: [N] numbers, equal where the same is asked: such records share a fold and do not vote
         on each other, for a copy of a record knows its label. None: no two are equal.
-    threads: of searches; None for one per core.
+    threads: of searches and fits; None for one per core.
     progress: called as `progress("neighbours", done, total)`, in records.
     """
 
@@ -137,6 +140,7 @@ class Learners:
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self._given, self._seed, self._questions = given, seed, questions
+        self._threads = threads
         self.features: dict[str, Features] = {"regression": embeddings}
         if words is not None:
             self.features["regression with words"] = Beside(embeddings, words)
@@ -170,7 +174,14 @@ class Learners:
         likelier than the right one; there they are silent.
         """
         found = {
-            name: out_of_fold(rows, self._given, transition, self._seed, questions=self._questions)
+            name: out_of_fold(
+                rows,
+                self._given,
+                transition,
+                self._seed,
+                questions=self._questions,
+                threads=self._threads,
+            )
             for name, rows in self.features.items()
         }
         honest = bool((transition.argmax(1) == np.arange(len(transition))).all())
@@ -198,41 +209,57 @@ def out_of_fold(
     seed: int = 0,
     penalty: float = _PENALTY,
     questions: Labels | None = None,
+    threads: int | None = None,
 ) -> Floats:
     """[N, C] probabilities of the true label from regressions that did not see the question.
 
     Averaged over two ways of cutting the folds: less depends on the luck of the cut.
+    threads: fit as many folds at a time, a few at most; None for one per core.
     """
-    cuts = range(_CUTS if len(given) <= _FIT_ROWS else 1)
-    found = []
-    for cut in cuts:
-        rng = np.random.default_rng([seed, cut])
-        fold = _folds(given, rng, questions)
-        found.append(_one_cut(features, given, transition, fold, rng, penalty))
+    from threadpoolctl import threadpool_limits
+
+    def fit(train: Labels) -> Floats:
+        return fit_regression(features[train], given[train], transition, penalty)
+
+    cuts: list[tuple[Labels, dict[int, Future[Floats]]]] = []
+    # Two BLAS threads fight over matrices this small; fits of their own do not.
+    with (
+        threadpool_limits(1),
+        ThreadPoolExecutor(min(threads or os.cpu_count() or 1, _FITS)) as pool,
+    ):
+        try:
+            for cut in range(_CUTS if len(given) <= _FIT_ROWS else 1):
+                rng = np.random.default_rng([seed, cut])
+                fold = _folds(given, rng, questions)
+                trained = {
+                    n: _training_rows(fold, n, rng) for n in range(int(fold.max(initial=-1)) + 1)
+                }
+                cuts.append(
+                    (fold, {n: pool.submit(fit, rows) for n, rows in trained.items() if len(rows)})
+                )
+            found = [_predicted(features, fold, fits, len(transition)) for fold, fits in cuts]
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them all
     return np.asarray(sum(found)) / len(cuts)
 
 
-def _one_cut(
-    features: Features,
-    given: Labels,
-    transition: Floats,
-    fold: Labels,
-    rng: np.random.Generator,
-    penalty: float,
+def _training_rows(fold: Labels, left_out: int, rng: np.random.Generator) -> Labels:
+    train = np.flatnonzero(fold != left_out)
+    if len(train) > _FIT_ROWS:
+        train = np.sort(rng.choice(train, _FIT_ROWS, replace=False))
+    return train
+
+
+def _predicted(
+    features: Features, fold: Labels, fits: Mapping[int, Future[Floats]], classes: int
 ) -> Floats:
-    fitted = {}
-    for number in range(int(fold.max(initial=-1)) + 1):
-        train = np.flatnonzero(fold != number)
-        if len(train) > _FIT_ROWS:
-            train = np.sort(rng.choice(train, _FIT_ROWS, replace=False))
-        if len(train):
-            fitted[number] = fit_regression(features[train], given[train], transition, penalty)
-    predicted = np.full((len(given), len(transition)), 1.0 / len(transition))
-    for low in range(0, len(given), _CHUNK):
+    """[N, C] of every record by the regression that did not see its fold."""
+    predicted = np.full((len(fold), classes), 1.0 / classes)
+    for low in range(0, len(fold), _CHUNK):
         rows, owner = features[low : low + _CHUNK], fold[low : low + _CHUNK]
-        for number, weights in fitted.items():
+        for number, fit in fits.items():
             mine = np.flatnonzero(owner == number)
-            predicted[low + mine] = softmax(_scores(rows[mine], weights))
+            predicted[low + mine] = softmax(_scores(rows[mine], fit.result()))
     return predicted
 
 
@@ -271,8 +298,6 @@ def fit_regression(
 
     With T the identity this is multinomial logistic regression (scikit-learn's C = 1 / penalty).
     """
-    from threadpoolctl import threadpool_limits
-
     features = (features if isinstance(features, Beside) else Beside(features)).astype(np.float64)
     classes, (_, width) = len(transition), features.shape
     likelihood = transition[:, given].T  # [N, C] p(y_i | z)
@@ -289,11 +314,10 @@ def fit_regression(
         size = 0.5 * penalty * float((weights[:, :-1] ** 2).sum())
         return size - float(np.log(evidence).sum()), gradient.ravel()
 
-    with threadpool_limits(1):  # two BLAS threads fight over matrices this small
-        start = np.zeros(classes * (width + 1))
-        found = minimize(
-            loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60, "ftol": _TOLERANCE}
-        )
+    start = np.zeros(classes * (width + 1))
+    found = minimize(
+        loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60, "ftol": _TOLERANCE}
+    )
     return np.asarray(found.x).reshape(classes, width + 1)
 
 
