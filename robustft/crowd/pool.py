@@ -266,14 +266,15 @@ def _fit_pools(
     if len(given) > _FIT_ROWS:
         rows = np.sort(np.random.default_rng(0).choice(len(given), _FIT_ROWS, replace=False))
         opinions, given = opinions[:, rows], given[rows]
-    opinions = opinions.astype(np.float64)
-    lacking = given.lacking
+    # Records last: numpy is slow over an axis as short as that of a few options.
+    said = np.ascontiguousarray(opinions.transpose(0, 2, 1), np.float64)
+    lacking = given.lacking.T.copy()
     pools: list[Pool] = []
     start = np.concatenate([prior[0], log_frequent])
     worst = max(float(spread.sum(1).max()), 1.0)  # below 1, rates would reach 1 and more
     for rate in np.arange(0.01, ceiling - 0.005, _RATE_STEP) / worst:
-        likelihood = given.likelihood(float(rate), spread)
-        pool = _fit_pool(float(rate), opinions, lacking, likelihood, prior, log_frequent, start)
+        likelihood = given.likelihood(float(rate), spread).T.copy()
+        pool = _fit_pool(float(rate), said, lacking, likelihood, prior, log_frequent, start)
         start = np.concatenate([pool.weights, pool.bias])
         pools.append(pool)
     return pools
@@ -288,20 +289,29 @@ def _fit_pool(
     log_frequent: Floats,
     start: Floats,
 ) -> Pool:
+    """The best pool under one noise rate; opinions [M, C, N], lacking and likelihood [C, N]."""
     expected, precision = prior
     count = len(opinions)
+    flat_opinions = opinions.reshape(count, -1)
+    some_lack = bool(lacking.any())
 
     def loss(flat: Floats) -> tuple[float, Floats]:
-        predicted = _pooled(flat[:count], flat[count:], opinions, lacking)
-        joint = predicted * likelihood
-        evidence = joint.sum(1)
-        off = predicted - joint / evidence[:, None]  # gradient with respect to the scores
+        off = np.tensordot(flat[:count], opinions, 1)
+        off += flat[count:, None]
+        if some_lack:
+            off[lacking] = -np.inf
+        off -= off.max(0)
+        np.exp(off, out=off)
+        off /= off.sum(0)  # what is predicted
+        joint = off * likelihood
+        evidence = joint.sum(0)
+        joint /= evidence
+        off -= joint  # gradient with respect to the scores
         strayed, off_bias = flat[:count] - expected, flat[count:] - log_frequent
         pull, pull_bias = precision @ strayed, off_bias / _BIAS_SPREAD**2
         penalty = 0.5 * float(strayed @ pull + off_bias @ pull_bias)
-        by_weight = np.einsum("nc,mnc->m", off, opinions) + pull
-        by_bias = off.sum(0) + pull_bias
-        return penalty - float(np.log(evidence).sum()), np.concatenate([by_weight, by_bias])
+        gradient = np.concatenate([flat_opinions @ off.ravel() + pull, off.sum(1) + pull_bias])
+        return penalty - float(np.log(evidence).sum()), gradient
 
     bounds = [(0.0, None)] * count + [(None, None)] * len(log_frequent)
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
