@@ -81,6 +81,8 @@ def judge_labels(
     expert may also predict them *worse* than chance: then most answers are wrong, and the panel
     is what tells; learners alone cannot see noise beyond the plurality and are muted there.
     """
+    from threadpoolctl import threadpool_limits
+
     known = Given(given, classes, options)
     said = {name: logs_of(values) for name, values in panel.items()}
     skills = {name: skill(values, known) for name, values in said.items()}
@@ -89,7 +91,8 @@ def judge_labels(
     heard = {name: v for name, v in trained.items() if skill(v, known) > _SIGNIFICANT}
     ceiling = 0.95 if anchors else (classes - 1) / classes
     weights = dict.fromkeys([*panel, *trained, *(learners.names if learners else ())], 0.0)
-    found = _Crowd(known, anchors, heard, ceiling, learners, progress).judge()
+    with threadpool_limits(1):  # two BLAS threads fight over matrices this small
+        found = _Crowd(known, anchors, heard, ceiling, learners, progress).judge()
     if found is None:
         return Judgement(np.full(len(given), 0.5), None, weights)
     fit = found.fit

@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from robustft.crowd.judgement import Floats
-from robustft.crowd.learners import Labels, label_frequencies, softmax
+from robustft.crowd.learners import Labels, label_frequencies, log_loss, softmax
 
 # Least probability an expert is taken to mean. A language model is surer than it should be: how
 # much surer of one answer than of another must not be cut off with it.
@@ -266,7 +266,6 @@ def _fit_pools(
     if len(given) > _FIT_ROWS:
         rows = np.sort(np.random.default_rng(0).choice(len(given), _FIT_ROWS, replace=False))
         opinions, given = opinions[:, rows], given[rows]
-    # Records last: numpy is slow over an axis as short as that of a few options.
     said = np.ascontiguousarray(opinions.transpose(0, 2, 1), np.float64)
     lacking = given.lacking.T.copy()
     pools: list[Pool] = []
@@ -296,22 +295,16 @@ def _fit_pool(
     some_lack = bool(lacking.any())
 
     def loss(flat: Floats) -> tuple[float, Floats]:
-        off = np.tensordot(flat[:count], opinions, 1)
-        off += flat[count:, None]
+        scores = np.tensordot(flat[:count], opinions, 1)
+        scores += flat[count:, None]
         if some_lack:
-            off[lacking] = -np.inf
-        off -= off.max(0)
-        np.exp(off, out=off)
-        off /= off.sum(0)  # what is predicted
-        joint = off * likelihood
-        evidence = joint.sum(0)
-        joint /= evidence
-        off -= joint  # gradient with respect to the scores
+            scores[lacking] = -np.inf
+        surprise, off = log_loss(scores, likelihood)
         strayed, off_bias = flat[:count] - expected, flat[count:] - log_frequent
         pull, pull_bias = precision @ strayed, off_bias / _BIAS_SPREAD**2
         penalty = 0.5 * float(strayed @ pull + off_bias @ pull_bias)
         gradient = np.concatenate([flat_opinions @ off.ravel() + pull, off.sum(1) + pull_bias])
-        return penalty - float(np.log(evidence).sum()), gradient
+        return penalty + surprise, gradient
 
     bounds = [(0.0, None)] * count + [(None, None)] * len(log_frequent)
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
