@@ -164,7 +164,7 @@ class _Crowd:
         if rival is None:
             return found
         rival = self._settle(rival)
-        return rival if rival.log_evidence > found.log_evidence + _DOUBT else found
+        return rival if _convincing(rival, found) else found
 
     def _with_rules(self, found: _Hearing) -> _Hearing:
         """Suppose that a label is often given for another, and see what makes that likely.
@@ -181,8 +181,7 @@ class _Crowd:
             heard.sort(key=lambda one: one.log_evidence, reverse=True)
             rivals = [self._settle(one) for one in heard[:_LIKELY]]
             rival = max(rivals, key=lambda one: one.log_evidence, default=found)
-            gain = rival.log_evidence - found.log_evidence
-            if gain < _DOUBT or rival.fit.predicted.max(1).mean() < _SURE:
+            if not _convincing(rival, found):
                 break
             found = rival
         return found
@@ -302,6 +301,12 @@ class _Crowd:
     def _stage(self, doing: str, total: int) -> None:
         """What progress is told."""
         self._doing, self._total, self._passes = doing, total, itertools.count(1)
+
+
+def _convincing(rival: _Hearing, found: _Hearing) -> bool:
+    """Whether rules were found: they explain more, and leave the experts sure."""
+    gain = rival.log_evidence - found.log_evidence
+    return gain >= _DOUBT and float(rival.fit.predicted.max(1).mean()) >= _SURE
 
 
 def _turned(transition: Floats, rules: list[tuple[int, int]], shares: Floats) -> Noise:
