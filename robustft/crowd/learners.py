@@ -59,7 +59,7 @@ class Corpus(Protocol):
 def word_features(
     texts: Iterable[str], questions: Labels | None = None, most: int = _WORDS
 ) -> Features | None:
-    """[N, d] CSR of unit-length TF-IDF rows of hashed words and pairs; None without words.
+    """[N, d] float32 CSR of unit-length TF-IDF rows of hashed words and pairs; None without words.
 
     Words of a single text teach nothing about another and are left out; of the others the `most`
     frequent stay. questions: [N] numbers, equal where texts are copies, which count once.
@@ -82,7 +82,8 @@ def word_features(
     counts.data = 1.0 + np.log(counts.data)
     weighted = counts.multiply(1.0 + np.log((1 + len(first)) / (1 + seen[kept]))).tocsr()
     norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).ravel())
-    return sparse.diags_array(1.0 / np.maximum(norms, 1e-12)).dot(weighted).tocsr()
+    rows = sparse.diags_array(1.0 / np.maximum(norms, 1e-12)).dot(weighted)
+    return rows.tocsr().astype(np.float32)
 
 
 class _Gathered:
@@ -179,17 +180,12 @@ class Learners:
         The neighbours vote with the labels as given and would mislead where a wrong label is
         likelier than the right one; there they are silent.
         """
-        found = {
-            name: out_of_fold(
-                rows,
-                self._given,
-                transition,
-                self._seed,
-                questions=self._questions,
+        found = {}
+        for name, rows in self.features.items():
+            found[name] = out_of_fold(
+                rows, self._given, transition, self._seed, questions=self._questions,
                 threads=self._threads,
-            )
-            for name, rows in self.features.items()
-        }
+            )  # fmt: skip
         honest = bool((transition.argmax(1) == np.arange(len(transition))).all())
         return found | ({"neighbours": self._votes} if honest else {})
 
