@@ -31,6 +31,7 @@ from robustft.engines.factory import load_engine
 from robustft.engines.http import JsonClient
 from robustft.engines.probing import connect
 from robustft.engines.tokens import piece_offsets
+from robustft.engines.wire import read_echo
 from robustft.errors import EngineLost, UserError
 
 KEY = "sk-test-0123456789abcdefSECRET"
@@ -362,6 +363,21 @@ def test_scores_of_the_tokens_next_door_are_found_out(
     assert not made.abilities.score
     assert "as of other tokens" in made.abilities.found[-2] + made.abilities.found[-1]
     assert made.abilities.nll
+
+
+def test_an_echoed_token_that_is_no_text_of_its_own_shares_its_spelling() -> None:
+    def echo(pieces: list[str], likeliest: dict[str, float]) -> bytes:
+        values = [None, -3.0, -1.0]
+        given = {
+            "tokens": pieces, "token_logprobs": values, "top_logprobs": [None, likeliest, None],
+        }  # fmt: skip
+        return json.dumps({"choices": [{"text": "", "logprobs": given}]}).encode()
+
+    for spelling in (HALF, ""):  # of another token, the likeliest, and of the one given
+        found = read_echo(echo(["A", spelling, " B"], {spelling: -0.1, " C": -4.0}), [0], [1, 2])
+        assert found.logprobs.tolist() == [-3.0, -1.0]
+    with pytest.raises(ValueError, match="belong to their tokens"):
+        read_echo(echo(["A", " D", " B"], {" D": -0.1, " C": -4.0}), [0], [1, 2])
 
 
 def test_requests_in_flight_are_bounded(server: FaultyServer, tiny_model: Path) -> None:

@@ -223,8 +223,7 @@ def _checked(
     _require(all(value <= _SLACK for value in values), "log-probabilities of at most 0")
     for value, piece, top in zip(values, pieces, tops, strict=False):
         _require(all(other <= _SLACK for other in top.values()), "log-probabilities of at most 0")
-        # Tokens that are no text of their own share a spelling ("", U+FFFD), which tells nothing.
-        if top and piece and "\ufffd" not in piece:
+        if top and _tells(piece):
             # One that was sampled need not be among the likeliest, nor the likeliest spelt so.
             stated = top.get(piece, -math.inf if greedy else value)
             _require(value <= stated + _SLACK, "log-probabilities that belong to their tokens")
@@ -233,6 +232,11 @@ def _checked(
                 "the likeliest token at temperature 0",
             )
     return np.minimum(np.array(values, dtype=np.float32), 0.0)
+
+
+def _tells(piece: str) -> bool:
+    """Whether a spelling tells the token; what is no text of its own is spelt "" or U+FFFD."""
+    return bool(piece) and "\ufffd" not in piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +291,8 @@ def read_echo(payload: bytes, head: Sequence[int], tail: Sequence[int]) -> Force
             raise ValueError("expected a log-probability of every token")
         _require(value <= _SLACK, "log-probabilities of at most 0")
         top = (given.top_logprobs or [None] * count)[place] or {}
-        stated = top.get(given.tokens[place], value)
+        piece = given.tokens[place]
+        stated = top.get(piece, value) if _tells(piece) else value
         _require(abs(stated - value) <= _SLACK, "log-probabilities that belong to their tokens")
         ordered = sorted({value, *top.values()}, reverse=True)
         second = ordered[1] if len(ordered) > 1 else float("nan")
