@@ -45,7 +45,7 @@ Progress: TypeAlias = Callable[[str, int, int], object]  # what is done, how muc
 class Corpus(Protocol):
     """The records of a corpus by position, possibly in several files."""
 
-    threads: int | None  # for searches among its embeddings; None: all cores
+    threads: int | None  # for searches among its embeddings and for fits; None: all cores
 
     def __getitem__(self, positions: NDArray[np.int64], /) -> NDArray[np.float32]:
         """Gather embeddings [len(positions), d]."""
@@ -59,7 +59,7 @@ class Corpus(Protocol):
 def word_features(
     texts: Iterable[str], questions: Labels | None = None, most: int = _WORDS
 ) -> Features | None:
-    """[N, d] float32 CSR of unit-length TF-IDF rows of hashed words and pairs; None without words.
+    """[N, d] CSR of unit-length TF-IDF rows of hashed words and pairs; None without words.
 
     Words of a single text teach nothing about another and are left out; of the others the `most`
     frequent stay. questions: [N] numbers, equal where texts are copies, which count once.
@@ -82,8 +82,7 @@ def word_features(
     counts.data = 1.0 + np.log(counts.data)
     weighted = counts.multiply(1.0 + np.log((1 + len(first)) / (1 + seen[kept]))).tocsr()
     norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).ravel())
-    rows = sparse.diags_array(1.0 / np.maximum(norms, 1e-12)).dot(weighted)
-    return rows.tocsr().astype(np.float32)
+    return sparse.diags_array(1.0 / np.maximum(norms, 1e-12)).dot(weighted).tocsr()
 
 
 class _Gathered:
@@ -150,7 +149,7 @@ class Learners:
         self._threads = threads
         self.features: dict[str, Features] = {"regression": embeddings}
         if words is not None:
-            self.features["regression with words"] = Beside(embeddings, words)
+            self.features["regression with words"] = Beside(embeddings, words.astype(np.float32))
         self._votes = neighbour_vote(
             embeddings, given, classes, questions=questions, seed=seed, threads=threads,
             progress=progress,
@@ -223,16 +222,16 @@ def out_of_fold(
         return fit_regression(features[train], given[train], transition, penalty)
 
     cuts: list[tuple[Labels, list[Future[Floats]]]] = []
-    with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, _FITS)) as pool:
-        try:
-            for cut in range(_CUTS if len(given) <= _FIT_ROWS else 1):
-                rng = np.random.default_rng([seed, cut])
-                fold = _folds(given, rng, questions)
-                fits = [pool.submit(fit, rows) for rows in _training_rows(fold, rng)]
-                cuts.append((fold, fits))
-            found = [_predicted(features, fold, fits, len(transition)) for fold, fits in cuts]
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them all
+    pool = ThreadPoolExecutor(min(threads or os.cpu_count() or 1, _FITS))
+    try:
+        for cut in range(_CUTS if len(given) <= _FIT_ROWS else 1):
+            rng = np.random.default_rng([seed, cut])
+            fold = _folds(given, rng, questions)
+            fits = [pool.submit(fit, rows) for rows in _training_rows(fold, rng)]
+            cuts.append((fold, fits))
+        found = [_predicted(features, fold, fits, len(transition)) for fold, fits in cuts]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them all
     return np.asarray(sum(found)) / len(cuts)
 
 

@@ -146,7 +146,8 @@ class Fit:
     ) -> None:  # fmt: skip
         lacking = given.lacking
         means = {name: _mean_probabilities(values, lacking) for name, values in experts.items()}
-        self._opinions = np.stack([values - np.log(means[name], dtype=np.float32)
+        # [M, C, N]: records come last, for numpy is slow over an axis of a few options.
+        self._opinions = np.stack([(values - np.log(means[name], dtype=np.float32)).T
                                    for name, values in experts.items()])  # fmt: skip
         # Who has learnt from the corpus knows how frequent each label is without the wrong ones.
         taught = [mean for name, mean in means.items() if kinds[name] != "panel"]
@@ -164,21 +165,20 @@ class Fit:
     def predicted(self) -> Floats:
         """[N, C] p(z | x), by the likeliest hypothesis: what is said without the given label."""
         best = self._pools[int(self.evidence.argmax())]
-        return _pooled(best.weights, best.bias, self._opinions, self._given.lacking)
+        return _pooled(best, self._opinions, self._given)
 
     def posterior(self, spread: Floats) -> tuple[Floats, Floats]:
         """([N, C] p(z | x, y), averaged over the hypotheses; [H] noise rate under each)."""
-        labels = np.zeros(self._opinions.shape[1:])
+        labels = np.zeros((len(self._given), self._given.classes))
         rates = np.array([pool.rate for pool in self._pools])
         likely = np.flatnonzero(self.evidence > 1e-4)
         kept = np.zeros(len(rates))
         for low in range(0, len(self._given), _CHUNK):
             rows = slice(low, low + _CHUNK)
             some = self._given[rows]
-            lacking = some.lacking
             for index in likely:
                 pool = self._pools[index]
-                joint = _pooled(pool.weights, pool.bias, self._opinions[:, rows], lacking)
+                joint = _pooled(pool, self._opinions[:, :, rows], some)
                 joint *= some.likelihood(pool.rate, spread)
                 joint /= joint.sum(1, keepdims=True)
                 labels[rows] += self.evidence[index] * joint
@@ -236,11 +236,17 @@ def _mean_probabilities(logs: Floats, lacking: NDArray[np.bool_]) -> Floats:
     return np.asarray(np.maximum(total / np.maximum(had.sum(0), 1), _RAREST))
 
 
-def _pooled(weights: Floats, bias: Floats, opinions: Floats, lacking: NDArray[np.bool_]) -> Floats:
-    """[N, C] p(z | x) from log-probabilities [M, N, C]; none for options that a record lacks."""
-    scores = np.tensordot(weights, opinions, 1) + bias
+def _pooled(pool: Pool, opinions: Floats, given: Given) -> Floats:
+    """[N, C] p(z | x) from log-probabilities [M, C, N]."""
+    return softmax(_scores(pool.weights, pool.bias, opinions, given.lacking.T).T)
+
+
+def _scores(weights: Floats, bias: Floats, opinions: Floats, lacking: NDArray[np.bool_]) -> Floats:
+    """[C, N] of the options from log-probabilities [M, C, N]; -inf for those a record lacks."""
+    scores = np.tensordot(weights, opinions, 1)
+    scores += bias[:, None]
     scores[lacking] = -np.inf
-    return softmax(scores)
+    return scores
 
 
 def _weight_prior(kinds: Sequence[str]) -> tuple[Floats, Floats]:
@@ -265,15 +271,15 @@ def _fit_pools(
     """The best pool under every noise rate of the grid, neighbours starting from each other."""
     if len(given) > _FIT_ROWS:
         rows = np.sort(np.random.default_rng(0).choice(len(given), _FIT_ROWS, replace=False))
-        opinions, given = opinions[:, rows], given[rows]
-    said = np.ascontiguousarray(opinions.transpose(0, 2, 1), np.float64)
+        opinions, given = opinions[:, :, rows], given[rows]
+    opinions = np.ascontiguousarray(opinions, np.float64)
     lacking = given.lacking.T.copy()
     pools: list[Pool] = []
     start = np.concatenate([prior[0], log_frequent])
     worst = max(float(spread.sum(1).max()), 1.0)  # below 1, rates would reach 1 and more
     for rate in np.arange(0.01, ceiling - 0.005, _RATE_STEP) / worst:
         likelihood = given.likelihood(float(rate), spread).T.copy()
-        pool = _fit_pool(float(rate), said, lacking, likelihood, prior, log_frequent, start)
+        pool = _fit_pool(float(rate), opinions, lacking, likelihood, prior, log_frequent, start)
         start = np.concatenate([pool.weights, pool.bias])
         pools.append(pool)
     return pools
@@ -292,13 +298,9 @@ def _fit_pool(
     expected, precision = prior
     count = len(opinions)
     flat_opinions = opinions.reshape(count, -1)
-    some_lack = bool(lacking.any())
 
     def loss(flat: Floats) -> tuple[float, Floats]:
-        scores = np.tensordot(flat[:count], opinions, 1)
-        scores += flat[count:, None]
-        if some_lack:
-            scores[lacking] = -np.inf
+        scores = _scores(flat[:count], flat[count:], opinions, lacking)
         surprise, off = log_loss(scores, likelihood)
         strayed, off_bias = flat[:count] - expected, flat[count:] - log_frequent
         pull, pull_bias = precision @ strayed, off_bias / _BIAS_SPREAD**2
