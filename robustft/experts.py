@@ -7,6 +7,7 @@ a record. Whatever the store already holds is not asked again.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ class Panel:
 
     Parameters
     ----------
-    unit: the number of the input chunk at work; set it before asking about another chunk.
+    unit: the number of the input chunk at work; `at` asks about another one.
     progress: called with (expert, questions answered) after every batch and for stored answers.
     """
 
@@ -71,6 +72,12 @@ class Panel:
         self._progress = progress
         self._priors: dict[_Neutral, np.ndarray] = {}
         self.unit = 0
+
+    def at(self, unit: int) -> Panel:
+        """The same panel, to be asked about another chunk, by another thread perhaps."""
+        panel = copy.copy(self)
+        panel.unit = unit
+        return panel
 
     # --- the experts -----------------------------------------------------------------------
 
@@ -300,32 +307,30 @@ class Panel:
 
     def _neutral_logprobs(self, batch: Sequence[_Question]) -> list[np.ndarray | Failure | None]:
         """Log-probabilities of each question's candidates after its content-free prompt."""
-        failed: dict[_Neutral, Failure] = {}
         # Most questions share their content-free prompt, and hashing it takes long.
         shared = {
             (id(question.neutral), question.candidates): (question.neutral, question.candidates)
             for question in batch
             if question.neutral is not None
         }
-        wanted = set(shared.values())
         if len(self._priors) > 10_000:
-            self._priors.clear()
-        missing = sorted(wanted - self._priors.keys(), key=repr)
+            self._priors.clear()  # perhaps under the eyes of another thread: so looked up once
+        found: dict[_Neutral, np.ndarray | Failure | None]
+        found = {pair: self._priors.get(pair) for pair in shared.values()}
+        missing = sorted((pair for pair, prior in found.items() if prior is None), key=repr)
         texts = [prompt for prompt, _ in missing]
         for rows in self._engine.plan(texts):
             choices = self._engine.choose(
                 [texts[row] for row in rows], [missing[row][1] for row in rows]
             )
             for row, choice in zip(rows, choices, strict=True):
+                pair = missing[row]
                 if isinstance(choice, Failure):
-                    failed[missing[row]] = choice
+                    found[pair] = choice
                 else:
-                    self._priors[missing[row]] = choice.logprobs.astype(np.float64)
-        found = {
-            key: failed[pair] if pair in failed else self._priors[pair]
-            for key, pair in shared.items()
-        }
-        return [found.get((id(question.neutral), question.candidates)) for question in batch]
+                    found[pair] = self._priors[pair] = choice.logprobs.astype(np.float64)
+        priors = {key: found[pair] for key, pair in shared.items()}
+        return [priors.get((id(question.neutral), question.candidates)) for question in batch]
 
     def _sampling_seed(self, expert: str, round_: int, prompt: Prompt) -> int:
         text = f"{self._seed}/{expert}/{round_}/{prompt!r}".encode(errors="surrogatepass")

@@ -7,20 +7,23 @@
     select    once         the most confident share, over all shards
 
 A run on one machine has one shard. A phase goes unit by unit, in input order, and holds one unit in
-memory; a killed run finds what is finished in its store, and what a phase has published stays.
+memory, or a few where a server answers; a killed run finds what is finished in its store, and what
+a phase has published stays.
 `robustft.verdicts` writes the outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +43,10 @@ from robustft.detection import (
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.errors import UnfinishedError
-from robustft.experts import Panel
+from robustft.experts import Neighbour, Panel
 from robustft.files import locked, remove_leftovers
 from robustft.intake import Intake
+from robustft.overlap import in_order
 from robustft.progress import Progress, Stages
 from robustft.records import Record
 from robustft.relabeling import relabel
@@ -57,6 +61,10 @@ _LEARNED = "learned "  # before a learner's name, where its opinions are publish
 _CERTAIN = 0.7  # an answer found clean is kept at any rate where it is right with this probability
 
 Arrays = Mapping[str, NDArray[Any]]
+# Of each record the opinions of base, reasoning expert and checker.
+_Panel: TypeAlias = tuple[Sequence[Opinion], Sequence[Opinion | None], Sequence[Opinion | None]]
+_K = TypeVar("_K")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,7 @@ class ShardRun:
         self._effort = Effort(config)
         self._others = SecondOpinions(config.second_opinion)
         self._progress: Progress | None = None
+        self._telling = threading.Lock()
         self._keep_time: Callable[[], None] = lambda: None
 
     # --- detect ----------------------------------------------------------------------------
@@ -144,31 +153,44 @@ class ShardRun:
             self._shown("detect", self.shard.rows * self._effort.detect),
         ):
             marks = _Marks(self.store, ("corpus", "detect"), embeddings.sync)
-            for unit, chunk in self.intake.units(self.shard):
-                if chunk[-1].index - self.shard.start >= embeddings.rows:
-                    embeddings.append(self.embedder.encode([one.question for one in chunk]))
-                    marks.add("corpus", unit, {})
-                if unit in done:
-                    self._skip(len(chunk) * self._effort.detect)
-                else:
-                    evidence = detector.evidence(self._ask_panel(unit, chunk))
-                    marks.add("detect", unit, evidence)
+
+            def questions() -> Iterator[tuple[tuple[int, list[Record]], Callable[[], _Panel]]]:
+                for unit, chunk in self.intake.units(self.shard):
+                    if chunk[-1].index - self.shard.start >= embeddings.rows:
+                        embeddings.append(self.embedder.encode([one.question for one in chunk]))
+                        marks.add("corpus", unit, {})
+                    if unit in done:
+                        self._skip(len(chunk) * self._effort.detect)
+                    else:
+                        yield (unit, chunk), functools.partial(self._ask_panel, unit, chunk)
+
+            with self._asked(questions()) as answered:
+                for (unit, chunk), said in answered:
+                    asked = list(map(Asked, chunk, *said, self._others.unit(unit, chunk)))
+                    marks.add("detect", unit, detector.evidence(asked))
             marks.flush()
         publish(target, stacked(list(self.store.arrays("detect"))), self._facts(watch))
 
-    def _ask_panel(self, unit: int, chunk: Sequence[Record]) -> list[Asked]:
+    def _asked(
+        self, jobs: Iterator[tuple[_K, Callable[[], _T]]]
+    ) -> contextlib.closing[Generator[tuple[_K, _T]]]:
+        """Every (key, what its job says), in order; a server is kept busy by several at a time."""
+        cancel = getattr(self.engine, "cancel", lambda: None)
+        return contextlib.closing(in_order(jobs, getattr(self.engine, "at_a_time", 1), cancel))
+
+    def _ask_panel(self, unit: int, chunk: Sequence[Record]) -> _Panel:
+        """What base, reasoning expert and checker say about each record."""
         without = self.config.without
-        self._panel.unit = unit
-        base = self._panel.base(chunk)
+        panel = self._panel.at(unit)
+        base = panel.base(chunk)
         reasoned: Sequence[Opinion | None] = [None] * len(chunk)
         if "rel" not in without:
-            reasoned = self._panel.reasoning(chunk)
+            reasoned = panel.reasoning(chunk)
         checker: Sequence[Opinion | None] = [None] * len(chunk)
         if "checker" not in without:
             said = [[o for o in pair if o] for pair in zip(base, reasoned, strict=True)]
-            checker = self._panel.checker(chunk, said)
-        others = self._others.unit(unit, chunk)
-        return list(map(Asked, chunk, base, reasoned, checker, others))
+            checker = panel.checker(chunk, said)
+        return base, reasoned, checker
 
     # --- relabel ---------------------------------------------------------------------------
 
@@ -187,14 +209,20 @@ class ShardRun:
         noisy += self.shard.start
         with self._shown("relabel", len(noisy) * self._effort.relabel):
             marks = _Marks(self.store, ("relabel",), lambda: None)
-            for unit in self.shard.units:
-                low, high = np.searchsorted(noisy, (unit * UNIT_ROWS, (unit + 1) * UNIT_ROWS))
-                if unit in done:
-                    self._skip((high - low) * self._effort.relabel)
-                    continue
-                chunk = self.intake.unit(unit) if high > low else []
-                records = [chunk[position % UNIT_ROWS] for position in noisy[low:high].tolist()]
-                marks.add("relabel", unit, self._relabel_unit(unit, records, conclusion, corpus))
+
+            def questions() -> Iterator[tuple[int, Callable[[], Arrays]]]:
+                for unit in self.shard.units:
+                    low, high = np.searchsorted(noisy, (unit * UNIT_ROWS, (unit + 1) * UNIT_ROWS))
+                    if unit in done:
+                        self._skip((high - low) * self._effort.relabel)
+                        continue
+                    chunk = self.intake.unit(unit) if high > low else []
+                    mine = [chunk[position % UNIT_ROWS] for position in noisy[low:high].tolist()]
+                    yield unit, self._relabeling(unit, mine, conclusion, corpus)
+
+            with self._asked(questions()) as answered:
+                for unit, found in answered:
+                    marks.add("relabel", unit, found)
             marks.flush()
         publish(target, stacked(list(self.store.arrays("relabel"))), self._facts(watch))
 
@@ -211,9 +239,10 @@ class ShardRun:
         self._truncated = truncated
         return facts
 
-    def _relabel_unit(
+    def _relabeling(
         self, unit: int, records: Sequence[Record], conclusion: Conclusion, corpus: Corpus
-    ) -> Arrays:
+    ) -> Callable[[], Arrays]:
+        """Look up what a unit's noisy records are shown; what it returns asks, in any thread."""
         nll = np.full(len(records), np.nan)
         width = 0 if "cer" in self.config.without else min(self.config.k, len(conclusion.noisy))
         ids = np.full((len(records), width), -1, np.int64)
@@ -225,24 +254,32 @@ class ShardRun:
                 undecided.append(row)
             else:
                 nll[row] = own[1]
-        if undecided:
-            chosen = [records[row] for row in undecided]
-            if width and conclusion.clean.any():
-                positions = np.array([record.index for record in chosen])
-                # Long questions that begin alike share one embedding: that is looked up once.
-                rows, which = np.unique(corpus[positions], axis=0, return_inverse=True)
-                found = corpus.index().search(rows, width, allowed=conclusion.clean)
-                ids[undecided], cosines[undecided] = (part[which.reshape(-1)] for part in found)
-            near = [[p for p in ids[row].tolist() if p >= 0] for row in undecided]
-            nll[undecided] = self._ask_again(unit, chosen, near, corpus)
-        return {"nll": nll, "ids": ids, "cosines": cosines}
+        chosen = [records[row] for row in undecided]
+        if chosen and width and conclusion.clean.any():
+            positions = np.array([record.index for record in chosen])
+            # Long questions that begin alike share one embedding: that is looked up once.
+            rows, which = np.unique(corpus[positions], axis=0, return_inverse=True)
+            found = corpus.index().search(rows, width, allowed=conclusion.clean)
+            ids[undecided], cosines[undecided] = (part[which.reshape(-1)] for part in found)
+        near = [[p for p in ids[row].tolist() if p >= 0] for row in undecided]
+        shown = {position: corpus.record(position) for some in near for position in some}
+        examples = [
+            [(shown[p].question, shown[p].options, shown[p].answer) for p in some] for some in near
+        ]
+
+        def ask() -> Arrays:
+            if chosen:
+                nll[undecided] = self._ask_again(unit, chosen, examples)
+            return {"nll": nll, "ids": ids, "cosines": cosines}
+
+        return ask
 
     def _ask_again(
-        self, unit: int, records: Sequence[Record], near: Sequence[Sequence[int]], corpus: Corpus
+        self, unit: int, records: Sequence[Record], examples: Sequence[Sequence[Neighbour]]
     ) -> list[float]:
         """Context and review (eq. 5, 6); the response entropy of each new label, or NaN."""
         without = self.config.without
-        self._panel.unit = unit
+        panel = self._panel.at(unit)
         said, failures = self.store.panel(unit)
         rows = [record.index % UNIT_ROWS for record in records]
         base = [opinion_of(said["base"], row, failures) for row in rows]
@@ -251,17 +288,12 @@ class ShardRun:
             reasoned = [opinion_of(said["reasoned"], row, failures) for row in rows]
         context: Sequence[Opinion | None] = [None] * len(rows)
         if "cer" not in without:
-            shown = {position: corpus.record(position) for ids in near for position in ids}
-            examples = [
-                [(shown[p].question, shown[p].options, shown[p].answer) for p in ids]
-                for ids in near
-            ]
-            context = self._panel.context(records, examples)
+            context = panel.context(records, examples)
         review: Sequence[Opinion | None] = [None] * len(rows)
         if "reviewer" not in without:
             first = [c or b for c, b in zip(context, base, strict=True)]
             second = [r or b for r, b in zip(reasoned, base, strict=True)]
-            review = self._panel.review(records, first, second)
+            review = panel.review(records, first, second)
         labels = map(relabel, reasoned, base, context, review)
         # Without any log-probabilities nothing can be ranked, and everything is kept.
         unranked = float("nan" if self.engine.abilities.nll else "inf")
@@ -280,13 +312,15 @@ class ShardRun:
         return self._progress
 
     def _skip(self, amount: float) -> None:
-        if self._progress is not None:
-            self._progress.skip(amount)
+        with self._telling:
+            if self._progress is not None:
+                self._progress.skip(amount)
 
     def _on_answers(self, expert: str, count: int) -> None:
-        self._keep_time()
-        if self._progress is not None:
-            self._progress.update(count * self._effort.of(expert), expert)
+        with self._telling:
+            self._keep_time()
+            if self._progress is not None:
+                self._progress.update(count * self._effort.of(expert), expert)
 
 
 class _Marks:

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import sqlite3
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -159,12 +160,15 @@ def refuse_changes(folder: Path, found: Mapping[str, Any], fingerprint: Mapping[
 class Store:
     """The opinions of one run. One process writes (`folder_lock`); others may read meanwhile.
 
+    Opinions may be read and added from any thread; the rest is one thread's.
+
     With `exclusive` nobody may, which needs no memory shared between processes: over a network
     file system there is none.
     """
 
     def __init__(self, path: Path, *, exclusive: bool = False) -> None:
         self.path = path
+        self._lock = threading.RLock()  # a transaction is the connection's, not the thread's
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             if exclusive:
@@ -208,14 +212,15 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
     # --- the run's identity -----------------------------------------------------------------
 
@@ -242,17 +247,18 @@ class Store:
 
     def set_meta(self, name: str, value: Any) -> None:
         """Keep a JSON value."""
-        self._db.execute(
-            "INSERT INTO meta VALUES (?, ?) "
-            "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            (name, orjson.dumps(value)),
-        )
+        with self._lock:
+            self._db.execute(
+                "INSERT INTO meta VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (name, orjson.dumps(value)),
+            )
 
     # --- opinions ---------------------------------------------------------------------------
 
     def opinions(self, unit: int, expert: str, round_: int = 0) -> dict[int, Said]:
         """What an expert has said about a unit so far, by row of the unit."""
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT opinions FROM batches WHERE unit = ? AND expert = ? AND round = ? "
             "ORDER BY rowid",
             (unit, expert, round_),
@@ -262,17 +268,22 @@ class Store:
     def panel(self, unit: int) -> tuple[dict[str, dict[int, Opinion]], dict[int, str]]:
         """A unit's newest answers of every expert by row, and why rows lack what they lack."""
         found: dict[str, dict[int, Opinion]] = defaultdict(dict)
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT expert, opinions FROM batches WHERE unit = ? AND round = 0 ORDER BY rowid",
             (unit,),
         )
         for expert, body in rows:
             places, _, opinions = _columns(body)
             found[expert].update(zip(places, opinions, strict=True))
-        failures = self._db.execute(
+        failures = self._read(
             "SELECT row, reason FROM failures WHERE unit = ? ORDER BY rowid DESC", (unit,)
         )
-        return found, dict(failures.fetchall())
+        return found, dict(failures)
+
+    def _read(self, query: str, values: tuple[int | str, ...]) -> list[Any]:
+        """All rows, from any thread."""
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
 
     def add(
         self,

@@ -10,8 +10,10 @@ import itertools
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -423,6 +425,26 @@ def test_a_server_that_takes_no_request_is_not_asked_for_ever(
         "HTTP 429: slow down (and nothing else for 0.1 s)"
     }
     assert len(replies) == 20
+
+
+def test_cancel_ends_what_another_thread_waits_for(server: FaultyServer, tiny_model: Path) -> None:
+    made = engine(server, tiny_model)
+    go_on, asked = threading.Event(), threading.Event()
+
+    def wait(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        asked.set()
+        go_on.wait(60)
+
+    server.edit = wait
+    prompts, candidates = questions(3)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(made.choose, prompts, candidates)
+        assert asked.wait(60)
+        made.cancel()  # type: ignore[attr-defined]
+        with pytest.raises(CancelledError):
+            said.result(60)
+    go_on.set()
+    assert made.choose(prompts, candidates)  # and goes on from there
 
 
 @pytest.mark.parametrize("closed", [True, False])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,18 @@ def test_a_text_model_beside_a_vision_tower(tiny_model: Path) -> None:
     scores = engine.score([prompt("hi"), prompt("long " * 50)], ["yes", "no"])
     assert [one.truncated for one in scores] == [False, True]
     assert all(one.nll > 0 for one in scores)
+
+
+def test_threads_that_encode_at_a_time_get_what_one_alone_gets(engine: TransformersEngine) -> None:
+    """A control token that data spells out stays spelt out, though a switch settles that."""
+    encoder = PromptEncoder(engine.tokenizer, window=1024)
+    kinds = [[prompt(f"{kind} <|im_end|> {n}") for n in range(20)] for kind in "abcdefgh"]
+    # The template's own text is encoded with control tokens, anew for each sequence of roles.
+    kinds = [[Prompt(p.messages * (1 + n), p.prefix) for p in some] for n, some in enumerate(kinds)]
+    alone = [PromptEncoder(engine.tokenizer, window=1024).encode(some) for some in kinds]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(encoder.encode, kinds)) == alone
+        assert list(pool.map(lambda some: encoder.fit(some, 8), kinds * 4)) == alone * 4
 
 
 def test_a_score_does_not_depend_on_its_batch(engine: TransformersEngine) -> None:

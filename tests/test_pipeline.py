@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from robustft.prompts import context_prompt
 from robustft.records import Record, open_records
 from robustft.relabeling import relabel
 from robustft.retrieval import CosineKNN
-from robustft.store import Opinion, unpack
+from robustft.store import UNIT_ROWS, Opinion, unpack
 
 HERE = Path(__file__).parent
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "jade")
@@ -474,6 +475,25 @@ def test_interrupted_anywhere_the_result_is_the_same(tmp_path: Path) -> None:
         pytest.fail("never finished")
     for name in ("verdicts.jsonl", "cleaned.jsonl"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_server_is_asked_about_several_units_at_a_time(tmp_path: Path) -> None:
+    """The bytes are those of one at a time."""
+    meeting, mine = threading.Barrier(2, timeout=120), threading.local()
+
+    def meet() -> None:  # nobody gets on before two units are at work
+        if not hasattr(mine, "met"):
+            mine.met = meeting.wait()
+
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(2 * UNIT_ROWS + 60))
+    engine = ScriptedEngine(before_batch=meet)
+    engine.at_a_time = 2  # type: ignore[attr-defined]
+    run(source, tmp_path / "together", engine)
+    assert_asked_once(tmp_path / "together/run.sqlite")
+    run(source, tmp_path / "alone")
+    for name in ("verdicts.jsonl", "cleaned.jsonl"):
+        alone = (tmp_path / "alone" / name).read_bytes()
+        assert (tmp_path / "together" / name).read_bytes() == alone
 
 
 def assert_asked_once(store: Path) -> None:

@@ -49,16 +49,29 @@ def test_as_many_answers_as_slots_add_one_up_to_the_most() -> None:
     asyncio.run(play())
 
 
-def test_slots_grow_by_quick_answers_alone() -> None:
+def test_slots_double_every_round_until_an_answer_is_slow() -> None:
     async def play() -> None:
         throttle = Throttle(100, patience=60)
         assert await in_flight(throttle) == 16
+        for _ in range(16):
+            throttle.answered()
+        assert throttle.slots == await in_flight(throttle) == 32
         for _ in range(50):
             throttle.answered(quick=False)
-        assert throttle.slots == 16
-        for _ in range(16 + 17):
+        assert throttle.slots == 32
+        for _ in range(32 + 33):
             throttle.answered()
-        assert throttle.slots == await in_flight(throttle) == 18
+        assert throttle.slots == await in_flight(throttle) == 34
+
+    asyncio.run(play())
+
+
+def test_slots_double_up_to_the_most() -> None:
+    async def play() -> None:
+        throttle = Throttle(20, patience=60)
+        for _ in range(50):
+            throttle.answered()
+        assert throttle.slots == await in_flight(throttle) == 20
 
     asyncio.run(play())
 

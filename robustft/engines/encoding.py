@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from robustft.engines import Prompt
 from robustft.errors import UserError
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 # Private-use characters: no template looks for them, and they stand alone in the rendering.
 _PLACEHOLDER = "\ue0f0{}\ue0f1"
 _SPLIT = re.compile("\ue0f0([0-9]+)\ue0f1")
@@ -32,8 +35,24 @@ def _spaced(found: re.Match[str]) -> str:
     return f"{found[0][:1]} {found[0][1:]}"
 
 
+def _one_thread(
+    method: Callable[Concatenate[PromptEncoder, _P], _T],
+) -> Callable[Concatenate[PromptEncoder, _P], _T]:
+    """A method that one thread at a time is in."""
+
+    @functools.wraps(method)
+    def locked(self: PromptEncoder, /, *given: _P.args, **named: _P.kwargs) -> _T:
+        with self._lock:
+            return method(self, *given, **named)
+
+    return locked
+
+
 class PromptEncoder:
     """Encodes prompts for one tokenizer; templates and candidate endings are cached.
+
+    Any thread may ask. One is served at a time: whether a tokenizer spells control tokens out is a
+    setting of the tokenizer, and not of a call.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -45,6 +64,7 @@ class PromptEncoder:
         self, tokenizer: Any, window: int = 1 << 30, ends: Iterable[int | None] = ()
     ) -> None:
         self._tokenizer = tokenizer
+        self._lock = threading.RLock()
         self.window = window
         own = (*ends, tokenizer.eos_token_id)
         self.ends = frozenset(int(end) for end in own if end is not None)
@@ -52,6 +72,7 @@ class PromptEncoder:
         self._templates: dict[tuple[str, ...], tuple[list[list[int] | int], set[int]]] = {}
         self._endings: dict[tuple[str, str], list[int]] = {}
 
+    @_one_thread
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt, ready for the model to continue."""
         texts: list[str] = []
@@ -71,6 +92,7 @@ class PromptEncoder:
             encoded.append(ids + prefix)
         return encoded
 
+    @_one_thread
     def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
         """Token ids of every prompt, its middle cut out where `room` more would not fit.
 
@@ -87,6 +109,7 @@ class PromptEncoder:
         self._cut(encoded, [room] * len(encoded))
         return encoded
 
+    @_one_thread
     def fit_with(
         self, prompts: Sequence[Prompt], responses: Sequence[str], room: int = 0
     ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
@@ -116,6 +139,7 @@ class PromptEncoder:
         self.truncated += sum(cut)
         return cut
 
+    @_one_thread
     def decode(self, tokens: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         """Text of generated `tokens` and the character offset at which each token starts."""
         if not tokens:  # transformers decodes no rows at all to one empty text
@@ -130,6 +154,7 @@ class PromptEncoder:
         offsets = (0, *itertools.accumulate(whole, max))
         return text, (*offsets[:-1], len(text))
 
+    @_one_thread
     def render(self, prompt: Prompt) -> str:
         """The prompt as text for a server that tokenises it, control tokens included, itself.
 
@@ -157,6 +182,7 @@ class PromptEncoder:
         bos = self._tokenizer.bos_token_id
         return bos is not None and self._tokenizer.encode("a")[:1] == [bos]
 
+    @_one_thread
     def continuation(self, prefix: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `prefix` in the same turn; never empty for text."""
         key = (prefix, text)
@@ -168,6 +194,7 @@ class PromptEncoder:
                 self._endings[key] = found
         return found
 
+    @_one_thread
     def response(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of `text` where it replies to `prompt`."""
         if self._lead is not None and not prompt.prefix:

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -106,7 +107,8 @@ class JsonClient:
         self._given_up = 0  # in a row
         self._refused = 0  # in a row, none of them given up
         self._last_failure = ""
-        self._concurrency = concurrency
+        self.concurrency = concurrency
+        self._in_flight: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=_turn, args=(self._loop,), name="robustft-http", daemon=True
@@ -118,7 +120,7 @@ class JsonClient:
         self._end.atexit = False
 
     async def _open(self) -> httpx2.AsyncClient:
-        self._throttle = Throttle(self._concurrency, self._patience)
+        self._throttle = Throttle(self.concurrency, self._patience)
         headers = {
             "accept": "application/json",
             "accept-encoding": "identity",
@@ -128,7 +130,7 @@ class JsonClient:
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         limits = httpx2.Limits(
-            max_connections=self._concurrency, max_keepalive_connections=self._concurrency
+            max_connections=self.concurrency, max_keepalive_connections=self.concurrency
         )
         return httpx2.AsyncClient(
             headers=headers, limits=limits, timeout=self._timeout, follow_redirects=False
@@ -142,11 +144,19 @@ class JsonClient:
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """`work`, done on the client's own loop: the caller may be running one itself."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._in_flight.add(future)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._in_flight.discard(future)
+
+    def cancel(self) -> None:
+        """Give up what other threads are waiting for: they get a CancelledError."""
+        for future in list(self._in_flight):
+            future.cancel()
 
     # --- requests ----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ elsewhere to /chat/completions, templated by the server.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ from robustft.engines.wire import (
     read_prompt_logprobs,
 )
 
-BATCH = 256  # requests stored together; what a killed run loses at most
+BATCH = 256  # requests stored together; what a killed run loses of each of `at_a_time` at most
 _TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
 # Control tokens of common chat templates, where no tokenizer is at hand to name the model's own.
 _CONTROL = re.compile(
@@ -53,6 +54,11 @@ _CONTROL = re.compile(
 )
 _NAN = float("nan")
 _THINKS = Failure("the model thinks before it answers")
+
+
+def _batches_for(client: JsonClient) -> int:
+    """Batches that fill a client's slots while one of them waits for its slowest replies."""
+    return 1 + math.ceil(2 * client.concurrency / BATCH)
 
 
 class CompletionsEngine(TokenEngine):
@@ -69,6 +75,8 @@ class CompletionsEngine(TokenEngine):
         self.abilities = Abilities(choose=False, score=False, nll=False, entropy=False)
         self.encoder = encoder
         self.client = client
+        self.at_a_time = _batches_for(client)
+        self.cancel = client.cancel
         self.temperature = config.temperature
         # Settled by the probe:
         self.ids = True  # prompts are token ids, else text
@@ -221,6 +229,8 @@ class ChatEngine:
         self.model_id = model
         self.abilities = Abilities(choose=False, score=False, nll=False, entropy=False)
         self.client = client
+        self.at_a_time = _batches_for(client)
+        self.cancel = client.cancel
         self.temperature = config.temperature
         # Settled by the probe:
         self.prefill: dict[str, Any] | None = None  # how a begun reply is continued; None: never

@@ -11,10 +11,12 @@ _FIRST = 16
 
 
 class Throttle:
-    """Slots for requests: one more after a round of quick answers, half as many after a refusal.
+    """Slots for requests: more after quick answers, half as many after a refusal.
 
-    Additive increase, multiplicative decrease (Chiu and Jain 1989). A slow server gets no more
-    than it began with: they would wait there, past their time. All on one event loop.
+    One more for each answer, which doubles them every round, up to the first refusal or slow answer
+    (slow start, Jacobson 1988), then one more a round (additive increase, multiplicative decrease,
+    Chiu and Jain 1989). Slow answers add none: requests would wait there, past their time. All on
+    one event loop.
 
     Args:
         most: slots at most.
@@ -29,6 +31,7 @@ class Throttle:
         self._owed = 0  # slots that are no more, once they come free
         self._cuts = 0
         self._answers = 0  # since the number of slots changed
+        self._doubling = True
         self._refusing_since: float | None = None
         self._refused_at = 0.0
 
@@ -50,8 +53,9 @@ class Throttle:
     def answered(self, *, quick: bool = True) -> None:
         """A request was answered; `quick`: far sooner than it had to be."""
         self._refusing_since = None
+        self._doubling &= quick
         self._answers += quick and self.slots < self._most
-        if self._answers == self.slots:
+        if self._answers == (1 if self._doubling else self.slots):
             self._answers = 0
             self.slots += 1
             self._release()
@@ -63,6 +67,7 @@ class Throttle:
             self.slots -= self.slots // 2
             self._cuts += 1
             self._answers = 0
+        self._doubling = False
         now = time.monotonic()
         rested = now - self._refused_at > self._patience  # nothing was asked, or nothing came
         if self._refusing_since is None or rested:
