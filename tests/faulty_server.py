@@ -52,8 +52,9 @@ class HashModel:
 
 
 def completion(model: HashModel, body: dict[str, Any]) -> dict[str, Any]:
-    """An honest reply of /completions to a prompt of token ids, greedy."""
-    prompt = list(body["prompt"])
+    """An honest reply of /completions to a prompt of token ids, or of text by its bytes, greedy."""
+    given = body["prompt"]
+    prompt = list(given.encode() if isinstance(given, str) else given)
     top = int(body.get("logprobs") or 0)
     *before, row = model.rows(prompt)  # row of each given token, and that of the first to write
     named: list[tuple[int, int]] = []  # token, its row
@@ -107,7 +108,7 @@ def chat(body: dict[str, Any]) -> dict[str, Any]:
     asked = list(json.dumps(body["messages"]).encode())
     said: list[int] = []
     tokens = []
-    for _ in range(min(int(body["max_tokens"]), 3)):
+    for _ in range(min(int(body.get("max_tokens") or body["max_completion_tokens"]), 3)):
         row = WORDS.rows([*asked, *said])[-1]
         said.append(int(WORDS.order[row, 1 if body.get("temperature") else 0]))
         top = [
@@ -403,6 +404,8 @@ class FaultyServer:
         self.model_id = model_id
         self.fault: str | None = None
         self.strikes: Callable[[int, int], bool] = lambda digest, tries: False
+        self.unavailable: Callable[[dict[str, Any]], bool] = lambda body: False  # `fault`, always
+        self.struck = 0
         self.longest = 1 << 30  # bytes of a request; `fault` strikes longer ones, too
         self.completions = True  # False: the server has only /chat/completions
         self.edit: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, reply: None
@@ -475,8 +478,10 @@ class FaultyServer:
             self.tries[digest] += 1
         reply = chat(body) if "messages" in body else completion(self.model, body)
         self.edit(body, reply)
-        struck = self.strikes(digest, tries) or len(sent) > self.longest
+        struck = self.strikes(digest, tries) or len(sent) > self.longest or self.unavailable(body)
         if self.fault is not None and struck:
+            with self._lock:
+                self.struck += 1
             FAULTS[self.fault](connection, reply, "".join(bearer[-1:]))
             return False
         send_json(connection, reply)

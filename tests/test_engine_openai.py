@@ -592,6 +592,49 @@ def test_what_a_server_can_do_is_asked_again_where_the_connection_breaks(
     assert able.choose
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", ["connection_reset", "bad_gateway"])
+@pytest.mark.parametrize("before", [0, 1])  # requests before it is away
+@pytest.mark.parametrize("lost", [5, 8])
+def test_a_server_that_is_away_for_a_moment_at_the_start_is_waited_for(
+    server: FaultyServer, tiny_model: Path, chat: bool, kind: str, before: int, lost: int
+) -> None:
+    tokenizer = None if chat else tiny_model
+    able = engine(server, tokenizer).abilities
+    server.requests = 0
+    server.fault = kind
+    server.strikes = lambda digest, tries: before < server.requests <= before + lost
+    # Eight are more than the tries: what it can do is then asked for again once it is back.
+    assert engine(server, tokenizer, retries=5, longest_wait=5.0).abilities == able
+
+
+@pytest.mark.parametrize("kind", ["connection_reset", "bad_gateway"])
+def test_requests_of_a_kind_that_are_always_answered_as_by_a_server_that_is_away(
+    server: FaultyServer, tiny_model: Path, kind: str
+) -> None:
+    server.fault = kind
+    server.unavailable = lambda body: "prompt_logprobs" in body or "echo" in body
+    made = engine(server, tiny_model, retries=5, longest_wait=5.0)
+    assert made.abilities.nll
+    assert made.abilities.choose
+    assert not made.abilities.score
+    # The one patience, then two tries: of echo, and of both when all is asked again.
+    assert server.struck == 6 + 2 + 2 + 2
+    server.unavailable = lambda body: "logprobs" in body
+    server.struck = 0
+    assert not engine(server, tiny_model, retries=5, longest_wait=5.0).abilities.nll
+    assert server.struck == 6 + 2 + 2 + 3 * 2
+
+
+def test_a_server_that_is_away_when_the_run_starts_is_not_waited_for_for_ever(
+    server: FaultyServer, tiny_model: Path
+) -> None:
+    server.fault, server.strikes = "bad_gateway", lambda digest, tries: True
+    with pytest.raises(UserError, match="the server cannot be used: HTTP 502"):
+        engine(server, tiny_model, retries=5, longest_wait=5.0)
+    assert server.requests == 6 + 6 * 2 + 6 * 2  # forms of /completions and of /chat/completions
+
+
 def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(
     server: FaultyServer, tiny_model: Path, tmp_path: Path
 ) -> None:

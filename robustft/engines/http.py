@@ -40,6 +40,8 @@ _REFUSED = {400, 413, 422}  # this request, too long for the model say, by a ser
 _SHORT = 16  # tokens or characters that no server finds too long
 _TOO_MANY = 429
 _PASSING = {408, 409, 425, _TOO_MANY, *range(500, 600)}
+_AWAY = {502, 503, 504}  # a proxy that finds no server behind it
+_TRIES = 2  # of what only tells whether the server takes a request
 
 
 class RequestError(Exception):
@@ -56,6 +58,10 @@ class RequestError(Exception):
 
 class _TooSoon(RequestError):
     """The server takes no more requests for now."""
+
+
+class ServerAway(RequestError):
+    """No connection, or a broken one, or a proxy that finds no server behind it."""
 
 
 class NoAnswer(RequestError):
@@ -103,6 +109,8 @@ class JsonClient:
         self._longest_wait = longest_wait
         self._patience = 2 * longest_wait  # with refusals for number alone
         self._told = False  # that it takes fewer requests
+        self._met = False  # whether anything has ever answered there
+        self.waited_out = False  # whether a request of `ask` found it away at every try
         self._largest = largest
         self._given_up = 0  # in a row
         self._refused = 0  # in a row, none of them given up
@@ -160,11 +168,23 @@ class JsonClient:
 
     # --- requests ----------------------------------------------------------------------------
 
-    def ask(self, path: str, body: Any, read: Callable[[bytes], _T], *, tries: int = 2) -> _T:
+    def ask(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T:
         """One request, `body` None for a GET; raises RequestError where it fails.
+
+        It is tried twice, to see whether the server takes it. One that is away for a moment is
+        waited for with all the tries, for twice the longest wait at most, and once only: a proxy
+        may say so of every request of a kind. `waited_out` tells that it was in vain.
 
         Raises EngineLost where it comes too soon for minutes: that tells nothing of the request.
         """
+        began = time.monotonic()
+
+        def tries(error: BaseException) -> int:
+            # Where nothing has ever answered nobody is there, rather than away.
+            away = isinstance(error, ServerAway) and self._met
+            late = time.monotonic() - began >= self._patience
+            return _TRIES if not away or late or self.waited_out else max(_TRIES, self._tries)
+
         try:
             return self._run(self._persist(path, body, read, tries))
         except RequestError as error:
@@ -172,6 +192,7 @@ class JsonClient:
                 raise EngineLost(
                     f"{self.base_url}: {error}, and nothing else for {self._patience:g} s"
                 ) from None
+            self.waited_out |= isinstance(error, ServerAway)
             raise
 
     def ask_all(
@@ -197,7 +218,7 @@ class JsonClient:
     async def _check_refusals(self, path: str, short: Any) -> None:
         """Raise EngineLost where a request is refused for more than its length."""
         try:
-            await self._persist(path, short, bytes, self._tries)
+            await self._persist(path, short, bytes, lambda _: self._tries)
         except RequestError as error:
             if error.passing:  # a broken connection, say, which tells nothing of a request's length
                 return
@@ -232,7 +253,7 @@ class JsonClient:
             asked = time.monotonic()
             try:
                 found: _T | Failure
-                found = await self._persist(path, body, read, tries, apart=_TOO_MANY)
+                found = await self._persist(path, body, read, lambda _: tries, apart=_TOO_MANY)
             except NoAnswer as error:
                 found = Failure(str(error))
             except RequestError as error:
@@ -264,10 +285,10 @@ class JsonClient:
         path: str,
         body: Any,
         read: Callable[[bytes], _T],
-        tries: int,
+        tries: Callable[[BaseException], int],
         apart: int | None = None,
     ) -> _T:
-        """Up to `tries` tries of one request, and as long as it comes too soon.
+        """As many tries of one request as `tries` says of an error, more while it comes too soon.
 
         Replies of the status `apart` end them at once.
         """
@@ -276,7 +297,7 @@ class JsonClient:
             error = state.outcome.exception() if state.outcome else None
             if isinstance(error, RequestError) and error.status == _TOO_MANY:
                 return (state.seconds_since_start or 0.0) >= self._patience
-            return state.attempt_number >= tries
+            return error is None or state.attempt_number >= tries(error)
 
         def again(error: BaseException) -> bool:
             return isinstance(error, RequestError) and error.passing and error.status != apart
@@ -303,9 +324,11 @@ class JsonClient:
         try:
             async with asyncio.timeout(self._timeout):
                 payload = await self._exchange(path, body)
-        except TimeoutError:
+        except (TimeoutError, httpx2.TimeoutException):
             raise RequestError(f"no complete reply in {self._timeout:g} s") from None
-        except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+        except (httpx2.TransportError, OSError) as error:
+            raise ServerAway(self._said(_what_broke(error))) from None
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
             raise RequestError(self._said(_what_broke(error))) from None
         try:
             return read(payload)
@@ -317,6 +340,7 @@ class JsonClient:
         content = None if body is None else orjson.dumps(body)
         method = "GET" if body is None else "POST"
         async with self._http.stream(method, url, content=content) as reply:
+            self._met = True
             status = reply.status_code
             if 300 <= status < 400:
                 target = self._said(reply.headers.get("location", "nowhere"))
@@ -328,7 +352,8 @@ class JsonClient:
                 )
             payload = await self._bounded(reply)
         if status != 200:
-            raise RequestError(
+            kind = ServerAway if status in _AWAY else RequestError
+            raise kind(
                 self._said(f"HTTP {status}{_server_message(payload)}"),
                 status=status,
                 passing=status in _PASSING,

@@ -58,6 +58,19 @@ def connect(config: EngineConfig, client: JsonClient | None = None) -> Engine:
         timeout=config.timeout,
         retries=config.retries,
     )
+    engine, found = _probed(config, client)
+    if client.waited_out:  # It is there now: was it away, or does it say so of every such request?
+        engine, found = _probed(config, client)
+    engine.abilities = dataclasses.replace(engine.abilities, found=tuple(found))
+    for line in found:
+        _log.info("server: %s", line)
+    return engine
+
+
+def _probed(
+    config: EngineConfig, client: JsonClient
+) -> tuple[CompletionsEngine | ChatEngine, list[str]]:
+    """The engine with its abilities, and what was found in words."""
     model, window = _served_model(client, config)
     tokenizer, absent = _tokenizer(config, model)
     found: list[str] = []
@@ -68,17 +81,10 @@ def connect(config: EngineConfig, client: JsonClient | None = None) -> Engine:
         limit = window or (known if known < 10**7 else 1 << 30)
         engine = CompletionsEngine(config, client, model, PromptEncoder(tokenizer, limit))
         if _probe_completions(engine, found):
-            return _reported(engine, found)
+            return engine, found
     chat = ChatEngine(config, client, model)
     _probe_chat(chat, found, config)
-    return _reported(chat, found)
-
-
-def _reported(engine: CompletionsEngine | ChatEngine, found: list[str]) -> Engine:
-    engine.abilities = dataclasses.replace(engine.abilities, found=tuple(found))
-    for line in found:
-        _log.info("server: %s", line)
-    return engine
+    return chat, found
 
 
 # --- which model -----------------------------------------------------------------------------
