@@ -23,7 +23,7 @@ import pytest
 
 pytest.importorskip("tenacity", reason="needs the server extra: pip install 'robustft[server]'")
 from commandline import quiz, read, write
-from faulty_server import FAULTS, FaultyServer
+from faulty_server import FAULTS, FaultyServer, send_json
 from scripted import LetterEmbedder
 
 from robustft.cleaning import run_clean
@@ -633,6 +633,41 @@ def test_a_server_that_is_away_when_the_run_starts_is_not_waited_for_for_ever(
     with pytest.raises(UserError, match="the server cannot be used: HTTP 502"):
         engine(server, tiny_model, retries=5, longest_wait=5.0)
     assert server.requests == 6 + 6 * 2 + 6 * 2  # forms of /completions and of /chat/completions
+
+
+def test_a_client_asks_again_after_its_server_was_lost(server: FaultyServer) -> None:
+    made = engine(server, None, retries=0)
+    server.fault, server.strikes = "connection_reset", lambda digest, tries: True
+    made.choose(*questions(70))
+    with pytest.raises(EngineLost, match="the last 70 requests failed"):
+        made.choose(*questions(1))
+    server.fault = None
+    assert isinstance(made.choose(*questions(1))[0], Choice)
+
+
+@pytest.mark.parametrize(
+    ("status", "reply"),
+    [
+        ("200 OK", {"error": {"message": "no such model"}}),
+        ("200 OK", {"error": "no such model"}),
+        ("200 OK", {"object": "error", "message": "no such model", "code": 404}),
+        ("422 Unprocessable", {"detail": [{"loc": ["body", "n"], "msg": "no such model"}]}),
+        ("422 Unprocessable", {"detail": {"error": "no such model"}}),
+        ("400 Bad Request", {"error": {"message": ["no such model"]}}),
+    ],
+)
+def test_what_a_server_says_of_an_error_is_told(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, status: str, reply: object
+) -> None:
+    def say(connection: socket.socket, honest: dict[str, Any], key: str) -> None:
+        send_json(connection, reply, status)
+
+    made = engine(server, None, retries=0)
+    monkeypatch.setitem(FAULTS, "say", say)
+    server.fault, server.strikes = "say", lambda digest, tries: True
+    (failure,) = made.choose(*questions(1))
+    assert isinstance(failure, Failure)
+    assert ": no such model" in failure.reason
 
 
 def test_a_server_that_is_gone_ends_the_run_and_keeps_its_answers(

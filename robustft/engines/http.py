@@ -208,8 +208,9 @@ class JsonClient:
                 short one as well.
         """
         if self._given_up >= _LOST_AFTER:  # the batch before this one, whose answers are kept
+            lost, self._given_up = self._given_up, 0  # who asks once more finds out anew
             raise EngineLost(
-                f"{self.base_url}: the last {self._given_up} requests failed: {self._last_failure}"
+                f"{self.base_url}: the last {lost} requests failed: {self._last_failure}"
             )
         if self._refused >= _LOST_AFTER and bodies:
             self._run(self._check_refusals(path, _cut_short(bodies[0])))
@@ -333,7 +334,8 @@ class JsonClient:
         try:
             return read(payload)
         except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            raise RequestError(self._said(f"unusable reply: {error}")) from None
+            said = _server_message(payload) or f": {error}"
+            raise RequestError(self._said(f"unusable reply{said}")) from None
 
     async def _exchange(self, path: str, body: Any) -> bytes:
         url = self.base_url + path
@@ -446,9 +448,12 @@ def _server_message(payload: bytes) -> str:
         found = orjson.loads(payload)
     except ValueError:
         return ""
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and name in found:
-            found = found[name]
+    for _ in range(4):  # {"error": {"message": …}}, FastAPI's {"detail": [{"msg": …}, …]}, …
+        if isinstance(found, list):
+            found = found[0] if found else None
+        elif isinstance(found, dict):
+            names = ("error", "message", "msg", "detail")
+            found = next((found[name] for name in names if found.get(name)), None)
     return f": {found}" if isinstance(found, str) and found else ""
 
 
