@@ -348,6 +348,40 @@ def test_a_model_that_always_thinks_is_refused(server: FaultyServer, known: bool
         engine(server, None)
 
 
+@pytest.mark.parametrize(
+    "content", ["<think>\nOkay, the user", "\n<think>\n\n</think>\n\n4", "Okay.\n</think>\n\n4"]
+)
+def test_thoughts_in_the_text_of_a_reply_are_no_answer(server: FaultyServer, content: str) -> None:
+    def think(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        if body.get("chat_template_kwargs") != {"enable_thinking": False}:
+            reply["choices"][0] |= {"message": {"content": content}, "logprobs": None}
+
+    server.edit = think
+    made = engine(server, None)
+    assert "the model thinks before it answers" in "; ".join(made.abilities.found)
+    said = [*made.generate(questions(4)[0], 3), *made.choose(*questions(4))]
+    assert not any(isinstance(one, Failure) for one in said)
+    made.extras = {}  # type: ignore[attr-defined]
+    assert made.generate(questions(1)[0], 3) == [Failure("the model thinks before it answers")]
+
+
+def test_thoughts_that_a_text_speaks_of_are_a_part_of_it(server: FaultyServer) -> None:
+    made = engine(server, None)
+    text = "Put it between <think> and </think>."
+    server.edit = lambda body, reply: reply.update(
+        usage=None,
+        choices=[
+            {
+                "message": {"content": text},
+                "logprobs": {"content": [{"token": text, "logprob": -1.0}]},
+            }
+        ],
+    )
+    (said,) = made.generate(questions(1)[0], 3)
+    assert isinstance(said, Generation)
+    assert said.text == text
+
+
 def test_scores_of_the_tokens_next_door_are_found_out(
     server: FaultyServer, tiny_model: Path
 ) -> None:

@@ -126,7 +126,7 @@ class Written:
     tokens: tuple[int, ...] | None  # their ids
     logprobs: NDArray[np.float32] | None  # [tokens]
     likeliest: tuple[dict[str, float], ...]  # the top few at each token
-    thinking: bool = False  # no text as yet, only thoughts that the server keeps apart
+    thinking: bool = False  # thoughts come before the answer, or in its place
 
 
 def read_completion(payload: bytes, *, most: int, greedy: bool) -> Written:
@@ -161,7 +161,9 @@ def read_chat(payload: bytes, *, most: int, greedy: bool) -> Written:
     choice = reply.choices[0]
     _require_unfiltered(choice.finish_reason)
     message = choice.message
-    thinking = not message.content and bool(message.reasoning or message.reasoning_content)
+    text = message.content or ""
+    kept_apart = bool(message.reasoning or message.reasoning_content)
+    thinking = _thinks(text) if text else kept_apart
     _require(message.content is not None or thinking, "a message with content")
     pieces, logprobs = None, None
     tops: tuple[dict[str, float], ...] = ()
@@ -170,9 +172,16 @@ def read_chat(payload: bytes, *, most: int, greedy: bool) -> Written:
         pieces = tuple(token.token for token in tokens)
         tops = tuple(_by_spelling(token.top_logprobs or ()) for token in tokens)
         logprobs = _checked([token.logprob for token in tokens], pieces, tops, greedy=greedy)
-    text, end = message.content or "", choice.finish_reason
+    end = choice.finish_reason
     found = _written(reply.usage, end, most, text, pieces, None, logprobs, tops)
     return dataclasses.replace(found, thinking=thinking)
+
+
+def _thinks(text: str) -> bool:
+    """Whether a server that keeps no thoughts apart has left some at the head of a text."""
+    before, ended, _ = text.partition("</think>")
+    # The chat template may have opened them, in the prompt.
+    return text.lstrip().startswith("<think>") or (bool(ended) and "<think>" not in before)
 
 
 def _by_spelling(tops: Sequence[_Top]) -> dict[str, float]:
