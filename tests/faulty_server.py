@@ -407,6 +407,10 @@ class FaultyServer:
         self.unavailable: Callable[[dict[str, Any]], bool] = lambda body: False  # `fault`, always
         self.struck = 0
         self.longest = 1 << 30  # bytes of a request; `fault` strikes longer ones, too
+        self.models: Callable[[], Any] = lambda: {
+            "data": [{"id": self.model_id, "max_model_len": 2048}]
+        }
+        self.models_status = "200 OK"
         self.completions = True  # False: the server has only /chat/completions
         self.edit: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, reply: None
         self.tries: Counter[int] = Counter()
@@ -455,7 +459,7 @@ class FaultyServer:
         sent = incoming.read(int(headers.get("content-length", 0)))
         path = words[1].decode()
         if path.endswith("/models"):
-            send_json(connection, {"data": [{"id": self.model_id, "max_model_len": 2048}]})
+            send_json(connection, self.models(), self.models_status)
             return True
         if path.endswith("/v1/completions") and not self.completions:
             send_json(connection, {"error": "no such endpoint"}, "404 Not Found")

@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import logging
+import shutil
 import socket
 import threading
 import time
@@ -185,6 +186,63 @@ def test_generation_choice_and_score_are_the_models_own(
         assert score.rank == pytest.approx(np.mean(ranks))
         gaps = [np.diff(np.sort(row)[-2:])[0] for row in rows]
         assert score.margin == pytest.approx(np.mean(gaps), abs=1e-5)
+
+
+def window(made: Engine) -> int:
+    return int(made.encoder.window)  # type: ignore[attr-defined]
+
+
+def test_an_adapter_has_the_window_of_the_model_it_is_on(
+    server: FaultyServer, tiny_model: Path
+) -> None:
+    adapter = {"id": "hash-model", "root": "/adapters/a", "parent": "base", "max_model_len": None}
+    listed = [{"id": "base", "max_model_len": 777}, adapter]
+    server.models = lambda: {"data": listed}
+    named = dataclasses.replace(config(server, tiny_model), model="hash-model")
+    assert window(connect(named, client(server))) == 777
+    for strange in ("hash-model", "elsewhere", None):
+        adapter["parent"] = strange
+        assert window(connect(named, client(server))) not in (0, 777)
+
+
+@pytest.mark.parametrize(
+    ("status", "listed", "why"),
+    [
+        ("500 Internal", {"error": "no database"}, "HTTP 500: no database"),
+        ("404 Not Found", {"detail": "Not Found"}, "HTTP 404: Not Found"),
+        ("200 OK", [{"id": "hash-model"}], "unusable reply"),
+    ],
+)
+def test_a_server_that_does_not_list_its_models(
+    server: FaultyServer, tiny_model: Path, status: str, listed: object, why: str
+) -> None:
+    server.models_status, server.models = status, lambda: listed
+    named = dataclasses.replace(config(server, tiny_model), model="hash-model")
+    made = connect(named, client(server))
+    assert made.abilities.choose
+    assert f"its models are not listed ({why}" in "; ".join(made.abilities.found)
+    with pytest.raises(UserError, match=f"--model: {why}"):
+        connect(config(server, tiny_model), client(server))
+
+
+@pytest.mark.parametrize("known", [512, 10**30])  # by the tokenizer; the second stands for none
+def test_a_window_that_the_server_does_not_tell(
+    server: FaultyServer, tiny_model: Path, tmp_path: Path, known: int
+) -> None:
+    assert "window" not in "; ".join(engine(server, tiny_model).abilities.found)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": known}))
+    for untold in (None, 0, -1):
+        server.models = lambda: {"data": [{"id": "hash-model", "max_model_len": untold}]}  # noqa: B023
+        made = engine(server, model)
+        told = "; ".join(made.abilities.found)
+        if known == 512:
+            assert "no window is told: 512 tokens, as the tokenizer says" in told
+            assert window(made) == 512
+        else:
+            assert "no window is told: nothing is cut" in told
+            assert window(made) > 10**6
 
 
 def test_a_chat_only_server_still_answers(server: FaultyServer) -> None:

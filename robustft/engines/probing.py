@@ -71,15 +71,18 @@ def _probed(
     config: EngineConfig, client: JsonClient
 ) -> tuple[CompletionsEngine | ChatEngine, list[str]]:
     """The engine with its abilities, and what was found in words."""
-    model, window = _served_model(client, config)
-    tokenizer, absent = _tokenizer(config, model)
     found: list[str] = []
+    model, window = _served_model(client, config, found)
+    tokenizer, absent = _tokenizer(config, model)
     if tokenizer is None:
         found.append(f"no tokenizer ({absent}): the server templates the prompts")
     else:
-        known = getattr(tokenizer, "model_max_length", 0) or 0
-        limit = window or (known if known < 10**7 else 1 << 30)
-        engine = CompletionsEngine(config, client, model, PromptEncoder(tokenizer, limit))
+        if not window:
+            known = getattr(tokenizer, "model_max_length", 0) or 0
+            window = known if 0 < known < 10**7 else 1 << 30
+            taken = f"{known} tokens, as the tokenizer says" if window == known else "nothing is cut"
+            found.append(f"no window is told: {taken}")
+        engine = CompletionsEngine(config, client, model, PromptEncoder(tokenizer, window))
         if _probe_completions(engine, found):
             return engine, found
     chat = ChatEngine(config, client, model)
@@ -90,24 +93,26 @@ def _probed(
 # --- which model -----------------------------------------------------------------------------
 
 
-def _served_model(client: JsonClient, config: EngineConfig) -> tuple[str, int]:
+def _served_model(client: JsonClient, config: EngineConfig, found: list[str]) -> tuple[str, int]:
     """The model's name at the server and its window in tokens, 0 where it is not told."""
+    models, why = Models(data=[]), ""
     try:
-        listed = client.ask("/models", None, functools.partial(parsed, Models)).data
+        models = client.ask("/models", None, functools.partial(parsed, Models))
     except RequestError as error:
         if error.status in (401, 403):
             raise _refused(error, config) from error
         if error.status == 0 and not str(error).startswith("unusable"):
             raise UserError(f"{client.base_url}: no server answers there ({error})") from error
-        listed = []
+        why = str(error)
+        found.append(f"its models are not listed ({why})")
     if config.model is not None:
-        names = {model.id: model.max_model_len for model in listed}
         # Some servers load what they are asked for, so that a name not listed may still be served.
-        return config.model, names.get(config.model) or 0
-    if len(listed) != 1:
-        names_ = ", ".join(model.id for model in listed[:10]) or "none that it lists"
-        raise UserError(f"{client.base_url}: name one of its models with --model: {names_}")
-    return listed[0].id, listed[0].max_model_len or 0
+        return config.model, models.window(config.model)
+    names = [model.id for model in models.data]
+    if len(names) != 1:
+        listed = ", ".join(names[:10]) or why or "none that it lists"
+        raise UserError(f"{client.base_url}: name one of its models with --model: {listed}")
+    return names[0], models.window(names[0])
 
 
 def _tokenizer(config: EngineConfig, model: str) -> tuple[Any | None, str]:

@@ -96,6 +96,7 @@ class Chat(_Reply):
 
 class _Model(_Reply):
     id: str
+    parent: str | None = None  # the model that an adapter is on
     max_model_len: int | None = None
 
 
@@ -103,6 +104,17 @@ class Models(_Reply):
     """A reply of /models."""
 
     data: list[_Model]
+
+    def window(self, name: str) -> int:
+        """Tokens that a model takes, prompt and reply; 0 where it is not told.
+
+        vLLM tells an adapter's with the model that it is on.
+        """
+        named = {model.id: model for model in self.data}
+        own = named.get(name)
+        base = named.get(own.parent or "") if own is not None else None
+        told = (model.max_model_len for model in (own, base) if model is not None)
+        return next((window for window in told if window is not None and window > 0), 0)
 
 
 def parsed(kind: type[_T], payload: bytes) -> _T:
