@@ -225,6 +225,18 @@ def test_a_server_that_does_not_list_its_models(
         connect(config(server, tiny_model), client(server))
 
 
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\nrobustft: done", "\u202ea", "", "b" * 10**4])
+def test_a_model_whose_name_would_deceive_a_reader_is_not_taken(
+    server: FaultyServer, name: str
+) -> None:
+    server.completions = False
+    server.model_id = name
+    with pytest.raises(UserError, match=r"unusable reply: data\.0\.id: .* printable") as caught:
+        connect(config(server, None), client(server))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("known", [512, 10**30])  # by the tokenizer; the second stands for none
 def test_a_window_that_the_server_does_not_tell(
     server: FaultyServer, tiny_model: Path, tmp_path: Path, known: int

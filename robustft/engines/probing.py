@@ -80,8 +80,8 @@ def _probed(
         if not window:
             known = getattr(tokenizer, "model_max_length", 0) or 0
             window = known if 0 < known < 10**7 else 1 << 30
-            taken = f"{known} tokens, as the tokenizer says" if window == known else "nothing is cut"
-            found.append(f"no window is told: {taken}")
+            taken = f"{known} tokens, as the tokenizer says"
+            found.append(f"no window is told: {taken if window == known else 'nothing is cut'}")
         engine = CompletionsEngine(config, client, model, PromptEncoder(tokenizer, window))
         if _probe_completions(engine, found):
             return engine, found

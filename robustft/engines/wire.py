@@ -14,11 +14,12 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from robustft.engines.http import NoAnswer
 
 _SLACK = 0.02  # nats: greedy choices are the likeliest up to what a server rounds to
+_LONGEST_NAME = 512
 _ENDS = {"stop", "length", "eos", "eos_token", "stop_sequence", None}
 
 
@@ -94,8 +95,13 @@ class Chat(_Reply):
     usage: Usage | None = None
 
 
+def _readable(name: str) -> str:
+    _require(name.isprintable() and 0 < len(name) <= _LONGEST_NAME, "a short printable name")
+    return name
+
+
 class _Model(_Reply):
-    id: str
+    id: Annotated[str, AfterValidator(_readable)]  # stands in what is printed
     parent: str | None = None  # the model that an adapter is on
     max_model_len: int | None = None
 
