@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import logging
+import math
 import shutil
 import socket
 import threading
@@ -484,6 +485,30 @@ def test_an_echoed_token_that_is_no_text_of_its_own_shares_its_spelling() -> Non
         assert found.logprobs.tolist() == [-3.0, -1.0]
     with pytest.raises(ValueError, match="belong to their tokens"):
         read_echo(echo(["A", " D", " B"], {" D": -0.1, " C": -4.0}), [0], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("value", "likeliest", "margin"),
+    [
+        (-0.7, {" A": -0.7, " B": -0.7}, 0.0),  # as rounded logits often are
+        (-3.0, {" C": -0.7, " B": -0.7}, 0.0),
+        (-3.0, {" C": -0.7, " B": -0.7, " A": -3.0}, 0.0),
+        (-0.7, {" A": -0.701, " B": -2.701}, 2.0),  # stated twice, rounded
+        (-0.7, {HALF: -0.7, " B": -2.7}, 2.0),
+        (-2.0, {" B": -0.5}, 1.5),
+        (-2.0, {" A": -2.0}, math.nan),
+    ],
+)
+def test_the_margin_of_an_echoed_token(
+    value: float, likeliest: dict[str, float], margin: float
+) -> None:
+    piece = HALF if HALF in likeliest else " A"
+    given = {
+        "tokens": ["Q", piece], "token_logprobs": [None, value], "top_logprobs": [None, likeliest],
+    }  # fmt: skip
+    payload = json.dumps({"choices": [{"text": "", "logprobs": given}]}).encode()
+    found = read_echo(payload, [0], [1])
+    np.testing.assert_allclose(found.best - found.second, [margin], atol=0.01)
 
 
 def test_requests_in_flight_are_bounded(server: FaultyServer, tiny_model: Path) -> None:

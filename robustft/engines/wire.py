@@ -321,7 +321,9 @@ def read_echo(payload: bytes, head: Sequence[int], tail: Sequence[int]) -> Force
         piece = given.tokens[place]
         stated = top.get(piece, value) if _tells(piece) else value
         _require(abs(stated - value) <= _SLACK, "log-probabilities that belong to their tokens")
-        ordered = sorted({value, *top.values()}, reverse=True)
+        # Others may be exactly as likely: only its own entry is left out.
+        own = piece in top if _tells(piece) else value in top.values()
+        ordered = sorted([*top.values(), *([] if own else [value])], reverse=True)
         second = ordered[1] if len(ordered) > 1 else float("nan")
         rank = 0.0 if top and value >= ordered[0] else float("nan")
         rows.append((min(value, 0.0), ordered[0], second, rank))
