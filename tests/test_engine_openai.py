@@ -357,6 +357,20 @@ def test_what_a_server_does_not_give_is_no_ability(
         assert getattr(made.abilities, name) == (name not in lost), made.abilities.found
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_why_log_probabilities_are_not_used_is_told(
+    server: FaultyServer, tiny_model: Path, chat: bool
+) -> None:
+    server.fault = "bad_request"
+    server.unavailable = lambda body: "logprobs" in body
+    told = "; ".join(engine(server, None if chat else tiny_model).abilities.found)
+    assert "no log-probabilities (HTTP 400: context length exceeded" in told
+    server.fault = None
+    server.edit = lambda body, reply: reply["choices"][0].update(logprobs=None)
+    told = "; ".join(engine(server, None if chat else tiny_model).abilities.found)
+    assert told.endswith("no log-probabilities")
+
+
 def test_a_chat_server_need_not_tell_the_likeliest_tokens(server: FaultyServer) -> None:
     def hide(body: dict[str, Any], reply: dict[str, Any]) -> None:
         for token in reply["choices"][0].get("logprobs", {}).get("content", ()):

@@ -141,14 +141,15 @@ def _refused(error: RequestError, config: EngineConfig) -> UserError:
 
 def _probe_completions(engine: CompletionsEngine, found: list[str]) -> bool:
     """Settle how the engine asks; False where /completions cannot be used."""
-    first = _first_completion(engine, found)
+    first, refusal = _first_completion(engine)
     if first is None:
+        found.append(f"/completions cannot be used: {refusal}")
         return False
     what = "token ids" if engine.ids else "text templated here"
     found.append(f"/completions with {what}")
     abilities = engine.abilities
     if first.logprobs is None:
-        found.append("no log-probabilities")
+        found.append(_without_logprobs(refusal))
     else:
         abilities = dataclasses.replace(abilities, nll=True)
         found.append("log-probabilities of generated tokens: aligned, at most 0")
@@ -165,14 +166,19 @@ def _probe_completions(engine: CompletionsEngine, found: list[str]) -> bool:
     return True
 
 
-def _first_completion(engine: CompletionsEngine, found: list[str]) -> Written | None:
-    """The probe's reply in the richest form that the server takes."""
+def _without_logprobs(refusal: object) -> str:
+    """What is found where none came; `refusal`: of requests for them, if all were refused."""
+    return "no log-probabilities" + (f" ({refusal})" if refusal else "")
+
+
+def _first_completion(engine: CompletionsEngine) -> tuple[Written | None, str]:
+    """The probe's reply in the richest form that the server takes, and the last refusal if any."""
     ids = engine.encoder.encode([_PROMPT])[0]
     forms: list[tuple[bool, dict[str, Any], int | None]] = [
         (True, _VLLM, 20), (True, {}, 20), (True, {}, 5), (True, {}, None),
         (False, {}, 20), (False, {}, 5), (False, {}, None),
     ]  # fmt: skip
-    refusals: list[str] = []
+    refusal = ""
     fallback: tuple[tuple[bool, dict[str, Any], int | None], Written] | None = None
     for form in forms:
         engine.ids, engine.extras, engine.top = form
@@ -184,28 +190,28 @@ def _first_completion(engine: CompletionsEngine, found: list[str]) -> Written | 
         except RequestError as error:
             if error.status in (401, 403):
                 raise UserError(f"{engine.client.base_url}: {error}") from error
-            refusals.append(str(error))
+            refusal = str(error)
             if error.status in (404, 405):
                 break
             continue
         if not engine.ids and first.prompt_tokens not in (None, len(ids)):
-            refusals.append(
+            refusal = (
                 f"the server counts {first.prompt_tokens} tokens where the tokenizer counts "
                 f"{len(ids)}: another tokenizer, or one token added"
             )
             continue
         if first.logprobs is not None:
-            return first
+            return first, refusal
         fallback = fallback or (form, first)
         if engine.ids and engine.extras:
             continue  # without the fields it may not know, the others may be heeded
         break
     if fallback is not None:
         engine.ids, engine.extras, engine.top = fallback[0]
+        refusal = "" if engine.top is not None else refusal  # those forms were not refused
         engine.extras, engine.top = {}, None
-        return fallback[1]
-    found.append(f"/completions cannot be used: {refusals[-1]}")
-    return None
+        return fallback[1], refusal
+    return None, refusal
 
 
 def _probe_scoring(engine: CompletionsEngine, first: Written, found: list[str]) -> None:
@@ -276,8 +282,8 @@ def _probe_chat(engine: ChatEngine, found: list[str], config: EngineConfig) -> N
         engine.prefill = None
         found.append("a begun reply is not continued: every reply starts afresh")
     if first.logprobs is None:
+        found.append(_without_logprobs(refusal if engine.top is None else None))
         engine.top = None
-        found.append("no log-probabilities")
         return
     choose = bool(first.likeliest and first.likeliest[0])
     engine.abilities = dataclasses.replace(engine.abilities, nll=True, choose=choose)
