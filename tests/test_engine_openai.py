@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import logging
@@ -224,6 +225,17 @@ def test_a_server_that_does_not_list_its_models(
     assert f"its models are not listed ({why}" in "; ".join(made.abilities.found)
     with pytest.raises(UserError, match=f"--model: {why}"):
         connect(config(server, tiny_model), client(server))
+
+
+def test_the_list_of_models_is_waited_for(server: FaultyServer, tiny_model: Path) -> None:
+    listed, statuses = server.models(), itertools.repeat("503 Service Unavailable", 4)
+
+    def models() -> object:
+        server.models_status = next(statuses, "200 OK")
+        return listed
+
+    server.models = models
+    assert window(engine(server, tiny_model, retries=4, longest_wait=5.0)) == 2048
 
 
 @pytest.mark.parametrize("name", ["a\x1b[31m", "a\nrobustft: done", "\u202ea", "", "b" * 10**4])
@@ -927,6 +939,30 @@ def test_a_bad_address(address: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected) as caught:
         load_engine(EngineConfig(engine="openai", base_url=address))
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "ftp://user:hunter2@host"),
+        ("ALL_PROXY", "socks5://user:hunter2@host"),
+        ("SSL_CERT_FILE", "/nowhere/certificates.pem"),
+    ],
+)
+def test_an_environment_that_cannot_be_used(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    if value.startswith("socks") and importlib.util.find_spec("socksio"):
+        pytest.skip("socksio is installed")
+    monkeypatch.setenv(variable, value)
+    threads = threading.active_count()
+    with pytest.raises(UserError, match="that the environment names cannot be used: ") as caught:
+        client(server)
+    assert "hunter2" not in str(caught.value)
+    patience = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
 
 
 def test_a_key_given_as_the_name_of_its_variable_is_not_repeated(server: FaultyServer) -> None:

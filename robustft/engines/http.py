@@ -86,7 +86,8 @@ class JsonClient:
         largest: bytes of a reply at most, after decompression.
 
     Raises:
-        UserError: the address or the key is malformed.
+        UserError: the address or the key is malformed, or the proxy or the certificates that the
+            environment names cannot be used.
     """
 
     def __init__(
@@ -122,7 +123,13 @@ class JsonClient:
             target=_turn, args=(self._loop,), name="robustft-http", daemon=True
         )
         self._thread.start()
-        self._http = self._run(self._open())
+        try:
+            self._http = self._run(self._open())
+        except (ValueError, ImportError, OSError) as error:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            raise UserError(
+                f"the proxy or the certificates that the environment names cannot be used: {error}"
+            ) from None
         # A client that is dropped takes its connections and its thread with it.
         self._end = weakref.finalize(self, _end, self._loop, self._http)
         self._end.atexit = False
