@@ -715,6 +715,21 @@ def test_a_run_through_faults_loses_nothing_and_resuming_completes_it(
     assert KEY not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_reply_of_more_than_was_asked_for_is_unusable(
+    server: FaultyServer, tiny_model: Path, chat: bool
+) -> None:
+    made = engine(server, None if chat else tiny_model, retries=0)
+
+    def add(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        reply["choices"].insert(0, reply["choices"][0] | {"index": 1})
+
+    server.edit = add
+    (said,) = made.generate(questions(1)[0], 3)
+    assert isinstance(said, Failure)
+    assert "unusable reply: choices: " in said.reason
+
+
 @pytest.mark.parametrize("error", [IndexError, KeyError, OverflowError, RecursionError, ValueError])
 def test_a_reply_that_cannot_be_read_costs_one_request(
     server: FaultyServer, error: type[Exception]

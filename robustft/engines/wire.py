@@ -59,7 +59,7 @@ class _CompletionChoice(_Reply):
 class Completion(_Reply):
     """A reply of /completions."""
 
-    choices: list[_CompletionChoice] = Field(min_length=1)
+    choices: list[_CompletionChoice] = Field(min_length=1, max_length=1)
     usage: Usage | None = None
 
 
@@ -91,7 +91,7 @@ class _ChatChoice(_Reply):
 class Chat(_Reply):
     """A reply of /chat/completions."""
 
-    choices: list[_ChatChoice] = Field(min_length=1)
+    choices: list[_ChatChoice] = Field(min_length=1, max_length=1)
     usage: Usage | None = None
 
 
