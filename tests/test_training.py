@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commandline import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -648,6 +649,35 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "says"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_has_the_status_it_has_in_every_command(
+    corpus: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sent: signal.Signals,
+    status: int,
+    says: str,
+) -> None:
+    real = TrainingLoop._step
+
+    def step(self: TrainingLoop, batch: list[int]) -> float:
+        os.kill(os.getpid(), sent)
+        return real(self, batch)
+
+    out = tmp_path / "adapter"
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+    done = call(capsys, "train", corpus, "--out", out, "--model", tiny_model, "--device", "cpu")
+    assert done.status == status
+    resume = f"robustft: {says}; run the same command again to resume"
+    assert done.err.splitlines()[-1] == resume
+    assert (out / "checkpoint.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGINT])

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn import functional
@@ -139,7 +139,7 @@ class TrainingLoop:
                     self._save()
                     saved = now
                 if interrupt.came:
-                    raise KeyboardInterrupt
+                    interrupt.deliver()
         return history
 
     # --- one step ----------------------------------------------------------------------------
@@ -310,7 +310,8 @@ class _Interrupt:
     """
 
     def __init__(self) -> None:
-        self.came = False
+        self.came = 0  # the signal's number; 0 where none came
+        self._then: Any = None  # what handled it before
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Interrupt:
@@ -320,8 +321,14 @@ class _Interrupt:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
+        self.came, self._then = number, self._before[signal.Signals(number)]
         self._restore()
+
+    def deliver(self) -> NoReturn:
+        """Raise what the handler of before makes of the signal, else KeyboardInterrupt."""
+        if callable(self._then):
+            self._then(self.came, None)
+        raise KeyboardInterrupt
 
     def _restore(self) -> None:
         for name, handler in self._before.items():
