@@ -311,6 +311,7 @@ class _Scores:
         self._result = result
         self._options: tuple[str, ...] | None = None
         self._fixed = True  # all records so far share their options
+        self._categorised = True  # there are not too many categories so far
         self._pairs: Counter[tuple[str, str | None]] = Counter()  # (expected, predicted)
 
     def add(self, prediction: Prediction) -> None:
@@ -322,8 +323,11 @@ class _Scores:
         result.unanswered += prediction.answer is None
         scored = prediction.score
         result.credit += float(prediction.correct) if scored is None else scored
-        if prediction.category is not None:
+        if prediction.category is not None and self._categorised:
             result.categories.setdefault(prediction.category, Tally()).add(prediction.correct)
+            if len(result.categories) > _MOST_CATEGORIES:  # as good as one a record: none
+                self._categorised = False
+                result.categories.clear()
         if self._options is None:
             self._options = record.options
         self._fixed = self._fixed and record.options is not None
@@ -340,8 +344,6 @@ class _Scores:
             for (answer, _), number in self._pairs.items():
                 expected[answer] += number
             result.majority = max(expected.values()) / result.overall.total
-        if len(result.categories) > _MOST_CATEGORIES:
-            result.categories.clear()  # as good as one a record: not categories
 
 
 def category_of(row: Mapping[str, Any]) -> str | None:

@@ -148,11 +148,24 @@ def test_of_many_categories_the_largest_are_printed(tmp_path: Path) -> None:
     assert len({json.loads(line)["category"] for line in out.read_text().splitlines()}) == 100
 
 
-def test_a_category_in_every_record_is_none(tmp_path: Path) -> None:
+def test_a_category_in_every_record_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = 0
+
+    class Counted(Tally):
+        def add(self, correct: bool) -> None:
+            nonlocal held
+            held += 1
+            super().add(correct)
+
     rows = [choice("A", "A", category=f"c{n}") for n in range(1001)]
-    result = evaluate(EvalConfig(write(tmp_path / "t.jsonl", rows)), engine=oracle())
-    assert result.overall.total == 1001
+    path = write(tmp_path / "t.jsonl", [*rows, *rows[:9], *rows])
+    monkeypatch.setattr("robustft.evaluation.Tally", Counted)
+    result = evaluate(EvalConfig(path), engine=oracle())
+    assert result.overall.total == 2011
     assert result.categories == {}
+    assert held == 1001  # memory does not grow with what is not told
 
 
 def test_predictions_appear_in_full_or_not_at_all(tmp_path: Path) -> None:
