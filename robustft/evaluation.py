@@ -23,7 +23,7 @@ from robustft.metrics import Tally, macro_f1
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, answer_prompt, letters, opening
 from robustft.records import Record, RecordSource, Reject, count_records, leave_out, open_records
-from robustft.records.formats import hash_files
+from robustft.records.formats import BadRowError, hash_files
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
 from robustft.terminal import counted, plural_of, printable
@@ -217,7 +217,7 @@ def _output(
 
 def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
     chunk: list[Record] = []
-    for item in source:
+    for item in map(_checked, source):
         if isinstance(item, Reject):
             result.rejected = leave_out(item, source, result.rejected)
             continue
@@ -227,6 +227,20 @@ def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def _checked(item: Record | Reject) -> Record | Reject:
+    """A reject in place of a record whose category or further answers cannot be decoded.
+
+    They are fields of no schema: opening the input has not read them.
+    """
+    if isinstance(item, Record):
+        try:
+            category_of(item.row)
+            accepted_answers(item)
+        except BadRowError as error:
+            return Reject(item.line, str(error), b"", 0, item.file)
+    return item
 
 
 def predict(

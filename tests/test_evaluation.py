@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,20 @@ def test_unreadable_lines_are_left_out_and_said(
     assert "1 line could not be read and was left out" in str(result)
     (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert said.startswith(f"{path}, line 2: ")
+
+
+@pytest.mark.parametrize("field", ["Subject", "answers"])
+def test_what_cannot_be_decoded_costs_its_record_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, field: str
+) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"law", b"\xff", b"art"]).buffers())
+    table = pa.table({"question": ["p", "q", "r"], "answer": ["4", "4", "5"], field: bad})
+    path = tmp_path / "t.parquet"
+    pq.write_table(table, path)
+    result = evaluate(EvalConfig(str(path)), engine=oracle("4"))
+    assert (result.overall.correct, result.overall.total, result.rejected) == (1, 2, 1)
+    (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert said.startswith(f"{path}, line 2: field '{field}': cannot be decoded: ")
 
 
 def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> None:
