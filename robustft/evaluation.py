@@ -73,11 +73,13 @@ class EvalResult:
         """The closing summary of the command line."""
         low, high = self.overall.interval
         who = self.model if self.adapter is None else f"{self.model} with {self.adapter}"
-        lines = [
-            f"{who}: accuracy {self.overall.accuracy:.1%} "
-            f"({self.overall.correct:,} of {self.overall.total:,}; 95% interval {100 * low:.1f} to "
-            f"{100 * high:.1f}), {self.seconds:,.0f} s"
-        ]
+        found = "no question was answered"
+        if self.overall.total:
+            found = (
+                f"accuracy {self.overall.accuracy:.1%} ({self.overall.correct:,} of "
+                f"{self.overall.total:,}; 95% interval {100 * low:.1f} to {100 * high:.1f})"
+            )
+        lines = [f"{who}: {found}, {self.seconds:,.0f} s"]
         if self.macro_f1 is not None and self.majority is not None:
             lines.append(
                 f"macro-F1 {self.macro_f1:.1%}; always the commonest answer: accuracy "

@@ -43,7 +43,7 @@ class ScoreSummary:
 
     @property
     def mean_nll(self) -> float:
-        """Mean over records, nats per token."""
+        """Mean over records, nats per token; NaN without any."""
         return self.total_nll / self.records if self.records else float("nan")
 
     def add(self, lines: Iterable[bytes], *, resumed: bool) -> None:
@@ -77,10 +77,12 @@ class ScoreSummary:
                 f"{plural_of(self.truncated, 'was', 'were')} scored in part: "
                 f"{', '.join(map(printable, self.truncated_ids))}{more}\n"
             )
+        mean = ""
+        if self.records:
+            mean = f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
         return (
             f"{counted(self.records, 'response')} scored, "
-            f"{counted(self.rejects, 'unreadable line')}{failed}\n{cut}"
-            f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
+            f"{counted(self.rejects, 'unreadable line')}{failed}\n{cut}{mean}"
             f"took        {self.seconds:.1f} s, {counted(fresh, 'response token')}{rate}{before}\n"
             f"statistics  {self.path}"
         )

@@ -115,6 +115,21 @@ def test_score_writes_a_line_for_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "score"])
+def test_where_nothing_got_a_reply_no_figure_is_made_up(tmp_path: Path, command: str) -> None:
+    source = str(write(tmp_path / "in.jsonl", quiz(3)))
+    engine, out = FlakyEngine(every=1), tmp_path / "o.jsonl"
+    if command == "eval":
+        said = str(evaluate(EvalConfig(source, out=out), engine=engine))
+        assert said.startswith("scripted: no question was answered, ")
+        assert "3 questions got no reply from the engine and were left out." in said
+    else:
+        said = str(score_file(source, out, EngineConfig(), engine=engine))
+        assert said.startswith("0 responses scored, 0 unreadable lines, 3 not answered by the engi")
+        assert "mean nll" not in said
+    assert "nan" not in said
+
+
+@pytest.mark.parametrize("command", ["eval", "score"])
 def test_what_failed_in_a_killed_session_is_asked_again(
     tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
