@@ -64,7 +64,7 @@ def _read(source: RecordSource, folder: Path) -> dict[str, Any]:
             stack.enter_context((folder / name).open("wb"))
             for name in ("records.jsonl", "ends.i64", "rejects.jsonl", "rejected.i64")
         )
-        progress = stack.enter_context(Progress("read", source.reader.size, unit="records"))
+        progress = stack.enter_context(Progress("read", source.size, unit="records"))
         written: list[bytes] = []
         held = 0  # bytes in `written`
 

@@ -16,7 +16,7 @@ import pytest
 
 from robustft.errors import UserError
 from robustft.intake import intake_folder, take_in
-from robustft.records import Record, Reject, open_records
+from robustft.records import Record, Reject, count_records, open_records
 from robustft.shards import Shard
 from robustft.store import UNIT_ROWS
 
@@ -139,6 +139,27 @@ def test_a_damaged_or_another_input_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: is a file; expected a folder"):
         take_in(source, tmp_path / "file" / "taken")
+
+
+@pytest.mark.parametrize(("limit", "share"), [(None, "20%"), (20, "100%")])
+def test_progress_is_a_share_of_what_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: int | None,
+    share: str,
+) -> None:
+    rows = [{"question": f"{n:03}?", "answer": "b"} for n in range(100)]
+    source = open_records(str(lines(tmp_path / "d.jsonl", rows)), limit=limit)
+    monkeypatch.setattr("robustft.intake.UNIT_ROWS", 20)
+    monkeypatch.setattr("robustft.progress._SECONDS_BETWEEN_LINES", 0.0)
+    take_in(source, tmp_path / "phases" / "input-x")
+    count_records(source)
+    said = capsys.readouterr().err.splitlines()
+    assert next(line for line in said if ": read: " in line).startswith(f"robustft: read: {share},")
+    assert [line for line in said if ": count: " in line][19].startswith(
+        f"robustft: count: {share},"
+    )
 
 
 def test_another_limit_or_schema_is_another_intake(tmp_path: Path) -> None:

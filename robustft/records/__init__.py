@@ -153,6 +153,12 @@ class RecordSource:
             if index == self._limit:
                 break
 
+    @property
+    def size(self) -> int | None:
+        """About how many records and rejects it will yield, where that can be told beforehand."""
+        size = self.reader.size
+        return size if size is None or self._limit is None else min(size, self._limit)
+
     def refusal(self, row: Mapping[str, Any], answer: str) -> str | None:
         """Why a new answer (letter or text) cannot be written in `row`, None where it can.
 
@@ -330,7 +336,7 @@ def leave_out(reject: Reject, source: RecordSource, before: int) -> int:
 
 def watched(source: RecordSource, doing: str) -> Iterator[Record | Reject]:
     """What a source holds, with its progress shown."""
-    with Progress(doing, source.reader.size, unit="records") as progress:
+    with Progress(doing, source.size, unit="records") as progress:
         for item in source:
             progress.update(1)
             yield item
