@@ -48,7 +48,7 @@ class CorruptionReport:
 
     def __str__(self) -> str:
         clean = self.out.with_name(f"{self.out.name.partition('.')[0]}-cleaned")
-        unread = f"; {self.rejected} unreadable ones left out" if self.rejected else ""
+        unread = f"; {counted(self.rejected, 'unreadable one')} left out" if self.rejected else ""
         return (
             f"{self.corrupted:,} of {counted(self.records, 'answer')} made wrong "
             f"(rate {self.rate:g}, seed {self.seed}){unread}\n"

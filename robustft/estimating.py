@@ -61,7 +61,7 @@ class CostEstimate:
                 f"time          {time} with one process like this one{most}{search}",
                 f"memory        {_size(self.memory_bytes)} at most",
                 f"disk          {_size(self.disk_bytes)} in --out",
-                f"measured on   {self.sample} records spread over the input, "
+                f"measured on   {counted(self.sample, 'record')} spread over the input, "
                 f"{self.noisy:.0%} of them answered again; nothing was written",
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def test_truth_file_undoes_the_noise(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert (report.records, report.rejected, report.corrupted) == (50, 2, 15)
     (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert said.startswith(f"{tmp_path / 'd.jsonl'}, line 1: ")  # the first of them alone
+    assert "; 2 unreadable ones left out\n" in str(report)
+    assert "; 1 unreadable one left out\n" in str(replace(report, rejected=1))
     assert report.truth == tmp_path / "noisy.jsonl.truth.jsonl"
     noisy, truth = lines(report.out), lines(report.truth)
     assert [line["id"] for line in truth] == [str(n) for n in range(50)]

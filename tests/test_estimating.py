@@ -79,3 +79,5 @@ def test_the_command(
     assert done.out.startswith("30 records, 0 unreadable\ntokens ")
     assert "measured on   30 records" in done.out
     assert not (tmp_path / "out").exists()
+    done = run("clean", source, "--out", tmp_path / "out", "--estimate", "--limit", "1")
+    assert "measured on   1 record spread over the input, " in done.out

@@ -544,6 +544,18 @@ def test_records_are_cut_to_the_models_window(
     assert "| cutoff | 64 tokens (40 records were cut) |" in (result.out / "README.md").read_text()
 
 
+def test_one_record_is_told_of_as_one(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"question": "Why? " * 40, "answer": "So."}) + "\n")
+    result = train(config_for(path, tiny_model, tmp_path / "adapter", epochs=1, cutoff=16))
+    assert "1 record is longer than 16 tokens and is cut" in caplog.text
+    written = (result.out / "README.md").read_text()
+    assert "\n1 record of `one.jsonl`, loss on" in written
+    assert "| cutoff | 16 tokens (1 record was cut) |" in written
+
+
 @pytest.mark.parametrize("killed", ["checkpoint", "adapter"])
 def test_what_killed_runs_left_goes(
     corpus: Path, tiny_model: Path, tmp_path: Path, killed: str

@@ -25,7 +25,7 @@ from robustft.models import (
 )
 from robustft.records import Record, RecordSource, Reject, leave_out, open_records
 from robustft.store import folder_lock, refuse_changes
-from robustft.terminal import counted
+from robustft.terminal import counted, plural_of
 from robustft.training import trackers
 from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
 from robustft.training.data import TrainingSet, encode_records
@@ -176,6 +176,7 @@ def _json(value: object) -> str:
 def _readme(config: TrainConfig, result: TrainResult, model: str) -> str:
     layers = "all layers" if config.top_layers is None else f"the top {config.top_layers} layers"
     losses = ", ".join(f"{loss:.4f}" for loss in result.history.epoch_losses)
+    cut = f"{counted(result.shortened, 'record')} {plural_of(result.shortened, 'was', 'were')} cut"
     return f"""---
 library_name: peft
 base_model: {model}
@@ -184,7 +185,8 @@ tags: [lora, robustft]
 # LoRA adapter for {model}
 
 Trained by [robustft](https://arxiv.org/abs/2412.14922) {robustft.__version__} on
-{result.records:,} records of `{Path(config.input).name}`, loss on the response tokens only.
+{counted(result.records, "record")} of `{Path(config.input).name}`, loss on the response tokens
+only.
 
 | setting | value |
 | --- | --- |
@@ -192,7 +194,7 @@ Trained by [robustft](https://arxiv.org/abs/2412.14922) {robustft.__version__} o
 | target | all linear layers of {layers} |
 | steps, records a step | {result.history.step:,}, {config.batch_size} |
 | learning rate | {config.learning_rate:g}, cosine, warm-up {config.warmup:g} |
-| cutoff | {config.cutoff} tokens ({result.shortened:,} records were cut) |
+| cutoff | {config.cutoff} tokens ({cut}) |
 | seed | {config.seed} |
 | mean loss of each epoch | {losses} nats per response token |
 
@@ -218,5 +220,9 @@ def _read(source: RecordSource, tokenizer: Any, cutoff: int) -> tuple[TrainingSe
 
     data = encode_records(readable(), tokenizer, cutoff)
     if data.shortened:
-        _log.warning("%d records are longer than %d tokens and are cut", data.shortened, cutoff)
+        are = plural_of(data.shortened, "is", "are")
+        _log.warning(
+            "%s %s longer than %d tokens and %s cut",
+            counted(data.shortened, "record"), are, cutoff, are,
+        )  # fmt: skip
     return data, rejected
