@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS
 from robustft.terminal import counted, plural_of, printable
 
+_log = logging.getLogger("robustft")
 _CATEGORY_FIELDS = ("Subject", "subject", "Category", "category")
 _MOST_CATEGORIES = 1000
 _SHOWN = 60  # categories in the summary; the predictions file has all of them
@@ -333,6 +335,11 @@ class _Scores:
     def add(self, prediction: Prediction) -> None:
         result, record = self._result, prediction.record
         if prediction.failure:
+            if not result.failed:
+                _log.warning(
+                    "record %s: %s; left out, as are others without a reply",
+                    printable(record.id), printable(prediction.failure),
+                )  # fmt: skip
             result.failed += 1
             return
         result.overall.add(prediction.correct)

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from robustft.config import EngineConfig, EvalConfig
-from robustft.engines import Engine, Generation, Message, Prompt
+from robustft.engines import Engine, Failure, Generation, Message, Prompt
 from robustft.engines.cache import GrowingLayer
 from robustft.engines.encoding import PromptEncoder
 from robustft.engines.tokens import piece_offsets
@@ -502,6 +502,36 @@ def test_replies_that_leave_no_room_for_the_question_are_refused(tiny_model: Pat
     refusal = "up to 49 tokens leave too little of the model's window, 64 tokens, .* longer one or"
     with pytest.raises(UserError, match=refusal):
         engine.generate([prompt("q")], 49)
+
+
+def test_what_is_not_finite_is_a_failure(engine: TransformersEngine, tmp_path: Path) -> None:
+    """In float16 some models overflow on some texts; the others of a batch keep their numbers."""
+    (mark,) = engine.encoder._data(["~"])[0]
+    prompts = [prompt("hi"), prompt("hi ~"), prompt("and so on")]
+    letters, texts = [[" A", " B"]] * 3, [" A", " B", " A long reply"]
+    asked = [
+        lambda: engine.choose(prompts, letters),
+        lambda: engine.generate(prompts, 4),
+        lambda: engine.score(prompts, texts),
+    ]
+
+    def overflow(module: Any, given: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        return out.masked_fill((given[0] == mark)[..., None], torch.nan)
+
+    rows = [{"question": one, "options": ["a", "b"], "answer": "A"} for one in ("hi", "~", "so")]
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hook = engine.model.get_input_embeddings().register_forward_hook(overflow)
+    try:
+        for ask in asked:
+            failed = [isinstance(one, Failure) for one in ask()]
+            assert failed == [False, True, False]
+        result = evaluate(EvalConfig(str(source)), engine=engine)
+        summary = score_file(str(source), tmp_path / "s.jsonl", EngineConfig(), engine=engine)
+    finally:
+        hook.remove()
+    assert (result.overall.total, result.failed) == (2, 1)
+    assert (summary.records, summary.failures) == (2, 1)
 
 
 def test_empty_requests(engine: TransformersEngine) -> None:

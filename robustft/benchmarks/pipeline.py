@@ -32,7 +32,7 @@ from robustft.benchmarks.measure import (
     versions,
 )
 from robustft.config import EngineConfig
-from robustft.engines import Generation
+from robustft.engines import Failure, Generation
 from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
 from robustft.models import find_model
@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine = TransformersEngine(EngineConfig(dtype="float32", device="cpu"))
 
     def ask() -> list[Generation]:
-        found: dict[int, Generation] = {}
+        found: dict[int, Generation | Failure] = {}
         for batch in engine.plan(prompts, TOKENS):
             replies = engine.generate([prompts[row] for row in batch], TOKENS)
             found.update(zip(batch, replies, strict=True))
-        return [found[row] for row in range(len(prompts))]
+        return [one for _, one in sorted(found.items()) if isinstance(one, Generation)]
 
     engine.generate(prompts[:2], 2)  # warm
     encoded = engine.encoder.encode(prompts)

@@ -7,6 +7,7 @@ the nll alone, in the logits' own dtype.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from robustft.benchmarks.measure import (
     timed_together,
 )
 from robustft.config import EngineConfig
-from robustft.engines import Prompt, TokenValues
+from robustft.engines import Failure, Prompt, TokenValues
 from robustft.engines.transformers import TransformersEngine
 from robustft.records import Record, open_records
 from robustft.scoring import response_request
@@ -56,7 +57,7 @@ def score_all(engine: TransformersEngine, prompts: list[Prompt], texts: list[str
     for rows in engine.plan(prompts, 16):
         found = engine.score([prompts[row] for row in rows], [texts[row] for row in rows])
         for row, one in zip(rows, found, strict=True):
-            nll[row] = one.nll
+            nll[row] = math.nan if isinstance(one, Failure) else one.nll
     return nll
 
 

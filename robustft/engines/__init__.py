@@ -138,7 +138,8 @@ class Engine(Protocol):
 
     `plan` splits requests into batches deterministically: it depends on the requests alone, so a
     resumed run forms the same batches. The other methods take one such batch (or anything
-    smaller) and return results in the order of the requests, a `Failure` where a remote one failed.
+    smaller) and return results in the order of the requests, a `Failure` where one got no usable
+    answer.
 
     An engine that waits for a server may also have `at_a_time`, how many batches, asked from as
     many threads, keep that busy, and `cancel()`, which makes what is in flight fail.

@@ -20,7 +20,15 @@ import torch
 
 from robustft.config import EngineConfig
 from robustft.devices import pick_device, pick_dtype
-from robustft.engines import Abilities, Choice, Generation, Prompt, ResponseScore, TokenValues
+from robustft.engines import (
+    Abilities,
+    Choice,
+    Failure,
+    Generation,
+    Prompt,
+    ResponseScore,
+    TokenValues,
+)
 from robustft.engines.cache import as_prefix, growing_cache
 from robustft.engines.encoding import PromptEncoder
 from robustft.frozen import FrozenTrunk
@@ -40,7 +48,13 @@ _CPU_BATCH_TOKENS = 12288
 _CUDA_BATCH_TOKENS = 131072
 _MAX_ROWS = {"cpu": 96, "cuda": 512}
 _ROUNDING = 0.2  # of the scores' spread; rounding to bfloat16 makes 0.02, padding read as text 0.8
+_NOT_FINITE = Failure("the model's log-probabilities are not finite; another --dtype may help")
 _log = logging.getLogger("robustft")
+
+
+def _if_finite(result: _T, values: Any) -> _T | Failure:
+    """`result`, but a failure where the log-probabilities it comes from overflowed."""
+    return result if np.isfinite(values).all() else _NOT_FINITE
 
 
 class _TokenRecorder:
@@ -246,11 +260,11 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, seeds: Sequence[int] | None = None
-    ) -> list[Generation]:
+    ) -> list[Generation | Failure]:
         """Continue every prompt; greedy, or sampled with `seeds` when temperature > 0."""
         encoded = self.encoder.fit(prompts, max_new_tokens)
 
-        def ask(rows: Sequence[int]) -> list[Generation]:
+        def ask(rows: Sequence[int]) -> list[Generation | Failure]:
             chosen = [0 if seeds is None else seeds[row] for row in rows]
             return self._generate([encoded[row] for row in rows], max_new_tokens, chosen)
 
@@ -258,7 +272,7 @@ class TransformersEngine:
 
     def _generate(
         self, encoded: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
-    ) -> list[Generation]:
+    ) -> list[Generation | Failure]:
         recorder = _TokenRecorder()
         processors: list[Any] = [recorder]
         if self.temperature > 0:
@@ -267,22 +281,21 @@ class TransformersEngine:
         recorder.note(tokens[:, -1])
         nll = torch.stack(recorder.nll, dim=1).cpu().numpy()
         entropy = torch.stack(recorder.entropy, dim=1).cpu().numpy()
-        results = []
+        results: list[Generation | Failure] = []
         for row, reply in enumerate(tokens.tolist()):
             length = next(
                 (i for i, token in enumerate(reply) if token in self.encoder.ends), len(reply)
             )
             text, offsets = self.encoder.decode(reply[:length])
-            results.append(
-                Generation(
-                    text=text,
-                    nll=nll[row, :length].astype(np.float32),
-                    entropy=entropy[row, :length].astype(np.float32),
-                    offsets=offsets,
-                    prompt_tokens=len(encoded[row]),
-                    finished=length < len(reply),
-                )
+            generation = Generation(
+                text=text,
+                nll=nll[row, :length].astype(np.float32),
+                entropy=entropy[row, :length].astype(np.float32),
+                offsets=offsets,
+                prompt_tokens=len(encoded[row]),
+                finished=length < len(reply),
             )
+            results.append(_if_finite(generation, nll[row, : length + 1]))
         return results
 
     def _decode(
@@ -326,7 +339,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def choose(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
-    ) -> list[Choice]:
+    ) -> list[Choice | Failure]:
         """Log-probability of each candidate continuation.
 
         Read from a single prefill where a candidate is one token, else from a teacher-forced pass.
@@ -337,17 +350,17 @@ class TransformersEngine:
             for prompt, texts in zip(prompts, candidates, strict=True)
         ]
 
-        def ask(rows: Sequence[int]) -> list[Choice]:
+        def ask(rows: Sequence[int]) -> list[Choice | Failure]:
             return self._choose([encoded[row] for row in rows], [endings[row] for row in rows])
 
         return self._together(len(prompts), ask)
 
     def _choose(
         self, encoded: Sequence[list[int]], endings: Sequence[Sequence[list[int]]]
-    ) -> list[Choice]:
+    ) -> list[Choice | Failure]:
         logits = self._last_logits(encoded)
         stats = token_stats(logits)
-        results = []
+        results: list[Choice | Failure] = []
         for row, texts in enumerate(endings):
             first = torch.tensor([ids[0] for ids in texts], device=self.device)
             logprobs = (logits[row, first].float() - stats.logsumexp[row]).cpu().numpy()
@@ -356,13 +369,12 @@ class TransformersEngine:
                 nll = self._nll([encoded[row]] * len(long), [texts[index] for index in long])
                 for index, values in zip(long, nll, strict=True):
                     logprobs[index] = -values.nll.sum()
-            results.append(
-                Choice(
-                    logprobs=logprobs.astype(np.float32),
-                    entropy=float(stats.entropy[row]),
-                    prompt_tokens=len(encoded[row]),
-                )
+            choice = Choice(
+                logprobs=logprobs.astype(np.float32),
+                entropy=float(stats.entropy[row]),
+                prompt_tokens=len(encoded[row]),
             )
+            results.append(_if_finite(choice, logprobs.max()))
         return results
 
     def _last_logits(self, encoded: Sequence[list[int]]) -> torch.Tensor:
@@ -382,17 +394,19 @@ class TransformersEngine:
         return logits[:, -1, :]
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> list[ResponseScore | Failure]:
         """Teacher-forced statistics of the given responses, response positions only."""
         encoded, endings, cut = self.encoder.fit_with(prompts, responses)
 
         # The batch was planned by its prompts; responses may be far longer.
         widths = [len(head) + len(tail) for head, tail in zip(encoded, endings, strict=True)]
-        scores: dict[int, ResponseScore] = {}
+        scores: dict[int, ResponseScore | Failure] = {}
         for rows in self._batches(widths):
             found = self._nll([encoded[row] for row in rows], [endings[row] for row in rows])
             for row, one in zip(rows, found, strict=True):
-                scores[row] = ResponseScore.of(one, cut[row])
+                scores[row] = _if_finite(ResponseScore.of(one, cut[row]), one.nll)
         return [scores[row] for row in range(len(prompts))]
 
     def _nll(self, encoded: Sequence[list[int]], endings: Sequence[list[int]]) -> list[TokenValues]:
