@@ -211,9 +211,9 @@ def _output(
     if config.out is None:
         return contextlib.nullcontext()
     adapter: Path | None = config.adapter
-    weights = [] if adapter is None else sorted(adapter.glob("*.safetensors"))
+    files = [] if adapter is None else sorted(adapter.glob("adapter_*"))  # weights and settings
     identity = config.fingerprint() | {
-        "input": source.content_hash, "adapter": hash_files(weights),
+        "input": source.content_hash, "adapter": hash_files(files),
         "model": engine.model_id, "revision": engine.revision,
     }  # fmt: skip
     return ResumableLines(config.out, identity)

@@ -213,6 +213,28 @@ def test_a_resumed_evaluation_reads_what_it_wrote(tmp_path: Path) -> None:
     assert "score" not in json.loads(_line(Prediction(record, "x", True, "x", score=1.0)))
 
 
+def test_predictions_of_an_adapter_with_other_settings_are_not_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "p.jsonl"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    path = write(tmp_path / "t.jsonl", [choice("A", "A") for _ in range(600)])
+
+    def asked_until_stopped(alpha: int) -> int:
+        def stop() -> None:
+            if len(engine.asked) >= 512:
+                raise KeyboardInterrupt
+
+        (adapter / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        engine = ScriptedEngine(before_batch=stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(EvalConfig(path, adapter=adapter, out=out), engine=engine)
+        return len(engine.asked)
+
+    assert asked_until_stopped(16) == asked_until_stopped(32) == 512
+
+
 def test_an_adapter_changes_the_answers(tmp_path: Path, tiny_model: Path) -> None:
     from robustft.config import TrainConfig
     from robustft.engines.factory import load_engine
