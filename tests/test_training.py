@@ -793,6 +793,18 @@ def test_a_foreign_adapter_is_not_overwritten(
     assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == b"precious"
 
 
+def test_the_settings_of_a_foreign_adapter_are_not_overwritten(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    out.mkdir()
+    (out / "adapter_config.json").write_text('{"precious": 1}')
+    (out / "adapter_model.bin").write_bytes(b"pickled")  # whose file has another name than ours
+    with pytest.raises(UserError, match=r"adapter_config\.json: is there already and was not wri"):
+        train(config_for(corpus, tiny_model, out))
+    assert (out / "adapter_config.json").read_text() == '{"precious": 1}'
+
+
 def test_more_top_layers_than_layers(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"top_layers must be in \[1, 2\].* got 3"):
         train(config_for(corpus, tiny_model, tmp_path / "adapter", top_layers=3))

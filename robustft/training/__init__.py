@@ -27,7 +27,7 @@ from robustft.records import Record, RecordSource, Reject, leave_out, open_recor
 from robustft.store import folder_lock, refuse_changes
 from robustft.terminal import counted, plural_of
 from robustft.training import trackers
-from robustft.training.adapter import WEIGHTS, attach_adapter, load_adapter, save_adapter
+from robustft.training.adapter import SETTINGS, WEIGHTS, attach_adapter, load_adapter, save_adapter
 from robustft.training.data import TrainingSet, encode_records
 from robustft.training.loop import History, TrainingLoop
 from robustft.training.scratch import SCRATCH
@@ -146,7 +146,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> TrainResult | None:
     if not path.exists():
         if (out / WEIGHTS).exists():
             raise UserError(f"{out}: holds an adapter that robustft did not train; choose another")
-        spare_others([out / "README.md"])
+        spare_others([out / "README.md", out / SETTINGS])
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
