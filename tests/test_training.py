@@ -895,6 +895,21 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("base", ["tiny-llama", "owner/tiny-llama", "another", None])
+def test_an_adapter_of_another_model_is_told(
+    adapter: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    base: str | None,
+) -> None:
+    folder = damaged(adapter, tmp_path, base_model_name_or_path=base)
+    model = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
+    load_adapter(model, folder, "tiny-llama")
+    told = f"{folder}: the adapter was trained for another, not for tiny-llama"
+    assert (told in caplog.text) == (base == "another") == bool(caplog.text)
+
+
 def test_a_pickled_adapter_is_refused(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
     model = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
     folder = damaged(adapter, tmp_path)

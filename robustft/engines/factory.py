@@ -41,7 +41,8 @@ def load_engine(config: EngineConfig, adapter: Path | None = None) -> Engine:
 
     source = find_model(config.model)
     dtype = pick_dtype(config.dtype, pick_device(config.device))
-    model = load_adapter(load_causal_lm(source, dtype=dtype, attention=config.attention), adapter)
+    model = load_causal_lm(source, dtype=dtype, attention=config.attention)
+    model = load_adapter(model, adapter, source.name)
     engine = TransformersEngine(config, model=model, tokenizer=load_tokenizer(source))
     engine.model_id = source.name
     if engine.revision == "local":

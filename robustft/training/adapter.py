@@ -7,6 +7,7 @@ understood.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import warnings
@@ -19,8 +20,10 @@ import torch
 from robustft.config import TrainConfig
 from robustft.errors import UserError
 from robustft.files import replacing
+from robustft.terminal import printable
 from robustft.training.scratch import scratch_folder
 
+_log = logging.getLogger("robustft")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # Fields of peft's LoraConfig that say what an adapter computes …
 _UNDERSTOOD = (
@@ -124,12 +127,13 @@ def _is_mamba(module: Any) -> bool:
     return hasattr(module, "A_log") and hasattr(module, "D")
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+def load_adapter(model: Any, folder: Path, model_name: str | None = None) -> Any:
     """`model` with the LoRA adapter in `folder` applied, in evaluation mode.
 
     The adapter is merged into float32 weights, which is exact to rounding and faster; over
     weights of lower precision it stays beside them. Only safetensors are read, and only
-    settings that are understood: nothing in the folder can name code to run.
+    settings that are understood: nothing in the folder can name code to run. Of a model whose
+    `model_name` is not the one that the adapter was trained for, the log warns: shapes may agree.
 
     Raises:
         UserError: no adapter there, a pickled one, or one that does not fit the model.
@@ -139,6 +143,12 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from safetensors.torch import load_file
 
     settings = read_settings(folder)
+    base = settings.base_model_name_or_path
+    if model_name and base and Path(str(base)).name != Path(model_name).name:
+        _log.warning(
+            "%s: the adapter was trained for %s, not for %s; it fits no other model",
+            folder, printable(str(base)), model_name,
+        )  # fmt: skip
     try:
         weights = load_file(folder / WEIGHTS)
         adapted = _attached(model, settings)
@@ -185,6 +195,7 @@ def read_settings(folder: Path) -> Any:
     try:
         return LoraConfig(
             **{name: stored[name] for name in _UNDERSTOOD if name in stored},
+            base_model_name_or_path=stored.get("base_model_name_or_path"),
             task_type="CAUSAL_LM",
             inference_mode=True,
         )
