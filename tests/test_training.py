@@ -527,6 +527,19 @@ def test_a_float16_checkpoint_of_before_goes_on_with_a_scale(
     assert resumed.history.loss_scale == 2**16
 
 
+def test_reading_shows_its_progress(
+    corpus: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("robustft.progress._SECONDS_BETWEEN_LINES", 0.0)
+    train(config_for(corpus, tiny_model, tmp_path / "adapter", steps=1))
+    said = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("robustft: read: ") for line in said) == 40
+
+
 def test_records_are_cut_to_the_models_window(
     corpus: Path, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

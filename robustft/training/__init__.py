@@ -23,7 +23,7 @@ from robustft.models import (
     load_causal_lm,
     load_tokenizer,
 )
-from robustft.records import Record, RecordSource, Reject, leave_out, open_records
+from robustft.records import Record, RecordSource, Reject, leave_out, open_records, watched
 from robustft.store import folder_lock, refuse_changes
 from robustft.terminal import counted, plural_of
 from robustft.training import trackers
@@ -212,7 +212,7 @@ def _read(source: RecordSource, tokenizer: Any, cutoff: int) -> tuple[TrainingSe
 
     def readable() -> Iterator[Record]:
         nonlocal rejected
-        for item in source:
+        for item in watched(source, "read"):
             if isinstance(item, Reject):
                 rejected = leave_out(item, source, rejected)
             else:
