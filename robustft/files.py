@@ -167,7 +167,7 @@ def spare(out: Path, given: str | Path) -> None:
 def spare_others(paths: Iterable[Path]) -> None:
     """Raise UserError where one of these, of which robustft wrote none, is there and not empty."""
     for path in paths:
-        if path.exists() and (path.is_dir() or path.stat().st_size):
+        if path.exists() and (not path.is_file() or path.stat().st_size):
             raise not_ours(path)
 
 

@@ -27,13 +27,10 @@ def spare_other_lines(path: Path, fields: Sequence[str]) -> None:
 
     That is one whose first line is not a JSON object with at least one of `fields`.
     """
-    try:
-        with path.open("rb") as file:
+    first = None
+    if path.is_file():  # reading from a pipe would wait
+        with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
             first = orjson.loads(file.readline(1 << 24))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError):
-        first = None
     if not (isinstance(first, dict) and any(name in first for name in fields)):
         spare_others([path])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import subprocess
@@ -192,6 +193,17 @@ def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Sign
     assert kept
     assert set(kept) <= set(whole.splitlines())
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_device_or_a_pipe_is_not_replaced(run: CommandLine, tmp_path: Path, command: str) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(3))
+    device, pipe = tmp_path / "device.jsonl", tmp_path / "pipe.jsonl"
+    device.symlink_to("/dev/null")
+    os.mkfifo(pipe)
+    for out in (device, pipe):
+        assert f"{out}: is there already" in run.refused(command, source, "--out", out)
+    assert device.is_char_device()
+    assert pipe.is_fifo()
 
 
 def test_other_settings_start_afresh(run: CommandLine, tmp_path: Path, command: str) -> None:
