@@ -896,6 +896,9 @@ def damaged(adapter: Path, tmp_path: Path, **changes: object) -> Path:
         ({"r": 4}, "does not fit the model"),
         ({"layers_to_transform": [0]}, "does not fit the model"),
         ({"target_modules": ["nothing"]}, "does not fit the model"),
+        ({"target_modules": "("}, "does not fit the model"),
+        ({"rank_pattern": None}, "does not fit the model"),
+        ({"modules_to_save": {"q_proj": "x"}}, "does not fit the model"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(

@@ -38,6 +38,8 @@ _IRRELEVANT = (
     "corda_config", "lora_ga_config", "runtime_config", "megatron_config", "megatron_core",
     "qalora_group_size",
 )  # fmt: skip
+# What peft, which hardly checks its settings, makes of one that is of no use.
+_BAD_SETTING = (TypeError, ValueError, AttributeError, LookupError, re.error)
 
 
 def attach_adapter(model: Any, config: TrainConfig, model_name: str) -> Any:
@@ -153,7 +155,7 @@ def load_adapter(model: Any, folder: Path, model_name: str | None = None) -> Any
         weights = load_file(folder / WEIGHTS)
         adapted = _attached(model, settings)
         loaded: Any = set_peft_model_state_dict(adapted, weights)
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, *_BAD_SETTING) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: the adapter does not fit the model: {reason}") from error
     strange = list(loaded.unexpected_keys)
@@ -199,7 +201,7 @@ def read_settings(folder: Path) -> Any:
             task_type="CAUSAL_LM",
             inference_mode=True,
         )
-    except (TypeError, ValueError) as error:
+    except _BAD_SETTING as error:
         raise UserError(f"{path}: {error}") from error
 
 
