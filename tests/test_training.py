@@ -840,6 +840,27 @@ def test_a_loss_that_is_no_number_is_said(corpus: Path, tiny_model: Path, tmp_pa
         loop.run()
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        "[]",
+        '{"identity": 1}',
+        '{"identity": {}, "result": []}',
+        '{"identity": {}, "result": {"history": {}, "of another version": 1}}',
+    ],
+)
+def test_a_damaged_state_is_said(
+    corpus: Path, tiny_model: Path, tmp_path: Path, state: str
+) -> None:
+    out = tmp_path / "adapter"
+    out.mkdir()
+    (out / "training.json").write_text(state)
+    (out / WEIGHTS).touch()
+    (out / "checkpoint.safetensors").touch()
+    with pytest.raises(UserError, match=r"training\.json: not the state of a training run"):
+        train(config_for(corpus, tiny_model, out))
+
+
 def test_a_damaged_checkpoint_is_said(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(b"\x00" * 40)

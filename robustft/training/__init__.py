@@ -150,7 +150,10 @@ def _finished(out: Path, identity: dict[str, Any]) -> TrainResult | None:
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        before, result = state["identity"], state.get("result")
+        before, result = dict(state["identity"]), state.get("result")
+        if result is not None:
+            history = History(**result["history"])
+            done = TrainResult(**result | {"out": out, "history": history, "resumed": history.step})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the state of a training run ({error})") from error
     if result is None and not (out / _CHECKPOINT).exists():
@@ -158,8 +161,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> TrainResult | None:
     refuse_changes(out, before, identity)
     if result is None or not (out / WEIGHTS).exists():
         return None
-    history = History(**result["history"])
-    return TrainResult(**result | {"out": out, "history": history, "resumed": history.step})
+    return done
 
 
 def _write_state(out: Path, identity: dict[str, Any], result: TrainResult | None = None) -> None:
