@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from robustft.config import EngineConfig, TrainConfig
+from robustft.engines.encoding import PromptEncoder
 from robustft.errors import UserError
 from robustft.models import find_model, has_plain_cache, load_causal_lm, load_tokenizer
 from robustft.records import open_records
@@ -104,6 +105,30 @@ def test_free_text_is_trained_as_it_stands(tmp_path: Path, tiny_model: Path) -> 
     assert tokenizer.decode(response) == text + "<|im_end|>"
     # The record's own "<|im_end|>" is spelled out; only the last token is the control token.
     assert (response == tokenizer.eos_token_id).sum() == 1
+
+
+def test_long_records_are_tokenised_a_few_at_a_time(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "qa.jsonl"
+    rows = [{"question": "x" * length, "answer": "y"} for length in (9, 9, 9, 999, 999, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    whole = encode_records(open_records(str(path)), tokenizer, 512)
+    calls: list[int] = []
+    encode = PromptEncoder.encode
+    monkeypatch.setattr("robustft.training.data._CHUNK", 2)
+    monkeypatch.setattr("robustft.training.data._CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr(
+        PromptEncoder,
+        "encode",
+        lambda self, prompts: calls.append(len(prompts)) or encode(self, prompts),
+    )
+    made = encode_records(open_records(str(path)), tokenizer, 512)
+    assert calls == [2, 2, 1, 1]
+    assert made.shortened == whole.shortened == 2
+    found = zip(made.examples, whole.examples, strict=True)
+    assert all((one.ids == other.ids).all() for one, other in found)
 
 
 def test_end_of_turn_follows_the_template(tiny_model: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from robustft.engines.encoding import PromptEncoder
 from robustft.prompts import answer_prompt
 from robustft.records import Record
 
-_CHUNK = 256  # records tokenised in one call
+_CHUNK = 256  # records tokenised in one call …
+_CHUNK_CHARACTERS = 1 << 22  # … and about how long they may be: a character takes 60 bytes
 _SORTED_TOGETHER = 32  # batches whose records are sorted by length together
 _PLACEHOLDER = "\ue0f2"  # private use: no template looks for it
 
@@ -47,8 +47,7 @@ def encode_records(records: Iterable[Record], tokenizer: Any, cutoff: int) -> Tr
     encoder = PromptEncoder(tokenizer)
     end = end_of_turn(tokenizer)
     made = TrainingSet([])
-    stream = iter(records)
-    while chunk := list(itertools.islice(stream, _CHUNK)):
+    for chunk in _chunks(records):
         prompts = [answer_prompt(r, answer_kind(r.answer, r.options)) for r in chunk]
         for record, prompt, head in zip(chunk, prompts, encoder.encode(prompts), strict=True):
             text = f" {record.answer}" if prompt.prefix else record.answer
@@ -57,6 +56,19 @@ def encode_records(records: Iterable[Record], tokenizer: Any, cutoff: int) -> Tr
             made.examples.append(example)
             made.shortened += cut
     return made
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    characters = 0
+    for record in records:
+        chunk.append(record)
+        characters += len(record.question) + len(record.answer)
+        if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def fit(prompt: Sequence[int], response: Sequence[int], cutoff: int) -> tuple[Example, bool]:
