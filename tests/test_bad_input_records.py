@@ -275,6 +275,7 @@ DEEP = 100_000
         pytest.param(b"[1]", "expected a JSON object, found a list", id="list"),
         pytest.param(b"7", "expected a JSON object, found a number", id="number"),
         pytest.param(b'{"question": "q" "x"}', "not valid JSON", id="no JSON"),
+        pytest.param(b'{"question": "q"; "a"}', "expected ',' or '}' at character 17", id="where"),
         pytest.param(b'{"a": 1' + b"0" * 5000 + b"}", "not valid JSON", id="endless number"),
     ],
 )

@@ -158,7 +158,7 @@ def parse_json(number: int, data: bytes) -> tuple[int, TextRow] | Reject:
     try:
         value = load_json(data)
     except ValueError as error:
-        return reject(number, _json_reason(data, str(error)), data)
+        return reject(number, _json_reason(data, error), data)
     if not isinstance(value, dict):
         return reject(number, f"expected a JSON object, found {type_name(value)}", data)
     return number, TextRow(value, data)
@@ -192,13 +192,15 @@ def has_nan(data: bytes) -> bool:
     return re.search(rb"[:\[,]\s*-?(NaN|Infinity)\b", data) is not None
 
 
-def _json_reason(data: bytes, error: str) -> str:
+def _json_reason(data: bytes, error: ValueError) -> str:
     if reason := text_reason(data):
         return reason
     if has_nan(data):
         return "not valid JSON: NaN and Infinity are no JSON numbers"
-    if any(word in error.lower() for word in ("deep", "depth", "recursion")):
+    if any(word in str(error).lower() for word in ("deep", "depth", "recursion")):
         return _TOO_DEEP
+    if isinstance(error, json.JSONDecodeError):  # its own "line 1" would be taken for the file's
+        return f"not valid JSON: {error.msg} at character {error.pos + 1}"
     return f"not valid JSON: {error}"
 
 
