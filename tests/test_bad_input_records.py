@@ -341,7 +341,7 @@ def test_every_record_rejected(tmp_path: Path) -> None:
     assert "all 7 records were rejected; line 1: not valid JSON" in message
     rows = [GOOD | {"options": []}] * 100
     message = refused(save(tmp_path / "d.json", orjson.dumps(rows)))
-    assert "all 100 records were rejected; line 1: field 'options'" in message
+    assert "all 100 records were rejected; record 1: field 'options'" in message
 
 
 def test_duplicate_ids(tmp_path: Path) -> None:

@@ -313,7 +313,8 @@ def open_records(
     if first is None:
         raise UserError(f"{path}: the file holds no records")
     counted = "the only record was" if rejected == 1 else f"all {rejected} records were"
-    raise UserError(f"{path}: {counted} rejected; {first.place}: {first.reason}")
+    place = first.place.named(reader.format)
+    raise UserError(f"{path}: {counted} rejected; {place}: {first.reason}")
 
 
 def count_records(source: RecordSource) -> int:
@@ -329,7 +330,7 @@ def leave_out(reject: Reject, source: RecordSource, before: int) -> int:
     if before == 0:
         _log.warning(
             "%s, %s: %s; left out, as are others that cannot be read",
-            source.path, reject.place, printable(reject.reason),
+            source.path, reject.place.named(source.reader.format), printable(reject.reason),
         )  # fmt: skip
     return before + 1
 

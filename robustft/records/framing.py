@@ -41,8 +41,10 @@ class Place(NamedTuple):
         """The same as output lines tell it: `file` only where there are several."""
         return {"file": self.file, "line": self.line} if self.file else {"line": self.line}
 
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}" if self.file else f"line {self.line}"
+    def named(self, format: str) -> str:
+        """The same for a message: what is counted in an input of this format is a line or not."""
+        counted = "line" if format in ("jsonl", "csv") else "record"
+        return f"{self.file}, {counted} {self.line}" if self.file else f"{counted} {self.line}"
 
 
 @dataclass(frozen=True, slots=True)
