@@ -173,6 +173,8 @@ def spare_others(paths: Iterable[Path]) -> None:
 
 def not_ours(path: Path | str) -> UserError:
     """What to tell of an output that another program or command wrote."""
+    if Path(path).is_dir():
+        return UserError(f"{path}: is a folder; expected the name of a file")
     return UserError(
         f"{path}: is there already and was not written by this command; choose another --out, or "
         "move it away"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from robustft.files import atomic_file, write_atomically
+from robustft.errors import UserError
+from robustft.files import atomic_file, spare_others, write_atomically
 
 
 def killed_while_writing(path: Path) -> int:
@@ -75,3 +76,12 @@ def test_a_writers_next_draft_is_not_taken_for_its_last(
     monkeypatch.setattr("fcntl.flock", meanwhile)
     write_atomically(path, "ours")
     assert draft.read_text() == "second"
+
+
+def test_a_folder_in_place_of_an_output_is_told_from_a_file_of_others(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: is a folder; expected the name of a file"):
+        spare_others([tmp_path / "folder"])
+    (tmp_path / "file").write_text("notes of mine")
+    with pytest.raises(UserError, match="file: is there already and was not written by this"):
+        spare_others([tmp_path / "file"])
