@@ -14,7 +14,7 @@ import orjson
 
 from robustft.answers import answer_kind, matches
 from robustft.errors import UserError
-from robustft.records import Record, Reject, folded, open_records
+from robustft.records import Record, RecordSource, Reject, folded, open_records
 from robustft.records.framing import short
 from robustft.terminal import plural_of
 
@@ -54,7 +54,7 @@ class Comparison:
         )
 
 
-def check(truth: str, source: Iterable[Record | Reject] = ()) -> None:
+def check(truth: str, source: Iterable[Record | Reject] = (), schema: str | None = None) -> None:
     """Raise UserError where `compare` could not read the truth, or it is that of another input.
 
     `source` is the input: its first records must be those of the truth by id and given answer, and
@@ -62,7 +62,7 @@ def check(truth: str, source: Iterable[Record | Reject] = ()) -> None:
     """
     records = (item for item in source if isinstance(item, Record))
     different = []
-    pairs = list(itertools.islice(itertools.zip_longest(_known(truth), records), _CHECKED))
+    pairs = list(itertools.islice(itertools.zip_longest(_known(truth, schema), records), _CHECKED))
     for number, (found, record) in enumerate(pairs, 1):
         if record is None:
             break
@@ -79,18 +79,18 @@ def check(truth: str, source: Iterable[Record | Reject] = ()) -> None:
         )
 
 
-def compare(out: Path, truth: str) -> Comparison:
+def compare(out: Path, truth: str, schema: str | None = None) -> Comparison:
     """Compare `out`/verdicts.jsonl with the truth.
 
     `truth`: what `corrupt` writes beside its copy, one JSON line a record with `id` and `truth`; or
-    the records with right answers, in any schema that `clean` reads. Both are in the input's order;
-    the truth may go on where a run had a --limit. Raises UserError where it cannot be read or
-    belongs to another input.
+    the records with right answers, in any schema that `clean` reads: in `schema`, the input's,
+    where they have its fields. Both are in the input's order; the truth may go on where a run had a
+    --limit. Raises UserError where it cannot be read or belongs to another input.
     """
     scores, errors = array("d"), array("b")
     noisy = hits = kept = corrected = 0
     for number, (verdict, found) in enumerate(
-        itertools.zip_longest(_lines(out / "verdicts.jsonl"), _known(truth)), 1
+        itertools.zip_longest(_lines(out / "verdicts.jsonl"), _known(truth, schema)), 1
     ):
         if verdict is None:
             break
@@ -149,9 +149,9 @@ class _Known(NamedTuple):
     question: str | None = None
 
 
-def _known(path: str) -> Iterator[_Known]:
+def _known(path: str, schema: str | None) -> Iterator[_Known]:
     if not written_by_corrupt(path):
-        for one in open_records(path):
+        for one in _opened(path, schema):
             if isinstance(one, Record):
                 yield _Known(one.id, one.answer, question=one.question)
         return
@@ -161,6 +161,16 @@ def _known(path: str) -> Iterator[_Known]:
             raise UserError(f"{path}, line {number}: expected id and truth, found {found:.80}")
         given = line.get("given")
         yield _Known(line["id"], line["truth"], given if isinstance(given, str) else None)
+
+
+def _opened(path: str, schema: str | None) -> RecordSource:
+    """The records in the schema of the input or, where they are in another, in their own."""
+    try:
+        return open_records(path, schema=schema)
+    except UserError:
+        if schema is None:
+            raise
+        return open_records(path)
 
 
 def written_by_corrupt(path: str | Path) -> bool:

@@ -42,7 +42,7 @@ def refuse_folds(config: CleanConfig, other: str) -> None:
 
 def require_choices(config: CleanConfig, source: RecordSource) -> None:
     """Raise UserError where folds are asked for and the records offer no options."""
-    if config.tuned.folds and source.schema != "choice":
+    if config.tuned.folds and source.kind != "choice":
         raise UserError(
             f"--folds needs multiple choice, {config.input} holds {source.schema}: leave it out"
         )

@@ -627,7 +627,7 @@ _JUNK = st.lists(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'"\n"', r"has these fields: \\n; rename them"),
+        (b'"\n"', r"has these fields: \\n; say which"),
         (
             b"question;answer\na;b\n",
             r"expected columns divided by commas, found ';': question;answer",

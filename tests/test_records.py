@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -412,6 +413,71 @@ def test_schema_by_majority_and_by_name(tmp_path: Path) -> None:
     path = save(tmp_path / "e.jsonl", jsonl(both))
     assert open_records(path).schema == "choice"
     assert records(open_records(path, schema="qa"))[0].options is None
+
+
+@pytest.mark.parametrize(
+    ("schema", "row", "read", "answer", "changed"),
+    [
+        ("qa:Frage,Antwort", {"Frage": "a?", "Antwort": "b"}, ("a?", None, "b"), "c", "Antwort"),
+        ("qa:Frage, Antwort", {"Frage": "a?", "Antwort": "b"}, ("a?", None, "b"), "c", "Antwort"),
+        ("qa:Q, A ", {"Q": "a?", " A ": "b"}, ("a?", None, "b"), "c", " A "),
+        ("prompt-completion:x,y", {"x": "a?", "y": 1}, ("a?", None, "1"), "2", "y"),
+        ("alpaca:do,say", {"do": "a?", "input": "i", "say": "b"}, ("a?", None, "b"), "c", "say"),
+        ("alpaca:do,to,on", {"do": "a?", "on": "i", "to": "b"}, ("a?\n\ni", None, "b"), "c", "to"),
+        ("choice:Q,O,L", {"Q": "a?", "O": ["x", "y"], "L": 1}, ("a?", ("x", "y"), "B"), "A", "L"),
+        ("choice:Q,L", {"Q": "?", "A": "x", "B": "y", "L": "a"}, ("?", ("x", "y"), "A"), "B", "L"),
+        (
+            "messages:turns",
+            {"turns": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]},
+            ("a?", None, "b"), "c", "turns",
+        ),
+        (
+            "sharegpt:talk",
+            {"talk": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]},
+            ("a?", None, "b"), "c", "talk",
+        ),
+    ],
+)  # fmt: skip
+def test_fields_of_other_names(
+    tmp_path: Path, schema: str, row: dict[str, Any], read: Any, answer: str, changed: str
+) -> None:
+    tables = {
+        "in.jsonl": jsonl([row | {"gt": "unseen"}] * 3),
+        "in.json": orjson.dumps([row | {"gt": "unseen"}] * 3),
+    }
+    for name, data in tables.items():
+        source = open_records(save(tmp_path / name, data), schema=schema)
+        assert source.kind == schema.partition(":")[0]
+        first = records(source)[0]
+        assert (first.question, first.options, first.answer) == read
+        out = tmp_path / f"out-{name}"
+        rewrite(source, out, {1: answer})
+        again = open_records(str(out), schema=source.schema)  # what was written can be read
+        assert [one.answer for one in records(again)] == [read[2], answer, read[2]]
+        rows = [one.row for one in records(again)]
+        assert rows[0] == rows[2] == row | {"gt": "unseen"}
+        assert rows[1] == rows[0] | {changed: rows[1][changed]}
+    table = tmp_path / "in.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), table)
+    assert records(open_records(str(table), schema=schema))[0].answer == read[2]
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("quiz:a,b", "schema: expected one of choice, .* found 'quiz'"),
+        ("qa:a", "schema qa: expected 2 different fields, found 'a'"),
+        ("qa:", "schema qa: expected 2 different fields, found ''"),
+        ("qa:a,a", "schema qa: expected 2 different fields"),
+        ("choice:a", "schema choice: expected 2 or 3 different fields"),
+        ("messages:a,b", "schema messages: expected 1 field, found"),
+        ("qa:question,Label", r"qa:question,Label needs the fields question\+Label; fields found"),
+    ],
+)
+def test_fields_that_are_not_there(tmp_path: Path, schema: str, message: str) -> None:
+    path = save(tmp_path / "in.jsonl", jsonl(CHOICE))
+    with pytest.raises(UserError, match=message):
+        open_records(path, schema=schema)
 
 
 def test_content_hash_follows_the_bytes(tmp_path: Path) -> None:

@@ -62,6 +62,18 @@ def test_the_truth_may_be_the_records_with_right_answers(tmp_path: Path) -> None
     assert (found.records, found.wrong, found.noisy, found.hits, found.right) == (2, 1, 1, 1, 2)
 
 
+def test_the_truth_may_have_the_field_names_of_the_input(tmp_path: Path) -> None:
+    write(tmp_path, [("7", "noisy", 0.9, "red", "blue"), ("8", "clean", 0.1, "red", "red")], {})
+    truth = tmp_path / "labeled.jsonl"
+    for names in (("Prompt", "Label"), ("question", "answer")):
+        rows = [{"id": "7", names[0]: "Sky?", names[1]: "blue"},
+                {"id": "8", names[0]: "Rose?", names[1]: "red"}]  # fmt: skip
+        truth.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        check(str(truth), schema="qa:Prompt,Label")
+        found = compare(tmp_path, str(truth), "qa:Prompt,Label")
+        assert (found.records, found.wrong, found.hits) == (2, 1, 1)
+
+
 def test_records_without_ids_are_told_by_their_questions(tmp_path: Path) -> None:
     def records(name: str, questions: str) -> str:
         path = tmp_path / f"{name}.jsonl"

@@ -48,7 +48,7 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
     if options.truth:
         from robustft.truth import check
 
-        check(options.truth, cleaning.open_source(config))
+        check(options.truth, cleaning.open_source(config), config.schema)
     if options.method != "robustft":
         from robustft.methods import clean_by
 
@@ -101,7 +101,9 @@ def _compared(result: Any, options: argparse.Namespace) -> str:
     """The verdicts beside the truth, where that is given."""
     from robustft.truth import compare
 
-    return str(compare(result.out, options.truth)) if options.truth else ""
+    if not options.truth:
+        return ""
+    return str(compare(result.out, options.truth, getattr(options, "schema", None)))
 
 
 def _run_shards(options: argparse.Namespace, config: CleanConfig) -> int:

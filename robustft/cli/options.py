@@ -153,7 +153,8 @@ def _add_input(parser: Parser, split: str = "train") -> None:
     )  # fmt: skip
     parser.add_argument(
         "--schema",
-        help="choice, qa, alpaca, prompt-completion, messages or sharegpt "
+        help="choice, qa, alpaca, prompt-completion, messages or sharegpt, where fields have names "
+        "of their own with these, as in qa:Prompt,Label or choice:Question,Options,Answer "
         "(default: told by the fields)",
     )
     parser.add_argument(

@@ -19,7 +19,7 @@ from robustft.progress import Progress
 from robustft.records.columnar import ColumnReader
 from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
 from robustft.records.framing import MAX_LINE_BYTES, Place, Reject, reject, short
-from robustft.records.schemas import LETTERS, Context, Schema, find_schema
+from robustft.records.schemas import LETTERS, Context, Schema, find_schema, kind_of
 from robustft.records.sources import open_reader
 from robustft.terminal import printable
 
@@ -115,9 +115,9 @@ class RecordSource:
     its own, which takes telling duplicates apart.
 
     `path` is the path or dataset id as given; `format` is "jsonl", "json", "csv", "parquet" or
-    "hub"; `schema` names the schema in use; `fields` are the columns, or the fields of the first
-    rows where rows may differ; `suffix` ends the name of an output of the same format, such as
-    ".jsonl.gz".
+    "hub"; `schema` names the schema in use, `kind` the same without fields of other names; `fields`
+    are the columns, or the fields of the first rows where rows may differ; `suffix` ends the name
+    of an output of the same format, such as ".jsonl.gz".
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class RecordSource:
         self.path = path
         self.format = reader.format
         self.schema = schema.name
+        self.kind = kind_of(schema.name)
         self.fields = fields
         self.suffix = reader.suffix
         self.reader = reader

@@ -1,8 +1,8 @@
 """Where question, options, answer and context stand in a row, and how a new answer is put back.
 
-Six schemas: choice, qa, alpaca, prompt-completion, messages, sharegpt. A schema reads the fields
-it names and no other, so a column such as `gt`, which holds the truth in some noisy sets, is
-passed through unseen.
+Six schemas: choice, qa, alpaca, prompt-completion, messages, sharegpt. Where fields have other
+names, these stand behind the schema's: "qa:Prompt,Label". A schema reads the fields it names and no
+other, so a column such as `gt`, which holds the truth in some noisy sets, is passed through unseen.
 """
 
 from __future__ import annotations
@@ -387,7 +387,7 @@ class ChatSchema:
 
     def _keys(self, turn: Mapping[str, Any]) -> tuple[str, str]:
         both = (("role", "content"), ("from", "value"))
-        first, second = both if self.name == "messages" else both[::-1]
+        first, second = both if kind_of(self.name) == "messages" else both[::-1]
         return second if second[0] in turn and first[0] not in turn else first
 
     def _turn(self, turn: Any, number: int) -> tuple[str, str]:
@@ -420,16 +420,50 @@ SCHEMAS: tuple[Schema, ...] = (
 )
 
 
+def kind_of(name: str) -> str:
+    """A schema's name without those of fields: one of the six."""
+    return name.partition(":")[0]
+
+
+def _with_fields(name: str, found: Iterable[str]) -> Schema:
+    """The schema "KIND:FIELD,FIELD"; `found` are the fields of the input.
+
+    choice: question, options, answer, or question and answer beside columns A, B, …; qa and
+    prompt-completion: question, answer; alpaca: these and maybe one more for the question; messages
+    and sharegpt: the turns. Raises `UserError` where there are too few or too many.
+    """
+    kind, _, listed = name.partition(":")
+    known = set(found)
+    fields = [one if one in known else one.strip() for one in listed.split(",")]
+    name = f"{kind}:{','.join(fields)}"
+    expected = {"choice": (2, 3), "alpaca": (2, 3), "messages": (1,), "sharegpt": (1,)}
+    numbers = expected.get(kind, (2,))
+    if len(fields) not in numbers or not all(fields) or len(set(fields)) < len(fields):
+        many = (
+            "1 field" if numbers == (1,) else f"{' or '.join(map(str, numbers))} different fields"
+        )
+        raise UserError(f"schema {kind}: expected {many}, found {listed!r}")
+    if kind == "choice":
+        options = fields[1] if len(fields) == 3 else None
+        return ChoiceSchema(options, fields[-1], question=fields[0], name=name)
+    if len(fields) == 1:
+        return ChatSchema(name, fields[0])
+    return OpenSchema(name, *fields)
+
+
 def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str) -> Schema:
     """Return the schema (of this name, if one is given) whose fields most of `rows` have.
 
     Raises `UserError` naming the fields found and the schemas known.
     """
     known = ", ".join(dict.fromkeys(schema.name for schema in SCHEMAS))
-    candidates = [schema for schema in SCHEMAS if name in (None, schema.name)]
+    kind = None if name is None else kind_of(name)
+    candidates = [schema for schema in SCHEMAS if kind in (None, schema.name)]
     if not candidates:
-        raise UserError(f"schema: expected one of {known}, found {name!r}")
+        raise UserError(f"schema: expected one of {known}, found {kind!r}")
     sample = list(rows)
+    if name is not None and name != kind:
+        candidates = [_with_fields(name, {key for row in sample for key in row})]
     votes: Counter[Schema] = Counter()
     for row in sample:
         votes.update(s for s in candidates if all(f in row for f in s.fields))
@@ -449,5 +483,7 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     if other is not None:
         raise UserError(f"{where}: expected columns divided by commas, found {other!r}: {found}")
     raise UserError(
-        f"{where}: no known schema has these fields: {found}; rename them to those of one: {wanted}"
+        f"{where}: no known schema has these fields: {found}; say which they are, as in "
+        "--schema qa:QUESTION,ANSWER or --schema choice:QUESTION,OPTIONS,ANSWER, or rename them to "
+        f"those of one: {wanted}"
     )

@@ -93,10 +93,11 @@ def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
     if result.powerless or not result.left:
         return ()
     adapter = str(result.out / "adapter")
-    model = ["--model", config.engine.model] if config.engine.model else []
+    named = ["--model", config.engine.model] if config.engine.model else []
+    named += ["--schema", config.schema] if config.schema else []
     return (
-        shlex.join(["robustft", "train", str(result.cleaned), *model, "--out", adapter]),
-        shlex.join(["robustft", "eval", "TEST_FILE", *model, "--adapter", adapter]),
+        shlex.join(["robustft", "train", str(result.cleaned), *named, "--out", adapter]),
+        shlex.join(["robustft", "eval", "TEST_FILE", *named, "--adapter", adapter]),
     )
 
 
