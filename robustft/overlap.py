@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Thread
+from threading import Event, Thread
 from typing import TypeVar
 
 _K = TypeVar("_K")
@@ -24,30 +24,45 @@ def in_order(
     ----------
     jobs: drawn in the caller's thread, no more than twice `at_a_time` before their results.
     at_a_time: threads to run them in; with 1 they run in the caller's, one after the other.
-    cancel: makes jobs at work fail soon; called where the caller is interrupted or has closed this.
-        Where a job fails, the others at work come to their ends first.
+    cancel: makes the jobs at work fail soon; called where one has failed, or the caller, who may
+        have been interrupted or have closed this. Results before the failed one's are yielded.
     """
     if at_a_time == 1:
         for key, job in jobs:
             yield key, job()
         return
     begun: deque[tuple[_K, Future[_T]]] = deque()
-    with ThreadPoolExecutor(at_a_time) as pool:
-        try:
-            for key, job in jobs:
-                begun.append((key, pool.submit(job)))
-                if len(begun) == 2 * at_a_time:
-                    yield begun[0][0], begun[0][1].result()
-                    begun.popleft()
-            while begun:
+    pool = ThreadPoolExecutor(at_a_time)
+    try:
+        for key, job in jobs:
+            begun.append((key, pool.submit(job)))
+            if len(begun) == 2 * at_a_time:
                 yield begun[0][0], begun[0][1].result()
                 begun.popleft()
-        except BaseException as error:
-            stop = (lambda: None) if isinstance(error, Exception) else cancel
-            stop()
-            ending = Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
-            ending.start()
-            while ending.is_alive():
-                stop()  # again and again: a job may just have been between two questions
-                ending.join(_SECONDS_TO_END)
-            raise
+        while begun:
+            yield begun[0][0], begun[0][1].result()
+            begun.popleft()
+    except BaseException:
+        _end(pool, cancel)
+        raise
+    pool.shutdown()
+
+
+def _end(pool: ThreadPoolExecutor, cancel: Callable[[], object]) -> None:
+    """Cancel the jobs and wait until they have ended; whoever interrupts that waits no less."""
+    ended = Event()  # a join that was interrupted would take its thread for ended
+
+    def shut() -> None:
+        pool.shutdown(cancel_futures=True)
+        ended.set()
+
+    Thread(target=shut).start()
+    interrupt, over = None, False
+    while not over:
+        try:
+            cancel()  # again and again: a job may just have been between two questions
+            over = ended.wait(_SECONDS_TO_END)
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

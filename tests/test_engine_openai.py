@@ -582,6 +582,29 @@ def test_a_server_that_takes_no_request_is_not_asked_for_ever(
     assert len(replies) == 20
 
 
+def test_how_many_texts_it_takes_is_not_learnt_from_letters(server: FaultyServer) -> None:
+    """A server that works on few at a time answers letters at once all the same."""
+    made = JsonClient(server.url, concurrency=64)
+    body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "temperature": 0}
+    letters, texts = ([body | {"max_tokens": most, "n": n} for n in range(100)] for most in (1, 9))
+    go_on = threading.Event()
+
+    def wait(asked: dict[str, Any], reply: dict[str, Any]) -> None:
+        if asked["max_tokens"] > 1:
+            go_on.wait(60)
+
+    server.edit = wait
+    assert made.ask_all("/chat/completions", letters, [len] * 100)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(made.ask_all, "/chat/completions", texts, [len] * 100)
+        while server.at_once < 16:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert server.at_once == 16
+        go_on.set()
+        assert len(said.result(60)) == 100
+
+
 def test_cancel_ends_what_another_thread_waits_for(server: FaultyServer, tiny_model: Path) -> None:
     made = engine(server, tiny_model)
     go_on, asked = threading.Event(), threading.Event()

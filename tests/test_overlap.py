@@ -45,26 +45,25 @@ def test_one_at_a_time_stays_in_the_thread_of_the_caller() -> None:
     assert list(in_order([(n, here) for n in range(3)], 1)) == [(n, here()) for n in range(3)]
 
 
-def test_where_a_job_fails_those_at_work_end_and_no_other_begins() -> None:
-    ended = []
-    failed = threading.Event()
+def test_where_a_job_fails_what_is_before_it_counts_and_the_rest_is_cancelled() -> None:
+    failed, cancelled = threading.Event(), threading.Event()
 
     def fail() -> None:
         failed.set()
         raise ValueError("no")
 
-    def go_on() -> None:
-        failed.wait(60)
-        time.sleep(0.05)
-        ended.append(1)
+    def hang() -> None:
+        assert cancelled.wait(60)
 
-    jobs = [(0, fail), (1, go_on), (2, go_on), (3, lambda: ended.append(3))]
-    with pytest.raises(ValueError, match="no"):
-        list(in_order(jobs, 2, lambda: pytest.fail("cancelled")))
-    assert ended in ([1], [1, 1])  # the third may have begun before the failure was told
+    jobs = [(0, lambda: failed.wait(60)), (1, fail), (2, hang), (3, hang)]
+    with contextlib.closing(in_order(jobs, 2, cancelled.set)) as results:
+        assert next(results) == (0, True)
+        with pytest.raises(ValueError, match="no"):
+            next(results)
+    assert cancelled.is_set()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, None])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
 def test_an_interrupted_or_closed_run_cancels_what_is_at_work(error: type | None) -> None:
     cancelled = threading.Event()
 
@@ -102,3 +101,26 @@ def test_ctrl_c_cancels_the_job_that_is_waited_for() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(in_order([(0, hang)], 2, cancelled.set))
     assert cancelled.is_set()
+
+
+@pytest.mark.parametrize("first", [KeyboardInterrupt, ValueError])
+def test_ctrl_c_while_jobs_are_ended_is_not_lost(first: type[BaseException]) -> None:
+    cancelled = 0
+
+    def cancel() -> None:
+        nonlocal cancelled
+        cancelled += 1
+        if cancelled in (3, 5):
+            signal.raise_signal(signal.SIGINT)
+
+    def hang() -> None:
+        while cancelled < 8:
+            time.sleep(0.01)
+
+    def jobs() -> Iterator[tuple[int, Callable[[], None]]]:
+        yield 0, hang
+        raise first
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(jobs(), 2, cancel))
+    assert cancelled >= 8

@@ -875,14 +875,26 @@ def test_a_loss_that_is_no_number_is_said(corpus: Path, tiny_model: Path, tmp_pa
     ],
 )
 def test_a_damaged_state_is_said(
-    corpus: Path, tiny_model: Path, tmp_path: Path, state: str
+    corpus: Path, tiny_model: Path, tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("robustft.training.refuse_changes", lambda *_: None)  # the same settings
     out = tmp_path / "adapter"
     out.mkdir()
     (out / "training.json").write_text(state)
     (out / WEIGHTS).touch()
     (out / "checkpoint.safetensors").touch()
     with pytest.raises(UserError, match=r"training\.json: not the state of a training run"):
+        train(config_for(corpus, tiny_model, out))
+
+
+def test_other_settings_are_told_whatever_their_result_holds(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    out.mkdir()
+    (out / "training.json").write_text('{"identity": {"seed": 7}, "result": {"new": 1}}')
+    (out / WEIGHTS).touch()
+    with pytest.raises(UserError, match=r"holds a run with another configuration: .*seed"):
         train(config_for(corpus, tiny_model, out))
 
 
@@ -968,7 +980,7 @@ def test_an_adapter_of_another_model_is_told(
     folder = damaged(adapter, tmp_path, base_model_name_or_path=base)
     model = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)
     load_adapter(model, folder, "tiny-llama")
-    told = f"{folder}: the adapter was trained for another, not for tiny-llama"
+    told = f"{folder}: the adapter was trained for another, as its settings say, not for tiny-llama"
     assert (told in caplog.text) == (base == "another") == bool(caplog.text)
 
 

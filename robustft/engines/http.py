@@ -135,7 +135,9 @@ class JsonClient:
         self._end.atexit = False
 
     async def _open(self) -> httpx2.AsyncClient:
-        self._throttle = Throttle(self.concurrency, self._patience)
+        # How many texts the server takes is not learnt from questions for a letter.
+        self._throttles: dict[int | None, Throttle] = {}
+        self._slots = asyncio.Semaphore(self.concurrency)
         headers = {
             "accept": "application/json",
             "accept-encoding": "identity",
@@ -215,7 +217,9 @@ class JsonClient:
                 short one as well.
         """
         if self._given_up >= _LOST_AFTER:  # the batch before this one, whose answers are kept
-            lost, self._given_up = self._given_up, 0  # who asks once more finds out anew
+            lost = self._given_up
+            if not self._in_flight:
+                self._given_up = 0  # who asks once more finds out anew
             raise EngineLost(
                 f"{self.base_url}: the last {lost} requests failed: {self._last_failure}"
             )
@@ -254,8 +258,12 @@ class JsonClient:
         return found
 
     async def _ask_in_turn(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T | Failure:
-        """One request in a slot of the throttle; _TooSoon where it is to come back later."""
-        async with self._throttle.slot() as began:
+        """One request in a slot of its throttle; _TooSoon where it is to come back later."""
+        length = body.get("max_tokens", body.get("max_completion_tokens"))
+        if length not in self._throttles:
+            self._throttles[length] = Throttle(self.concurrency, self._patience)
+        throttle = self._throttles[length]
+        async with throttle.slot() as began, self._slots:
             # A server that is gone is not worth the full patience for every request in the batch.
             tries = 1 if self._given_up >= _LOST_AFTER else self._tries
             asked = time.monotonic()
@@ -265,7 +273,7 @@ class JsonClient:
             except NoAnswer as error:
                 found = Failure(str(error))
             except RequestError as error:
-                if error.status == _TOO_MANY and self._come_back(began):
+                if error.status == _TOO_MANY and self._come_back(throttle, began):
                     raise _TooSoon(str(error), retry_after=error.retry_after) from None
                 refused = error.status in _REFUSED
                 self._given_up = 0 if refused else self._given_up + 1
@@ -275,10 +283,10 @@ class JsonClient:
                     return Failure(f"{error} (and nothing else for {self._patience:g} s)")
                 return Failure(f"{error} ({tries} tries)" if error.passing else str(error))
             self._given_up = self._refused = 0
-            self._throttle.answered(quick=time.monotonic() - asked < self._timeout / 4)
+            throttle.answered(quick=time.monotonic() - asked < self._timeout / 4)
             return found
 
-    def _come_back(self, began: int) -> bool:
+    def _come_back(self, throttle: Throttle, began: int) -> bool:
         """Whether a request that was one too many is worth another try."""
         if not self._told:
             self._told = True
@@ -286,7 +294,7 @@ class JsonClient:
                 "%s: refuses some requests as too many at a time; it gets as many as it takes",
                 self.base_url,
             )
-        return self._throttle.refused(began)
+        return throttle.refused(began)
 
     async def _persist(
         self,

@@ -1,4 +1,4 @@
-"""How many requests to a server may be in flight at a time: as many as it takes."""
+"""How many requests of a kind may be in flight at a server: as many as it takes."""
 
 from __future__ import annotations
 

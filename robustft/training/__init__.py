@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
@@ -148,20 +149,25 @@ def _finished(out: Path, identity: dict[str, Any]) -> TrainResult | None:
             raise UserError(f"{out}: holds an adapter that robustft did not train; choose another")
         spare_others([out / "README.md", out / SETTINGS])
         return None
-    try:
+    with _undamaged(path):
         state = json.loads(path.read_text(encoding="utf-8"))
         before, result = dict(state["identity"]), state.get("result")
-        if result is not None:
-            history = History(**result["history"])
-            done = TrainResult(**result | {"out": out, "history": history, "resumed": history.step})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the state of a training run ({error})") from error
     if result is None and not (out / _CHECKPOINT).exists():
         return None
     refuse_changes(out, before, identity)
     if result is None or not (out / WEIGHTS).exists():
         return None
-    return done
+    with _undamaged(path):
+        history = History(**result["history"])
+        return TrainResult(**result | {"out": out, "history": history, "resumed": history.step})
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the state of a training run ({error})") from error
 
 
 def _write_state(out: Path, identity: dict[str, Any], result: TrainResult | None = None) -> None:

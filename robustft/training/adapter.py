@@ -148,7 +148,8 @@ def load_adapter(model: Any, folder: Path, model_name: str | None = None) -> Any
     base = settings.base_model_name_or_path
     if model_name and base and Path(str(base)).name != Path(model_name).name:
         _log.warning(
-            "%s: the adapter was trained for %s, not for %s; it fits no other model",
+            "%s: the adapter was trained for %s, as its settings say, not for %s; if that is "
+            "another model, its answers mean nothing",
             folder, printable(str(base)), model_name,
         )  # fmt: skip
     try:
