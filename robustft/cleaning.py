@@ -22,7 +22,7 @@ from robustft.engines import Engine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.files import drafted, rename_synced, spare_others
-from robustft.finishing import Models, finish
+from robustft.finishing import Models, finish, seconds_before
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.models import is_small
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
@@ -223,12 +223,15 @@ def run_clean(
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
         reopen(shard, store, target, alone=True)
+        before = seconds_before(shard, store, target)
+        store.set_meta("load seconds", before["load"] + watch.seconds())
         run = ShardRun(config, shard, intake, engine, embedder, store)
         run.detect()
         corpus = Corpus(intake, [shard], config.threads, config.retriever)
         conclusion = _conclude(config, shard, store, corpus, target)
         run.relabel(conclusion, corpus)
-        return finish(config, source, iter([(shard, store)]), corpus, conclusion, models, watch)
+        alone = iter([(shard, store)])
+        return finish(config, source, alone, corpus, conclusion, models, watch, before)
 
 
 def _conclude(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import robustft
@@ -55,6 +56,19 @@ class Models:
         return {"model": f"{self.model}@{self.revision}", "embedder": self.embedder}
 
 
+def seconds_before(shard: Shard, store: Store, target: Path) -> dict[str, float]:
+    """What earlier sessions of a run have spent, by stage; `target`: where its split is published.
+
+    To be asked for once the models are loaded, before a phase begins.
+    """
+    spent = {"load": float(store.get_meta("load seconds") or 0.0)}
+    for phase, stage in _STAGES.items():
+        found = shard.phase(phase)
+        kept = store.get_meta(f"{stage} seconds") or 0.0
+        spent[stage] = Published(found).facts["seconds"] if found.is_dir() else kept
+    return spent | (Published(target).facts.get("stage_seconds", {}) if target.is_dir() else {})
+
+
 def finish(
     config: CleanConfig,
     source: RecordSource,
@@ -63,10 +77,12 @@ def finish(
     conclusion: Conclusion,
     models: Models,
     watch: Stopwatch,
+    spent: Mapping[str, float] | None = None,
 ) -> CleanResult:
     """Select, write every output, and say what was done.
 
-    `parts` gives every shard, all of which have relabeled, with its store, in input order.
+    `parts` gives every shard, all of which have relabeled, with its store, in input order;
+    `spent` is what `seconds_before` said, None for shards that are merged.
     """
     writing = Stopwatch()
     shards: list[Shard] = []
@@ -88,8 +104,7 @@ def finish(
             facts = Published(shard.phase(phase)).facts
             seconds[_STAGES[phase]] += facts["seconds"]
             truncated += facts["truncated"]
-    result.seconds = {name: round(value, 3) for name, value in seconds.items()}
-    result.seconds["write"] = round(writing.seconds(), 3)
+    stages: dict[str, float] = {**seconds, "write": writing.seconds()}
     result.counts["rejected"] = corpus.intake.rejects
     result.counts["input"] = corpus.intake.records + corpus.intake.rejects
     for warning in conclusion.warnings:
@@ -120,7 +135,13 @@ def finish(
             f"{counted(result.unanswered, 'record')} got no reply from the engine on some question "
             f"(verdicts.jsonl says why){again}"
         )
-    result.seconds["total"] = round(watch.seconds(), 3)
+    total = watch.seconds()
+    if spent is not None:  # whatever was no other stage: reading the input, loading the models
+        result.earlier = sum(spent.values())
+        rest = total + result.earlier - sum(stages.values())
+        stages = {"load": max(rest, 0.0), **stages}
+    result.seconds = {name: round(value, 3) for name, value in stages.items()}
+    result.seconds["total"] = round(total, 3)
     result.next_steps = next_steps(config, result)
     # An earlier session's would be stale: another --beta keeps other records.
     if read_manifest(config.out).get("dataset_info"):

@@ -71,7 +71,9 @@ class CleanResult:
     counts: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
     threshold: float = float("nan")  # largest response entropy kept, nats (eq. 8)
+    # By stage, over all sessions; "total" is the wall time of this one.
     seconds: dict[str, float] = field(default_factory=dict)
+    earlier: float | None = None  # seconds of earlier sessions; None where shards were merged
     suspicious: list[Judged] = field(default_factory=list, repr=False)
     score_counts: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros((2, _SCORE_BINS), np.int64), repr=False

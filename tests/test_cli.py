@@ -24,12 +24,13 @@ import pytest
 from commandline import SMALL_MODEL, CommandLine, call, quiz, read, write
 
 from robustft.cleaning import Announcement
-from robustft.cli.console import print_announcement
+from robustft.cli.console import print_announcement, print_clean_summary
 from robustft.cli.settings import parse
 from robustft.engines import Abilities
 from robustft.engines.factory import load_engine
 from robustft.finishing import Models
 from robustft.models import hub_answers
+from robustft.verdicts import CleanResult
 
 COMMANDS = ("demo", "clean", "train", "eval", "score", "corrupt", "bench")
 PAPER = ("--detector", "paper")
@@ -283,6 +284,24 @@ def test_clean_says_what_happened_and_what_to_run_next(
         "robustft: 30 records, read as choice (question, options, answer)",
         "robustft: experts: scripted; embeddings: letters",
     ]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "told"),
+    [
+        (0.0, "took          5 s"),
+        (58.2, "took          5 s, and 58 s in earlier sessions"),
+        (None, "took          5 s; the stages of all shards 61 s, added up"),
+    ],
+)
+def test_the_time_that_others_took_is_told_apart(
+    capsys: pytest.CaptureFixture[str], earlier: float | None, told: str
+) -> None:
+    seconds = {"detect": 40.5, "relabel": 20.1, "write": 0.2, "total": 5.2}
+    print_clean_summary(
+        CleanResult(Path("out"), Path("out/cleaned.jsonl"), seconds=seconds, earlier=earlier)
+    )
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_rejects_are_counted_on_both_streams(run: CommandLine, tmp_path: Path) -> None:

@@ -632,6 +632,31 @@ def test_the_time_of_a_killed_session_counts(tmp_path: Path) -> None:
     assert run(source, tmp_path / "out").seconds["detect"] > 0.3
 
 
+def test_the_times_of_the_stages_are_those_of_all_sessions(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(4))
+    config = CleanConfig(str(source), tmp_path / "out", detector="paper")
+    engine = ScriptedEngine(before_batch=lambda: time.sleep(0.05))
+    said = []
+    for loading in (0.4, 0.2):
+        result = run_clean(
+            config,
+            engine=engine,
+            embedder=LetterEmbedder(),
+            announce=lambda known, loading=loading: time.sleep(loading),  # type: ignore[misc]
+        )
+        said.append(result)
+    first, second = said
+    assert first.earlier == 0
+    # All of the first but what it wrote, which the second writes again.
+    spent = first.seconds["total"] - first.seconds["write"]
+    assert second.earlier == pytest.approx(spent, abs=0.1)
+    assert second.seconds["load"] == pytest.approx(0.6, abs=0.15)
+    assert second.seconds["detect"] == first.seconds["detect"]
+    for one in said:
+        stages = sum(value for name, value in one.seconds.items() if name != "total")
+        assert stages == pytest.approx(one.seconds["total"] + one.earlier, abs=0.01)
+
+
 def test_sets_of_options_are_judged_apart(tmp_path: Path) -> None:
     """Two label sets and single questions in one corpus; one odd record silences no learner."""
     rows, truth = worded_rows(300, wrong=0.3)

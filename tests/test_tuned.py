@@ -68,7 +68,7 @@ def test_the_fine_tuned_model_joins_the_crowd_out_of_fold(
 ) -> None:
     config, result = whole
     assert result.weights["tuned"] > 0.05
-    assert list(result.seconds) == ["detect", "split", "folds", "relabel", "write", "total"]
+    assert list(result.seconds) == ["load", "detect", "split", "folds", "relabel", "write", "total"]
     assert result.seconds["folds"] > result.seconds["split"]
     verdicts = read(config.out / "verdicts.jsonl")
     said = [verdict["experts"]["tuned"] for verdict in verdicts]

@@ -79,9 +79,7 @@ def print_clean_summary(result: CleanResult, compared: str = "") -> None:
     print(f"training set  {result.cleaned}")
     print(f"report        {out / 'report.html'}  (open it in a browser)")
     print(f"verdicts      {out / 'verdicts.jsonl'}")
-    took = result.seconds["total"]
-    before = sum(seconds for name, seconds in result.seconds.items() if name != "total") - took
-    print(f"took          {took:.0f} s" + _earlier(before))
+    print(f"took          {result.seconds['total']:.0f} s{_elsewhere(result)}")
     if compared:
         print(compared)
     if result.next_steps:
@@ -92,9 +90,12 @@ def print_clean_summary(result: CleanResult, compared: str = "") -> None:
         print("nothing is left to train on: the report says why; a larger --beta keeps more")
 
 
-def _earlier(seconds: float) -> str:
-    """Work that this command found done, by earlier sessions or beside it by other shards."""
-    return f", and {seconds:.0f} s in earlier sessions or other shards" if seconds >= 1 else ""
+def _elsewhere(result: CleanResult) -> str:
+    """The time of earlier sessions, or that of shards, which may have worked at the same time."""
+    if result.earlier is None:
+        shards = sum(seconds for name, seconds in result.seconds.items() if name != "total")
+        return f"; the stages of all shards {shards:.0f} s, added up" if shards >= 1 else ""
+    return f", and {result.earlier:.0f} s in earlier sessions" if result.earlier >= 1 else ""
 
 
 def print_baseline_summary(result: CleanResult, method: str, compared: str = "") -> None:
