@@ -210,7 +210,11 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, source: Path) -> 
         shard(other, out, 1, 2)
     with pytest.raises(UserError, match="holds no shards"):
         merge([tmp_path])
+    with pytest.raises(UserError, match=r"nodir: is no folder; expected the --out of"):
+        merge([tmp_path / "nodir"])
     whole(source, tmp_path / "one")
+    with pytest.raises(UserError, match="one: needs no merge: it was not cleaned in shards"):
+        merge([tmp_path / "one"])
     with pytest.raises(UserError, match="holds a run of one process"):
         shard(source, tmp_path / "one", 0, 2)
     assert [shard(source, out, number, 2) for number in (1, 0)] == [[0], []]

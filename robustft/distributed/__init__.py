@@ -93,7 +93,7 @@ def read_plan(out: Path) -> Plan:
     """The plan in an output folder; raises UserError where there is none."""
     folder = plan_folder(out)
     if not folder.is_dir():
-        raise UserError(f"{out}: holds no shards; expected the --out of `robustft clean --shard`")
+        raise _without_shards(out)
     facts = Published(folder).facts
     try:
         config = dict(facts["config"])
@@ -114,6 +114,13 @@ def read_plan(out: Path) -> Plan:
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: is not the plan of a run ({error!r:.200})") from error
+
+
+def _without_shards(folder: Path) -> UserError:
+    if (folder / "run.sqlite").exists():
+        return UserError(f"{folder}: needs no merge: it was not cleaned in shards")
+    held = "holds no shards" if folder.is_dir() else "is no folder"
+    return UserError(f"{folder}: {held}; expected the --out of `robustft clean --shard`")
 
 
 def _plain(config: CleanConfig) -> dict[str, Any]:
@@ -299,7 +306,7 @@ def _root(folder: Path) -> Path:
     for root in (folder, folder.parent.parent):
         if plan_folder(root).is_dir():
             return root
-    raise UserError(f"{folder}: holds no shards; expected the --out of `robustft clean --shard`")
+    raise _without_shards(folder)
 
 
 def _found(shard: Shard, roots: Sequence[Path]) -> Shard:
