@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from robustft.errors import UserError
 from robustft.files import drafted, rename_synced, spare_others
 from robustft.finishing import Models, finish, seconds_before
 from robustft.intake import Intake, intake_folder, take_in
-from robustft.models import is_small
+from robustft.models import DEFAULT_EMBEDDER, find_embedder, find_model, is_small
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, conclude, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
@@ -109,11 +109,9 @@ def clean(
     loaded = None if isinstance(engine, EngineConfig) else engine
     small = is_small(described) if loaded is None else bool(getattr(loaded, "embedded", False))
     exchange = bool(rest.get("dataset_info"))
-    with output_folder(out, data, exchange=exchange) as folder:
-        if not isinstance(data, str | Path):
-            data = _rows_file(data, folder)
+    with output_folder(out, data, exchange=exchange) as folder, _as_file(data, folder) as path:
         config = CleanConfig(
-            input=str(data),
+            input=str(path),
             out=folder,
             engine=described,
             embedder=embedder if isinstance(embedder, str) else None,
@@ -135,6 +133,28 @@ def _several(name: str, value: Any, what: str, kind: Any) -> list[Any]:
     if not iterable or not all(isinstance(one, kind) for one in several):
         raise UserError(f"{name} must be {what} or several, got {value!r:.80}")
     return several
+
+
+@contextmanager
+def _as_file(data: Any, folder: Path) -> Iterator[str | Path]:
+    """`data`, or rows as a file in `folder`, which goes again where no run has begun there."""
+    if isinstance(data, str | Path):
+        yield data
+        return
+    new, before = not folder.exists(), set(folder.glob("input-*.jsonl"))
+    try:
+        path = _rows_file(data, folder)
+        try:
+            yield path
+        except BaseException:
+            if path not in before and not (folder / "run.sqlite").exists():
+                path.unlink(missing_ok=True)
+            raise
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 def _rows_file(rows: Any, folder: Path) -> Path:
@@ -200,6 +220,7 @@ def run_clean(
             f"{config.out}: holds the shards of a run; go on with --shard, --processes or --ray as "
             "before, finish with `robustft merge`, or choose another --out"
         )
+    require_models(config, engine, embedder)
     with ExitStack() as stack:
         stack.enter_context(folder_lock(config.out))
         path = config.out / "run.sqlite"
@@ -261,6 +282,16 @@ def open_source(config: CleanConfig) -> RecordSource:
     SecondOpinions(config.second_opinion).require_input(source, config.fingerprint())
     refuse_overwriting(config, source)
     return source
+
+
+def require_models(
+    config: CleanConfig, engine: Engine | None, embedder: TextEmbedder | None
+) -> None:
+    """Raise UserError for models that cannot be any, before anything is written."""
+    if engine is None and config.engine.engine != "openai" and not is_small(config.engine):
+        find_model(config.engine.model)
+    if embedder is None and config.embedder not in (None, DEFAULT_EMBEDDER):
+        find_embedder(config.embedder)
 
 
 def load(

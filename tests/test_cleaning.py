@@ -237,3 +237,36 @@ def test_data_that_is_no_rows_is_told(tmp_path: Path, data: Any, found: str) -> 
     """A `datasets.DatasetDict` is a mapping of splits."""
     with pytest.raises(UserError, match=f"data: expected a path or rows, .*{found}"):
         rft.clean(data, out=tmp_path, engine=ScriptedEngine(), embedder=LetterEmbedder())
+
+
+@pytest.mark.parametrize("rows", [[{"question": "a"}], [{"question": object()}], 7])
+def test_rows_that_cannot_be_cleaned_leave_nothing_behind(tmp_path: Path, rows: Any) -> None:
+    models: dict[str, Any] = {"engine": ScriptedEngine(), "embedder": LetterEmbedder()}
+    with pytest.raises(UserError):
+        rft.clean(rows, out=tmp_path / "out", **models)
+    assert not (tmp_path / "out").exists()
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "input-mine.jsonl").touch()
+    with pytest.raises(UserError):
+        rft.clean(rows, out=kept, **models)
+    assert [path.name for path in kept.iterdir()] == ["input-mine.jsonl"]
+
+
+@pytest.mark.parametrize("given", [{"model": "nowhere.gguf"}, {"embedder": "/nowhere"}])
+def test_a_model_that_cannot_be_one_leaves_nothing_behind(
+    tmp_path: Path, given: dict[str, str]
+) -> None:
+    with pytest.raises(UserError, match="found nothing there"):
+        rft.clean(ROWS, out=tmp_path / "out", **given)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_run_that_broke_off_stay(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        clean(tmp_path / "out", engine=ScriptedEngine(before_batch=stop))
+    assert len(list((tmp_path / "out").glob("input-*.jsonl"))) == 1
+    clean(tmp_path / "out")
