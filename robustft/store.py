@@ -9,6 +9,7 @@ would.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -182,6 +183,10 @@ class Store:
             self._db.executescript(_SCHEMA)
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise UserError(
+                    f"{path}: cannot be written: {os.strerror(errno.ENOSPC)}"
+                ) from error
             raise UserError(
                 f"{path}: cannot be used as the run's store ({error}); expected the run.sqlite of "
                 "an earlier run or a writable folder"

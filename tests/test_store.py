@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,21 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.sqlite").write_bytes(b"this is not a database, and long enough to say so" * 9)
     with pytest.raises(UserError, match=r"run\.sqlite: cannot be used"):
+        Store(tmp_path / "run.sqlite")
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def full(*given: Any, **named: Any) -> sqlite3.Connection:
+        db = connect(*given, **named)
+        db.execute("PRAGMA max_page_count=1")
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    with pytest.raises(
+        UserError, match=r"run\.sqlite: cannot be written: No space left on device$"
+    ):
         Store(tmp_path / "run.sqlite")
 
 
