@@ -624,6 +624,8 @@ def test_numbers_that_may_count_from_0_or_1(
     source = open_records(save(tmp_path / "in.jsonl", jsonl(rows)))
     assert "".join(one.answer for one in source if isinstance(one, Record)) == read
     assert [says in r.message for r in caplog.records if says] == [True] * bool(says)
+    where = f"{tmp_path / 'in.jsonl'}, field 'answer': "
+    assert all(record.message.startswith(where) for record in caplog.records)
 
 
 def test_content_parts_go_in_and_come_out_as_parts(tmp_path: Path) -> None:

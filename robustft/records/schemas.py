@@ -225,8 +225,11 @@ class ChoiceSchema:
             )
         return {self.answer: value}
 
-    def tuned(self, rows: Iterable[Mapping[str, Any]]) -> ChoiceSchema:
-        """Return this schema with `base` and `digits` as a sample of rows suggests."""
+    def tuned(self, rows: Iterable[Mapping[str, Any]], where: str) -> ChoiceSchema:
+        """Return this schema with `base` and `digits` as a sample of rows, from `where`, suggests.
+
+        The log says where it is open.
+        """
         low = high = digits = total = 0
         for row in rows:
             try:
@@ -244,8 +247,8 @@ class ChoiceSchema:
             both, neither = "both 0 and", "neither 0 nor"
             why = f"{both if low else neither} the number of options occur{'' if low else 's'}"
             _log.warning(
-                "field %r: answers are read as numbers counted from %d, but %s: write letters "
-                "where that is wrong", self.answer, one_based, why,
+                "%s, field %r: answers are read as numbers counted from %d, but %s: write letters "
+                "where that is wrong", where, self.answer, one_based, why,
             )  # fmt: skip
         return replace(self, base=int(one_based), digits=0 < digits == total)
 
@@ -472,7 +475,7 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     most = max(votes.values(), default=0)
     best = next(schema for schema in candidates if 2 * votes[schema] >= most)
     if votes[best]:
-        return best.tuned(sample) if isinstance(best, ChoiceSchema) else best
+        return best.tuned(sample, where) if isinstance(best, ChoiceSchema) else best
     names = list(dict.fromkeys(key for row in sample for key in row))
     other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
     found = printable(field_names(names))
