@@ -93,7 +93,7 @@ class Conclusion:
         wrong = float(self.wrong[position])
         if math.isnan(wrong):
             return Detection(False, math.nan, "not judged: the model gave no answer")
-        said = f"given answer wrong with {wrong:.2f}"
+        said = f"given answer wrong with probability {wrong:.2f}"
         if asked.record.options is not None and self.pooled.shape[1]:
             row = self.pooled[position]
             best = int(row.argmax())

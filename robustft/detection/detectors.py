@@ -24,7 +24,7 @@ from robustft.store import Opinion
 from robustft.terminal import counted, plural_of
 
 NO_BETTER_THAN_CHANCE = (
-    "these experts agree with the given answers no more than chance would: nothing was changed; "
+    "agreement with the given answers is no more than chance would give: nothing was changed; "
     "more records (a few dozen tell little) or a stronger model (--model) may show more; "
     "--detector paper goes by the model's word regardless"
 )
