@@ -12,6 +12,16 @@ def printable(text: str) -> str:
     )
 
 
+def percentages(shares: Sequence[float]) -> list[int]:
+    """Shares of one whole as whole percentages that add up to 100 (largest remainder)."""
+    exact = [100 * share for share in shares]
+    found = list(map(int, exact))
+    by_rest = sorted(range(len(exact)), key=lambda one: found[one] - exact[one])
+    for one in by_rest[: round(sum(exact)) - sum(found)]:
+        found[one] += 1
+    return found
+
+
 def listed(names: Sequence[object]) -> str:
     """`3, 4, 7`; of more than twenty the first ones."""
     return ", ".join(map(str, names[:20])) + (" …" if len(names) > 20 else "")

@@ -304,6 +304,14 @@ def test_the_time_that_others_took_is_told_apart(
     assert told in capsys.readouterr().out.splitlines()
 
 
+def test_shares_of_the_votes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    result = CleanResult(Path("out"), Path("out/cleaned.jsonl"), seconds={"total": 1.0})
+    result.weights = {"base": 0.335, "reasoned": 0.0, "regression": 0.335, "neighbours": 0.33}
+    print_clean_summary(result)
+    said = "votes         base 34%, reasoned 0%, regression 33%, neighbours 33%"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_rejects_are_counted_on_both_streams(run: CommandLine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [*quiz(9), b"{broken"])
     done = run("clean", source, "--out", tmp_path / "out", *PAPER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robustft.evaluation import EvalResult
-from robustft.terminal import counted, plural_of
+from robustft.terminal import counted, percentages, plural_of
 from robustft.truth import Comparison
 
 
@@ -12,6 +12,14 @@ def test_one_is_not_counted_as_many() -> None:
     assert counted(12_345, "record") == "12,345 records"
     assert plural_of(1, "was", "were") == "was"
     assert [plural_of(number, "line") for number in (0, 1, 2)] == ["lines", "line", "lines"]
+
+
+def test_percentages_add_up() -> None:
+    assert percentages([0.336, 0.336, 0.328, 0.0]) == [34, 33, 33, 0]
+    assert percentages([0.29, 0.71]) == [29, 71]  # 100 * 0.29 is less than 29
+    assert percentages([1 / 3] * 3) == [34, 33, 33]
+    assert percentages([0.995, 0.005]) == [100, 0]
+    assert percentages([]) == []
 
 
 def test_summaries_of_one_and_of_several() -> None:

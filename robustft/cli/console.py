@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from robustft.config import CleanConfig, EngineConfig
-from robustft.terminal import counted, listed, printable
+from robustft.terminal import counted, listed, percentages, printable
 
 if TYPE_CHECKING:  # which import what takes seconds
     from robustft.cleaning import Announcement
@@ -70,8 +70,8 @@ def print_clean_summary(result: CleanResult, compared: str = "") -> None:
             name = {"keep": "kept", "relabel": "relabeled", "drop": "dropped"}.get(action, action)
             print(f"  {name:<10} {counts[action]:>8,}  {meaning}")
     if result.weights and not result.powerless:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in result.weights.items())
-        print(f"votes         {shares}")
+        shares = zip(result.weights, percentages([*result.weights.values()]), strict=True)
+        print(f"votes         {', '.join(f'{name} {share}%' for name, share in shares)}")
     if result.estimate and not result.powerless:
         print(f"noise         {result.estimate}")
     if rule := next((one for one in result.confusions if one.prevails), None):
