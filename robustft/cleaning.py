@@ -193,6 +193,7 @@ class Announcement:
     schema: str  # and the fields it reads
     models: Models
     resumed: bool
+    limit: int | None = None  # at most so many records are read
 
     @classmethod
     def of(
@@ -200,7 +201,7 @@ class Announcement:
     ) -> Announcement:
         """What is known of an input that was read."""
         schema = f"{source.schema} ({', '.join(source.layout.fields)})"
-        return cls(intake.records, intake.rejects, schema, models, resumed)
+        return cls(intake.records, intake.rejects, schema, models, resumed, source.limit)
 
 
 def run_clean(

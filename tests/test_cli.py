@@ -312,6 +312,16 @@ def test_shares_of_the_votes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert said in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("limit", "told"), [(12, "the first 12 records, by --limit 12"), (31, "30 records")]
+)
+def test_an_input_that_may_go_on_is_told(
+    run: CommandLine, source: Path, tmp_path: Path, limit: int, told: str
+) -> None:
+    done = run("clean", source, "--out", tmp_path / "out", "--limit", limit, *PAPER)
+    assert f"robustft: {told}, read as choice (" in done.err
+
+
 def test_rejects_are_counted_on_both_streams(run: CommandLine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [*quiz(9), b"{broken"])
     done = run("clean", source, "--out", tmp_path / "out", *PAPER)

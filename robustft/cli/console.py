@@ -19,6 +19,8 @@ def print_announcement(known: Announcement) -> None:
     """First lines of a run: what was read and which models will be asked."""
     bad = f", {known.rejects:,} of them unreadable" if known.rejects else ""
     read = counted(known.records + known.rejects, "record")
+    if known.limit == known.records:
+        read = f"the first {read}, by --limit {known.limit}"
     print(f"robustft: {read}{bad}, read as {known.schema}", file=sys.stderr)
     print(
         printable(f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}"),

@@ -117,7 +117,8 @@ class RecordSource:
     `path` is the path or dataset id as given; `format` is "jsonl", "json", "csv", "parquet" or
     "hub"; `schema` names the schema in use, `kind` the same without fields of other names; `fields`
     are the columns, or the fields of the first rows where rows may differ; `suffix` ends the name
-    of an output of the same format, such as ".jsonl.gz".
+    of an output of the same format, such as ".jsonl.gz"; `limit` is how many records it stops
+    after, None where it does not.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class RecordSource:
         self.suffix = reader.suffix
         self.reader = reader
         self.layout = schema
-        self._limit = limit
+        self.limit = limit
         self._hash: str | None = None
 
     def __iter__(self) -> Iterator[Record | Reject]:
@@ -151,14 +152,14 @@ class RecordSource:
                 continue
             yield Record(index, line, ids.unique(own, index), *parsed, row, file)
             index += 1
-            if index == self._limit:
+            if index == self.limit:
                 break
 
     @property
     def size(self) -> int | None:
         """About how many records and rejects it will yield, where that can be told beforehand."""
         size = self.reader.size
-        return size if size is None or self._limit is None else min(size, self._limit)
+        return size if size is None or self.limit is None else min(size, self.limit)
 
     def refusal(self, row: Mapping[str, Any], answer: str) -> str | None:
         """Why a new answer (letter or text) cannot be written in `row`, None where it can.
