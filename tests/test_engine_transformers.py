@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import Metaspace
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -39,7 +40,7 @@ from robustft.engines.tokens import piece_offsets
 from robustft.engines.transformers import TransformersEngine, _Sampler
 from robustft.errors import UserError
 from robustft.evaluation import evaluate
-from robustft.models import content_digest, find_model, load_tokenizer
+from robustft.models import ModelSource, content_digest, find_model, load_tokenizer
 from robustft.scoring import score_file
 
 TEXTS = ["hi", "a much longer question than the others, by far", "B?", "ünïcödé 🙂", ""]
@@ -553,6 +554,31 @@ def test_pickle_checkpoint_is_refused(tiny_model: Path, tmp_path: Path) -> None:
         TransformersEngine(EngineConfig(model=str(tmp_path)))
     with pytest.raises(UserError, match="pickle checkpoints can run code"):
         TransformersEngine(EngineConfig(model=str(tmp_path / "pytorch_model.bin")))
+
+
+def test_the_default_model_is_unpacked_with_one_line(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    def load(source: ModelSource, *, dtype: torch.dtype) -> Any:
+        assert source.gguf is not None
+        list(tqdm(range(2), desc="Converting and de-quantizing GGUF tensors..."))
+        return model.to(dtype)
+
+    monkeypatch.setenv("ROBUSTFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("robustft.models.load_causal_lm", load)
+    monkeypatch.setattr(
+        "robustft.models.load_tokenizer",
+        lambda _: transformers.AutoTokenizer.from_pretrained(tiny_model),
+    )
+    capsys.readouterr()
+    for told in ("robustft: unpacking the default model, once: half a minute\n", ""):
+        assert (Path(find_model(None).path) / "model.safetensors").is_file()
+        assert capsys.readouterr() == ("", told)
 
 
 def test_a_model_folder_with_an_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
