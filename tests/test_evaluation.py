@@ -144,7 +144,7 @@ def test_what_cannot_be_decoded_costs_its_record_alone(
     result = evaluate(EvalConfig(str(path)), engine=oracle("4"))
     assert (result.overall.correct, result.overall.total, result.rejected) == (1, 2, 1)
     (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
-    assert said.startswith(f"{path}, line 2: field '{field}': cannot be decoded: ")
+    assert said.startswith(f"{path}, record 2: field '{field}': cannot be decoded: ")
 
 
 def test_text_from_the_data_is_printed_as_one_harmless_line(tmp_path: Path) -> None:
