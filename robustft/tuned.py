@@ -98,9 +98,8 @@ def _answers(
     panel = Panel(load_engine(config.engine, adapter), store, config.experts, seed=config.seed)
     with Progress(f"{name} asked", shard.rows, unit="records") as progress:
         for unit, chunk in intake.units(shard):
-            panel.unit = unit
             mine = [one for one in chunk if asked[one.index]]
-            yield from zip(mine, panel.tuned(mine, basis), strict=True)
+            yield from zip(mine, panel.at(unit).tuned(mine, basis), strict=True)
             progress.update(len(chunk))
 
 
