@@ -18,10 +18,11 @@ from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.exchange import exchange
+from robustft.next_steps import to_train_and_evaluate
 from robustft.outputs import METHOD, command, identity, read_manifest, write_manifest
 from robustft.pipeline import select
 from robustft.records import RecordSource
-from robustft.report.run import next_steps, write_run_report
+from robustft.report.run import write_run_report
 from robustft.second_opinions import SecondOpinions
 from robustft.shards import Published, Shard
 from robustft.store import Stopwatch, Store
@@ -142,7 +143,10 @@ def finish(
         stages = {"load": max(rest, 0.0), **stages}
     result.seconds = {name: round(value, 3) for name, value in stages.items()}
     result.seconds["total"] = round(total, 3)
-    result.next_steps = next_steps(config, result)
+    if result.left and not result.powerless:
+        result.next_steps = to_train_and_evaluate(
+            result.cleaned, config.out, config.engine, config.schema
+        )
     # An earlier session's would be stale: another --beta keeps other records.
     if read_manifest(config.out).get("dataset_info"):
         config = replace(config, dataset_info=True)

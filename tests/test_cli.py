@@ -694,6 +694,7 @@ def test_a_method_writes_over_its_own_outputs_alone(run: CommandLine, tmp_path: 
         assert done.status == 0
         assert done.err == SMALL_MODEL
     assert f"next:\n  robustft train '{theirs}/cleaned.jsonl' --out '{theirs}/adapter'" in done.out
+    assert f"\n  robustft eval TEST_FILE --adapter '{theirs}/adapter'" in done.out
     before = (theirs / "verdicts.jsonl").read_bytes()
     for arguments in (
         ("clean", source),

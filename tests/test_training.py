@@ -490,6 +490,7 @@ def test_training_learns_and_the_adapter_is_standard_peft(
     said = str(result).splitlines()
     assert said[0].startswith("40 records: trained in 40 steps on ")
     assert [line.split()[0] for line in said[1:-1]] == ["loss", "adapter", "took", "next:"]
+    assert said[-1] == f"  robustft eval TEST_FILE --model {tiny_model} --adapter {out}"
 
     ids = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(0))
     base = load_causal_lm(find_model(str(tiny_model)), dtype=torch.float32)

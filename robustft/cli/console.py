@@ -84,12 +84,15 @@ def print_clean_summary(result: CleanResult, compared: str = "") -> None:
     print(f"took          {result.seconds['total']:.0f} s{_elsewhere(result)}")
     if compared:
         print(compared)
+    nothing = "nothing is left to train on: the report says why; a larger --beta keeps more"
+    _print_next_steps(result, "" if result.powerless else nothing)
+
+
+def _print_next_steps(result: CleanResult, otherwise: str) -> None:
     if result.next_steps:
-        print("next:")
-        for command in result.next_steps:
-            print(f"  {command}")
-    elif not result.powerless:
-        print("nothing is left to train on: the report says why; a larger --beta keeps more")
+        print("next:", *result.next_steps, sep="\n  ")
+    elif otherwise:
+        print(otherwise)
 
 
 def _elsewhere(result: CleanResult) -> str:
@@ -118,11 +121,7 @@ def print_baseline_summary(result: CleanResult, method: str, compared: str = "")
     print(f"took          {result.seconds['total']:.0f} s")
     if compared:
         print(compared)
-    if result.left:
-        train = ["robustft", "train", str(result.cleaned), "--out", str(result.out / "adapter")]
-        print(f"next:\n  {shlex.join(train)}")
-    else:
-        print("nothing is left to train on")
+    _print_next_steps(result, "nothing is left to train on")
 
 
 def print_shard_summary(

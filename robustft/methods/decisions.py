@@ -14,6 +14,7 @@ from robustft.cleaning import open_source, refuse_runs, spare_folder
 from robustft.config import CleanConfig
 from robustft.exchange import exchange
 from robustft.files import atomic_file
+from robustft.next_steps import to_train_and_evaluate
 from robustft.outputs import claim, command, identity, made_by, write_manifest
 from robustft.progress import Progress
 from robustft.records import Record, RecordWriter, Reject, count_records, output_name
@@ -111,6 +112,8 @@ def write_decisions(
         "unanswered": result.unanswered, "warnings": result.warnings, "seconds": result.seconds,
     }  # fmt: skip
     write_manifest(out, manifest)
+    if result.left:
+        result.next_steps = to_train_and_evaluate(result.cleaned, out, config.engine, config.schema)
     if config.dataset_info:
         exchange(source, result.cleaned, left=result.left)
     return result

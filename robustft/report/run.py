@@ -88,19 +88,6 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
     write_report(config.out / "report.html", data)
 
 
-def next_steps(config: CleanConfig, result: CleanResult) -> tuple[str, ...]:
-    """Commands worth running after `clean`; none where nothing was cleaned, or nothing is left."""
-    if result.powerless or not result.left:
-        return ()
-    adapter = str(result.out / "adapter")
-    named = ["--model", config.engine.model] if config.engine.model else []
-    named += ["--schema", config.schema] if config.schema else []
-    return (
-        shlex.join(["robustft", "train", str(result.cleaned), *named, "--out", adapter]),
-        shlex.join(["robustft", "eval", "TEST_FILE", *named, "--adapter", adapter]),
-    )
-
-
 def _expert_rows(result: CleanResult, totals: dict[str, dict[str, float]]) -> tuple[ExpertRow, ...]:
     tallies: Counter[tuple[str, str]] = result.tallies
     rows = []

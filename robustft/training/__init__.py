@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from robustft.models import (
     load_causal_lm,
     load_tokenizer,
 )
+from robustft.next_steps import to_evaluate
 from robustft.records import Record, RecordSource, Reject, leave_out, open_records, watched
 from robustft.store import folder_lock, refuse_changes
 from robustft.terminal import counted, plural_of
@@ -51,6 +51,7 @@ class TrainResult:
     trained_parameters: int
     history: History
     resumed: int = 0  # steps already done when this call began
+    schema: str | None = None  # as the input's was given
 
     def __str__(self) -> str:
         """The closing summary of the command line."""
@@ -66,13 +67,12 @@ class TrainResult:
             lines.append(f"left out      {counted(self.rejected, 'line')} that could not be read")
         if self.shortened:
             lines.append(f"cut           {counted(self.shortened, 'record')}, to the cutoff")
-        model = [] if self.model == DEFAULT_MODEL else ["--model", self.model]
-        evaluate = ["robustft", "eval", "TEST_FILE", *model, "--adapter", str(self.out)]
+        model = None if self.model == DEFAULT_MODEL else self.model
         lines += [
             f"loss          {losses}  (nats per response token, mean of each epoch)",
             f"adapter       {self.out}  ({self.trained_parameters:,} parameters)",
             f"took          {self.history.seconds:,.0f} s{before}",
-            f"next:\n  {shlex.join(evaluate)}",
+            f"next:\n  {to_evaluate(self.out, model, self.schema)}",
         ]
         return "\n".join(lines)
 
@@ -127,6 +127,7 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
             trained_parameters=loop.trained_parameters,
             resumed=resumed,
             history=history,
+            schema=config.schema,
         )
         save_adapter(adapted, config.out)
         write_atomically(config.out / "README.md", _readme(config, result, model_source.name))
