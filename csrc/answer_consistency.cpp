@@ -33,12 +33,13 @@ std::atomic<const Kernels*>& chosen() {
 }
 
 constexpr std::size_t kMaskBudget = std::size_t{1} << 18;  // 64-bit masks kept at once: 2 MiB
+constexpr std::size_t kQuickWords = 16;  // a question of longer answers may take minutes
 
 // One worker's memory, grown as needed and reused from question to question.
 class Worker {
   public:
-    Worker(const Answers& answers, const Kernels& kernels)
-        : answers_(answers), kernels_(kernels), slots_(answers.slots) {}
+    Worker(const Answers& answers, const Kernels& kernels, Monitor& monitor)
+        : answers_(answers), kernels_(kernels), monitor_(monitor), slots_(answers.slots) {}
 
     void compare(std::size_t question, Metric metric, float* agreement) {
         start_ = answers_.start + question * slots_;
@@ -246,6 +247,7 @@ class Worker {
                     kernels_.edit(stream, valid_.data(), total_.data());
                 }
                 if (!all_words) mark(word, masks_.data(), false);
+                if (words > kQuickWords) monitor_.advance(0);
             }
             fill(agreement, b, [&](std::size_t a) {
                 if (lcs) return f_measure(total_[a], size(a), size(b));
@@ -272,6 +274,7 @@ class Worker {
 
     const Answers& answers_;
     const Kernels& kernels_;
+    Monitor& monitor_;
     const std::size_t slots_;
     const std::int64_t* start_ = nullptr;
     const std::int64_t* length_ = nullptr;
@@ -409,7 +412,7 @@ void pairwise(const Answers& answers, Metric metric, float* agreement, unsigned 
     check_slots(answers);
     const Kernels& kernels = *chosen().load(std::memory_order_relaxed);
     const std::size_t most = std::min<std::size_t>(threads, blocks_of(answers.questions));
-    std::vector<Worker> workers(std::max<std::size_t>(1, most), Worker(answers, kernels));
+    std::vector<Worker> workers(std::max<std::size_t>(1, most), Worker(answers, kernels, monitor));
     const std::size_t pairs = answers.slots * answers.slots;
     for_questions(answers.questions, answers.count + answers.questions * pairs, threads, monitor,
                   [&](std::size_t question, unsigned worker) {

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -525,3 +526,20 @@ def test_strings_need_neither_triton_nor_a_gpu() -> None:
         "assert answer_consistency([['a', 'b']]).majority.tolist() == [0]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ctrl_c_stops_within_a_question_of_long_answers() -> None:
+    code = """
+        import _thread, threading
+        import numpy as np
+        from robustft_kernels import answer_consistency
+        ids = np.zeros((1, 2, 3_000_000), np.int32)  # as they are, minutes
+        threading.Timer(0.3, _thread.interrupt_main).start()
+        try:
+            answer_consistency(ids, metric="edit", threads=2)
+        except KeyboardInterrupt:
+            print("stopped")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "stopped\n"
