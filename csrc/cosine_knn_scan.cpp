@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <stdexcept>
 #include <utility>
 
 namespace robustft::knn {
@@ -127,6 +128,7 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
 
 void Batch::be_certain() {
     for (Scale& scale : int8_) scale.caution = 2;
+    certain_ = true;
 }
 
 Scan::Scan(const Plan& plan, Batch& batch)
@@ -486,6 +488,10 @@ void Scan::finish(std::size_t q, std::int64_t* ids, float* cosines, Monitor& mon
         settle(q);
         rescore(q);
         if (!certified(query)) {
+            // With the bounds in full no floor is too high, or they are not those of these rows.
+            if (batch_.certain()) {
+                throw std::invalid_argument("the index's blocks are not those of its rows");
+            }
             Batch batch(plan_, batch_.first() + q, 1);
             batch.be_certain();
             if (query.best.full()) batch.floor(0) = query.best.floor();

@@ -61,6 +61,7 @@ class Batch {
     // No row below it is looked at; see Scan::certified.
     std::atomic<double>& floor(std::size_t q) { return floors_[q]; }
     void be_certain();
+    bool certain() const { return certain_; }
 
   private:
     std::size_t first_, count_, dim_;
@@ -71,6 +72,7 @@ class Batch {
     std::vector<float> float_codes_;
     std::vector<Scale> int8_, float_;
     std::vector<std::atomic<double>> floors_;
+    bool certain_ = false;
 };
 
 class Scan {

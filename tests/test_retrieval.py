@@ -388,12 +388,28 @@ def test_damaged_files_are_refused(
         CosineKNN.load(path)
 
 
+@pytest.mark.parametrize("error", [-1.0, -1e30])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_unverified_blocks_of_other_rows_are_found_out(
+    tmp_path: Path, error: float, threads: int
+) -> None:
+    path = tmp_path / "index.knn"
+    rows = gaussian(500, 3)
+    CosineKNN(rows).save(path)
+    with path.open("r+b") as file:
+        file.seek(4096 * 4 + 256)  # after the header and the rows: the first block's errors
+        file.write(struct.pack("<f", error) * 64)
+    index = CosineKNN.load(path, threads=threads, verify=False)
+    with pytest.raises(ValueError, match="the index's blocks are not those of its rows"):
+        index.search(rows, 3)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("dim", 3.0), ("dim", True), ("dim", "3"), ("dim", math.inf), ("dim", 1 << 60),
-        ("count", -1), ("count", 1e30), ("offset", -4096), ("offset", 0), ("offset", 1 << 62),
-        ("bytes", -1), ("dtype", ["float32"]),
+        ("count", -1), ("count", 1e30), ("count", 0xFFFF_FF01), ("offset", -4096), ("offset", 0),
+        ("offset", 1 << 62), ("bytes", -1), ("dtype", ["float32"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("verify", [True, False])

@@ -34,6 +34,7 @@ _VERSION = 1
 _PREFIX = struct.Struct("<8sIII")
 _LARGEST_HEADER = 1 << 16
 _PAGE = 4096
+_MOST_ROWS = 0xFFFF_FF00  # the core numbers them in 32 bits
 _SLAB = 1 << 24  # bytes checksummed at a time
 _STORAGE = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
 
@@ -111,7 +112,7 @@ def read(path: Path, *, verify: bool) -> Content:
         raise UserError(f"{path}: expected a header with its checksum, found a damaged one")
     try:
         header = json.loads(raw)
-        dim, count = _whole(header["dim"], 1 << 20), _whole(header["count"], 1 << 40)
+        dim, count = _whole(header["dim"], 1 << 20), _whole(header["count"], _MOST_ROWS)
         dtype = header["dtype"]
         storage = np.dtype(_STORAGE[dtype])
         shapes = {
