@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from robustft import _core
-from robustft.benchmarks import consistency, knn, linear_token_stats
+from robustft.benchmarks import consistency, knn, linear_token_stats, token_peers
 from robustft.benchmarks.measure import Row, extra_mib, table
 from robustft.errors import UserError
 from robustft.retrieval import CosineKNN
@@ -69,6 +69,26 @@ def test_a_wrong_kernel_fails_its_gate(
 
     monkeypatch.setattr(benchmark_module, name, wrong)
     assert benchmark_module.main(["--quick", "--device", "cpu", "--only", "float32"]) == 1
+
+
+def test_a_peer_that_finds_no_memory_ends_no_benchmark(
+    benchmark_module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    eager = token_peers.eager
+    errors = [torch.OutOfMemoryError("tried to allocate\n7.83 GiB")]
+
+    def greedy(x: Any, ids: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return eager(x, ids)  # for the gates
+
+    monkeypatch.setattr(token_peers, "eager", greedy)
+    assert benchmark_module.main(["--quick", "--device", "cpu", "--only", "float32"]) == 0
+    told = capsys.readouterr().out
+    assert "not run: torch eager: OutOfMemoryError: tried to allocate\n" in told
+    assert "x torch eager" not in told
 
 
 def test_a_case_that_is_not_there(benchmark_module: ModuleType) -> None:

@@ -132,13 +132,14 @@ def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, 
         calls: token_peers.Calls = {
             LIMIT: limit(hidden, weight),
             OURS: lambda: gradients(ours, *given),
-            "torch eager": lambda: gradients(plain, *given),
         }
+        others: token_peers.Calls = {"torch eager": lambda: gradients(plain, *given)}
         if not quick:
             compiled = torch.compile(plain, dynamic=False)
-            calls["torch.compile"] = lambda: gradients(compiled, *given)
+            others["torch.compile"] = lambda: gradients(compiled, *given)
+        others, unable = token_peers.those_that_run(others)
         more, refused = packages(*given)
-        calls |= more
+        calls |= others | more
         correct = {OURS: gate(calls[OURS](), *given)}
         timings = timed_together(calls, device=device, repeats=9, budget=6.0 if quick else 30.0)
         rows = rows_of(
@@ -152,7 +153,7 @@ def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, 
             device=device,
             packages=PACKAGES,
         )
-    return rows, refused
+    return rows, unable | refused
 
 
 def main(arguments: list[str] | None = None) -> int:

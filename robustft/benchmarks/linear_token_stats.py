@@ -94,25 +94,22 @@ def contenders(
     calls: token_peers.Calls = {
         LIMIT: lambda: torch.mm(hidden, weight.T, out=product),
         OURS: lambda: linear_token_stats(hidden, weight, ids),
+    }
+    others: token_peers.Calls = {
         "torch eager": lambda: token_peers.eager(hidden @ weight.T, ids),
     }
     if not quick:
         both = torch.compile(lambda h, w, t: token_peers.eager_float32(h @ w.T, t), dynamic=False)
-        calls["torch.compile"] = lambda: both(hidden, weight, ids)
-    packages, refused = token_peers.packages_from_hidden(hidden, weight, ids)
+        others["torch.compile"] = lambda: both(hidden, weight, ids)
     if device == "cuda":
         for name, design in DESIGNS.items():
-            calls[name] = functools.partial(linear_token_stats, hidden, weight, ids, design=design)
-        for tile in () if quick else FUSED_TILES:
+            others[name] = functools.partial(linear_token_stats, hidden, weight, ids, design=design)
+        for tile in () if quick else FUSED_TILES:  # some do not fit every chip
             name = "robustft, fused, " + " ".join(f"{key}={value}" for key, value in tile.items())
-            call = _fused(hidden, weight, ids, tile)
-            try:
-                call()
-            except Exception as error:  # a tile that does not fit this chip
-                refused[name] = f"{type(error).__name__}"
-            else:
-                calls[name] = call
-    return calls | packages, refused
+            others[name] = _fused(hidden, weight, ids, tile)
+    others, unable = token_peers.those_that_run(others)
+    packages, refused = token_peers.packages_from_hidden(hidden, weight, ids)
+    return calls | others | packages, unable | refused
 
 
 def _fused(hidden: Tensor, weight: Tensor, ids: Tensor, tile: dict[str, int]) -> token_peers.Call:

@@ -6,6 +6,7 @@ loss is the sum of entropy and negative log-probability, as in entropy-regularis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,16 +73,16 @@ def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, 
         x, ids = inputs(case, device)
         x = x.requires_grad_()
         peers: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
-            OURS: ours,
             "torch eager": token_peers.eager,
         }
         if case.dtype != "float32":
             peers["torch eager, float32"] = token_peers.eager_float32
         if not quick:
             peers["torch.compile"] = torch.compile(token_peers.eager_float32, dynamic=False)
-        calls: token_peers.Calls = {LIMIT: limit(x)}
-        for name, outputs in peers.items():
-            calls[name] = lambda outputs=outputs: gradient(outputs, x, ids)  # type: ignore[misc]
+        calls, refused = token_peers.those_that_run(
+            {name: functools.partial(gradient, outputs, x, ids) for name, outputs in peers.items()}
+        )
+        calls = {LIMIT: limit(x), OURS: lambda: gradient(ours, x, ids)} | calls
         timings = timed_together(calls, device=device, repeats=9, budget=4.0 if quick else 20.0)
         rows = rows_of(
             "token-gradients",
@@ -94,7 +95,7 @@ def measure(case: Case, device: str, quick: bool) -> tuple[list[Row], dict[str, 
             device=device,
             packages=PACKAGES,
         )
-    return rows, {}
+    return rows, refused
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -121,6 +121,15 @@ def packages_from_hidden(
     )
 
 
+def those_that_run(calls: Calls) -> tuple[Calls, dict[str, str]]:
+    """The calls that run here; and why the others do not (no compiler, too little memory)."""
+
+    def maker(call: Call) -> Callable[[], Call]:
+        return lambda: call
+
+    return runnable({name: maker(call) for name, call in calls.items()})
+
+
 def runnable(makers: dict[str, Callable[[], Callable[[], Any]]]) -> tuple[Calls, dict[str, str]]:
     """The calls that makers make and that run, by name; and why the others do not."""
     calls: Calls = {}
