@@ -2,20 +2,22 @@
 # Everything that needs a GPU, in one command and under eight minutes, without network: build, GPU
 # tests, kernel benchmarks beside whatever peers are installed, one pipeline run.
 #
-#   bench/on_gpu.sh [OUT]      PYTHON=python3 names the interpreter; OUT (default runs/on_gpu) gets
-#                              the CSV files, the logs and summary.txt
+#   bench/on_gpu.sh [OUT]      PYTHON=python3 names the interpreter; OUT (default: runs/on_gpu in the
+#                              checkout) gets the CSV files, the logs and summary.txt
 #
 # Nothing is installed: the sources run from this checkout. Without a CUDA device the CPU cases run.
 # A step that fails stops no other; the exit status is 1 where one failed or ran out of time.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-runs/on_gpu}
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+out=${1:-$checkout/runs/on_gpu}
 python=${PYTHON:-python3}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
+{ mkdir -p "$out" && out=$(cd "$out" && pwd) && : >"$out/summary.txt"; } || {
+    echo "$out cannot be written: name another folder, bench/on_gpu.sh OUT" >&2
+    exit 1
+}
+cd "$checkout" || exit 1
 export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false
-: >"$out/summary.txt"
 
 failed=()
 say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }

@@ -32,3 +32,21 @@ def test_failed_steps_are_named_at_the_end_and_in_the_status(
     assert summary.count("done in") == (6 if failing == "nothing" else 5)
     assert ("FAILED (3), broken" in summary) == bool(status)
     assert summary.splitlines()[-1].startswith("failed: ") == bool(status)
+
+
+def test_a_relative_folder_is_the_callers_and_one_that_cannot_be_made_ends_it(
+    tmp_path: Path,
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *is_available*) echo cpu;; esac\n')
+    python.chmod(0o755)
+    (tmp_path / "file").touch()
+    for out, status in (("there", 0), ("file/out", 1)):
+        done = subprocess.run(
+            ["bash", SCRIPT, out], env=os.environ | {"PYTHON": str(python)},
+            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == status
+    assert (tmp_path / "there" / "summary.txt").is_file()
+    assert "file/out cannot be written: name another folder" in done.stderr
+    assert not done.stdout
