@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,46 @@ def test_against_float64(dtype: torch.dtype, vocab: int) -> None:
         check_forward(forward(x, None), x, None)
         capped = forward(x, t, 0.7, 30.0)
         check_forward(capped, x, t, temperature=0.7, softcap=30.0)
+
+
+class Recorder:
+    """Runs a kernel and keeps what it was given."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.pointers, self.options = kernel, [], {}
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> None:
+            self.pointers = [a.data_ptr() for a in arguments if isinstance(a, torch.Tensor)]
+            self.options = options
+            self.kernel[grid](*arguments, **options)
+
+        return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_a_slice_that_came_without_its_offset(
+    dtype: torch.dtype, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_logits("spread", 3, 300).to(DEVICE, dtype)
+    x = torch.from_dlpack(whole[:, start:])
+    assert x.storage_offset() == 0
+    t = torch.tensor([7, -100, 290], device=DEVICE)
+    kernel = Recorder(token_stats_triton.partial_kernel)
+    monkeypatch.setattr(token_stats_triton, "partial_kernel", kernel)
+    found = forward(x, t)
+    check_forward(found, x, t)
+    assert kernel.pointers[0] % 16 == 0
+    # The gradient writes in place; whole groups of columns are read where they lie on boundaries.
+    gradient = Recorder(gradient_triton.backward_kernel)
+    monkeypatch.setattr(gradient_triton, "backward_kernel", gradient)
+    saved = Saved(t, found.entropy, found.max_logprob, found.argmax)
+    grads = tuple(torch.ones(3, device=DEVICE) for _ in range(4))
+    expected = backward_by_reference(grads, x, saved, Options())
+    gradient_triton.backward(grads, x, saved, Options(), x)
+    torch.testing.assert_close(x, expected, rtol=torch.finfo(dtype).eps, atol=3e-6)
+    assert (gradient.options["ALIGN"] > 1) == (gradient.pointers[0] % 16 == 0)
 
 
 EDGES = [

@@ -160,6 +160,7 @@ def backward(grads: Grads, logits: Tensor, saved: Saved, options: Options, out: 
     out_base, out_extra = based_at(to, 16)
     align = 16 // x.element_size()
     apart = (x_extra - out_extra, x.stride(0) - to.stride(0), x.stride(1) - to.stride(1))
+    on_boundary = x_base.data_ptr() % 16 == 0 == out_base.data_ptr() % 16
     with on(x.device):
         backward_kernel[(rows,)](
             x_base,
@@ -182,7 +183,7 @@ def backward(grads: Grads, logits: Tensor, saved: Saved, options: Options, out: 
             options.softcap,
             HAS_TARGET=targets is not None,
             CAPPED=options.softcap > 0,
-            ALIGN=1 if any(step % align for step in apart) else align,
+            ALIGN=align if on_boundary and not any(step % align for step in apart) else 1,
             BLOCK=BLOCK,
             num_warps=8,
         )

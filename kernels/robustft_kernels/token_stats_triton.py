@@ -407,6 +407,16 @@ def based_at(x: Tensor, boundary: int) -> tuple[Tensor, int]:
     return torch.as_strided(x, (1,), (1,), offset - extra), extra
 
 
+def on_boundary(x: Tensor) -> Tensor:
+    """X, or a copy where its storage begins past the 16-byte boundary before its first element.
+
+    So does that of a slice that came by DLPack, which knows no offset. No load is wide there, and
+    pairs of columns would be read from addresses that are not theirs.
+    """
+    past = x.data_ptr() % 16 > x.storage_offset() * x.element_size()
+    return x.contiguous().clone() if past else x
+
+
 def aligned_base(x: Tensor) -> tuple[Tensor, int, int]:
     """`based_at` for the rows of x [outer, inner, V], and the elements of a boundary.
 
@@ -485,7 +495,7 @@ def _launch(
 
 def forward(logits: Tensor, target_ids: Tensor | None, options: Options, **tuning: int) -> Seven:
     """`token_stats` of logits [..., V] in float32, bfloat16 or float16."""
-    x = rows_view(logits)
+    x = on_boundary(rows_view(logits))
     chunk = tuning.pop("CHUNK", CHUNK)
     rows, chunks = x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], chunk)
     out = empty_columns(logits, logits.shape[:-1])
@@ -511,7 +521,7 @@ def chunk_partials(
     **tuning: int,
 ) -> list[PartialTokenStats]:
     """Mergeable partials, one a chunk; targets [N] may lie outside, level [N] is their logit."""
-    x = rows_view(logits)
+    x = on_boundary(rows_view(logits))
     chunk = tuning.pop("CHUNK", CHUNK)
     made = Partials(triton.cdiv(x.shape[2], chunk), x.shape[0] * x.shape[1], x.device)
     if level is not None:
