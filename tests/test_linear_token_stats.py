@@ -217,6 +217,7 @@ def test_meta_autocast_and_empty() -> None:
         ({"design": "fused"}, ValueError, "design 'fused' needs"),
         ({"vocab_size": 2.0}, TypeError, "vocab_size must be a whole number, got 2.0"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be a whole number, got 1.5"),
+        ({"ignore_index": 2**63}, ValueError, f"ignore_index must fit int64, got {2**63}"),
         ({"vocab_size": 6}, ValueError, r"vocab_size must be in \[1, 5\], got 6"),
         ({"target_ids": torch.tensor([0, 5])}, ValueError, "got 5 at position 1"),
     ],

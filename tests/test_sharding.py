@@ -114,3 +114,17 @@ def test_bad_arguments() -> None:
         TokenStats.merge([])
     with pytest.raises(ValueError, match="share temperature"):
         TokenStats.merge([partial_token_stats(x), partial_token_stats(x, temperature=2.0)])
+
+
+def test_a_start_of_another_kind_of_number() -> None:
+    x, t = torch.randn(2, 5), torch.tensor([1, 3])
+    level = shard_target_logits(x, t, True)  # a bool is an int
+    assert level.tolist() == [x[0, 0].item(), x[1, 2].item()]
+    part = partial_token_stats(x, t, vocab_start=True, target_logits=level)
+    assert torch.equal(part.argmax, x.argmax(1) + 1)
+    for call in (
+        lambda: shard_target_logits(x, t, 2**63),
+        lambda: partial_token_stats(x, vocab_start=-(2**63) - 1),
+    ):
+        with pytest.raises(ValueError, match="vocab_start must fit int64"):
+            call()

@@ -31,7 +31,7 @@ def shard_target_logits(logits: Tensor, target_ids: Tensor, vocab_start: int = 0
     ids = check_targets(target_ids, logits.shape[:-1], logits.device)
     if ids is None:
         raise TypeError("target_ids must be a torch.Tensor, got None")
-    local = ids - vocab_start
+    local = ids - int(vocab_start)
     inside = (local >= 0) & (local < logits.shape[-1])
     found = logits.detach().gather(-1, local.where(inside, 0)[..., None])[..., 0]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -92,7 +92,7 @@ def partial_token_stats(
         level = (
             target_logits.detach().reshape(-1).to(wide).masked_fill(ids == ignore_index, torch.nan)
         )
-        ids = ids - vocab_start
+        ids = ids - int(vocab_start)
     core, launch = kernels_of(x)
     if core is not None:
         made = core.token_stats_partials(

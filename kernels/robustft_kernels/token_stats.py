@@ -255,9 +255,14 @@ def check_factor(value: float, name: str) -> None:
 
 
 def check_whole(value: object, name: str) -> None:
-    """Raise TypeError for what is no integer; PyTorch's operators raise RuntimeError."""
+    """Raise TypeError for what is no integer, ValueError beyond int64.
+
+    PyTorch's operators raise RuntimeError.
+    """
     if not isinstance(value, int) and not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit int64, got {value}")
 
 
 def check_targets(
