@@ -12,27 +12,6 @@
 namespace robustft::knn {
 namespace {
 
-// With unit vectors x = x' + e and y = y' + f (primes: quantised), x.y - x'.y' = x'.f + e.y, so
-// |x.y - x'.y'| <= |x'| |f| + |e|: exact norms, no assumption about the data. kSlack covers the
-// fp32 arithmetic of the filter: up to six roundings (2^-24 each) of terms below 4.
-constexpr double kSlack = 3e-6;
-
-// The fp32 tier multiplies unit vectors rounded to fp32: at most d + 2 roundings, each relative to
-// a sum of |x_i y_i| <= 1, and twice that for good measure.
-double float_slack(std::size_t dim) { return 1.32e-7 * static_cast<double>(dim) + kSlack; }
-
-// The bound holds for the worst case, that all rounding errors conspire. Over n columns that matter
-// they come to about reach / sqrt(n); four times that is hardly ever exceeded, and when it is,
-// Scan::certified notices.
-float caution(const double* row, double inv_norm, std::size_t dim) {
-    double fourth = 0;
-    for (std::size_t i = 0; i < dim; ++i) {
-        const double square = (row[i] * inv_norm) * (row[i] * inv_norm);
-        fourth += square * square;
-    }
-    return static_cast<float>(1 + std::min(1.0, 4 * std::sqrt(fourth)));
-}
-
 constexpr float kOnes[kBlockRows] = {
     1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
     1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -48,19 +27,6 @@ constexpr std::size_t kSlackRoom = 80;  // past the limit: a block's rows and a 
 constexpr std::size_t kPrefetchLines = 12, kPrefetchRows = 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Where query q of `count` lies when they are cut into tiles.
-struct Place {
-    std::size_t first;  // query of its tile
-    std::size_t lane;   // within the tile
-    std::size_t width;  // of the tile
-    Place(std::size_t q, std::size_t count, std::size_t tile)
-        : first(q / tile * tile), lane(q - first), width(std::min(tile, count - first)) {}
-};
-
-const Kernels& suited(const Kernels& kernels, std::size_t queries) {
-    return queries <= kernels.few_queries ? *kernels.few : kernels;
-}
-
 float round_down(double x) {
     const auto near = static_cast<float>(x);
     return near > x ? std::nextafter(near, -kInfinity) : near;
@@ -74,61 +40,6 @@ std::uint32_t Plan::raw_limit() const {
 std::size_t Plan::kept_limit() const { return 4 * k + 256; }
 std::size_t Plan::query_bytes() const {
     return index.dim() + (raw_limit() + kSlackRoom) * 8 + 6 * k * 12 + k * sizeof(Scored);
-}
-
-Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
-    : first_(first),
-      count_(count),
-      dim_(plan.index.dim()),
-      kernels_(suited(plan.index.kernels(), count)),
-      wide_(count * dim_),
-      inv_norm_(count),
-      float_(count),
-      floors_(count) {
-    const bool int8 = plan.tier == Tier::int8;
-    const bool floats = plan.tier == Tier::float32 || plan.adaptive;
-    std::vector<std::int8_t> codes((dim_ + kernels_.int8_group - 1) / kernels_.int8_group *
-                                   kernels_.int8_group);
-    if (int8) {
-        int8_.resize(count);
-        int8_codes_.resize(count * codes.size());
-    }
-    if (floats) float_codes_.resize(count * dim_);
-    for (std::size_t q = 0; q < count; ++q) {
-        double* wide = wide_.data() + q * dim_;
-        widen_row(plan.queries[first + q], plan.queries.dtype, dim_, wide);
-        inv_norm_[q] = inverse_norm(wide, dim_);
-        floors_[q].store(plan.options.threshold, std::memory_order_relaxed);
-        if (int8) {
-            const Quantised x =
-                quantise(wide, inv_norm_[q], dim_, kernels_.query_max, codes.data());
-            std::int32_t sum = 0;
-            for (std::size_t i = 0; i < dim_; ++i) sum += codes[i];
-            const Place place(q, count, kernels_.int8_tile);
-            const std::size_t group = kernels_.int8_group;
-            std::int8_t* out = int8_codes_.data() + place.first * codes.size() + place.lane * group;
-            for (std::size_t i = 0; i < codes.size(); i += group, out += place.width * group) {
-                std::memcpy(out, codes.data() + i, group);
-            }
-            const double unit = zero(q) ? 1 : x.scale;
-            const float care = caution(wide, inv_norm_[q], dim_);
-            const auto slope = static_cast<float>(x.norm / unit * (1 + 1e-6));
-            int8_[q] = {unit, x.norm, x.error + kSlack, slope, -128 * sum, care};
-        }
-        if (floats) {
-            const Place place(q, count, kernels_.float_tile);
-            float* out = float_codes_.data() + place.first * dim_ + place.lane;
-            for (std::size_t i = 0; i < dim_; ++i) {
-                out[i * place.width] = static_cast<float>(wide[i] * inv_norm_[q]);
-            }
-        }
-        float_[q] = {1, 0, float_slack(dim_), 0, 0, 2};
-    }
-}
-
-void Batch::be_certain() {
-    for (Scale& scale : int8_) scale.caution = 2;
-    certain_ = true;
 }
 
 Scan::Scan(const Plan& plan, Batch& batch)
