@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from robustft import crowd
+from robustft.crowd.learners import near_copies
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
+def corpus(count: int, rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clustered unit rows, true labels, and given labels wrong at `rate`."""
+    rng = np.random.default_rng(3)
+    truth = rng.integers(3, size=count)
+    rows = 3 * unit(rng.normal(size=(3, 32)))[truth] + 0.6 * rng.normal(size=(count, 32))
+    wrong = rng.random(count) < rate
+    return unit(rows), truth, np.where(wrong, (truth + rng.integers(1, 3, count)) % 3, truth)
+
+
+def copied(rows: np.ndarray, times: int, much: float = 0.01) -> np.ndarray:
+    """The rows `times` over, each slightly different."""
+    rng = np.random.default_rng(4)
+    whole = np.tile(rows, (times, 1))
+    return unit(whole + much * rng.normal(size=whole.shape))
+
+
+@pytest.mark.parametrize("times", [2, 5, 40])
+def test_an_error_copied_with_its_text_does_not_confirm_itself(times: int) -> None:
+    rows, truth, labels = corpus(300, 0.3)
+    rows, truth, labels = copied(rows, times), np.tile(truth, times), np.tile(labels, times)
+    found = crowd.judge_labels({}, labels, 3, crowd.Learners(rows, labels, 3, threads=1))
+    wrong, flagged = labels != truth, found.wrong > 0.5
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - wrong.mean()) < 0.05
+    assert wrong[flagged].mean() > 0.95
+    assert flagged[wrong].mean() > 0.9
+
+
+def test_near_copies_are_one_question_and_others_stay_apart() -> None:
+    rows, _, labels = corpus(100, 0.3)
+    numbers = near_copies(copied(rows, 40), np.tile(labels, 40), threads=1)
+    assert numbers is not None
+    assert np.array_equal(numbers, np.tile(numbers[:100], 40))
+    assert len(set(numbers[:100].tolist())) == 100
+    twice = copied(rows, 2)
+    thrice, questions = np.concatenate([twice, twice[100:]]), np.arange(300)
+    questions[200:] = np.arange(100, 200)
+    again = near_copies(thrice, np.tile(labels, 3), questions, threads=1)
+    assert again is not None
+    assert np.array_equal(again, np.tile(again[:100], 3))
+
+
+def test_near_copies_that_were_labelled_one_by_one_teach_each_other() -> None:
+    rows, truth, first = corpus(300, 0.3)
+    rng = np.random.default_rng(5)
+    second = np.where(rng.random(300) < 0.3, (truth + 1) % 3, truth)
+    assert near_copies(copied(rows, 2), np.concatenate([first, second]), threads=1) is None
+    few = np.concatenate([rows, copied(rows[:5], 1)])
+    assert near_copies(few, np.concatenate([first, first[:5]]), threads=1) is None
+    questions = np.arange(300)
+    assert near_copies(rows, first, questions, threads=1) is questions
