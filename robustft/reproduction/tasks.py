@@ -166,13 +166,18 @@ def _drop(row: Mapping[str, Any]) -> Row | None:
 
 
 def _drop_golds(row: Mapping[str, Any]) -> list[list[str]]:
-    """The spans of every accepted answer, whichever of the published layouts the row has."""
-    if isinstance(row.get("answer"), Mapping):
-        validated = row.get("validated_answers") or []
-        listed = validated if isinstance(validated, list) else []
-        return [gold_spans(answer) for answer in (row["answer"], *listed)]
-    spans = row.get("answers_spans") or {}
-    return [[str(span) for span in spans.get("spans", ())]] if spans.get("spans") else []
+    """The spans of every accepted answer: the answer, then what validators gave, if anything.
+
+    Validators' answers are a list in DROP's own files, and a list for each of their fields on the
+    hub. An empty answer is nobody's, as in the metric's script.
+    """
+    more = row.get("validated_answers") or []
+    if isinstance(more, Mapping):
+        fields = ("number", "spans", "date")
+        parts = zip(*(more[name] for name in fields), strict=True)
+        more = [dict(zip(fields, part, strict=True)) for part in parts]
+    golds = [gold_spans(answer) for answer in (row["answer"], *more)]
+    return [spans for spans in golds if spans[0].strip()]
 
 
 def _fpb(row: Mapping[str, Any]) -> Row:
@@ -222,7 +227,14 @@ TASKS = {
         Task("arc", "ARC", "allenai/ai2_arc:ARC-Challenge", ("train", "test"), _arc),
         Task("pubmedqa", "PubMedQA", "qiaojin/PubMedQA:pqa_labeled", ("train", "train"), _pubmedqa),
         Task(
-            "drop", "DROP", "ucinlp/drop", ("train", "validation"), _drop, judge_drop, "exact match"
+            # Not ucinlp/drop: there several validators' answers stand as spans of a single one.
+            "drop",
+            "DROP",
+            "EleutherAI/drop",
+            ("train", "validation"),
+            _drop,
+            judge_drop,
+            "exact match",
         ),
         Task("fpb", "FPB", "atrost/financial_phrasebank", ("train", "test"), _fpb),
     )

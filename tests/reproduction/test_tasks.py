@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,10 @@ HUB = {
     "pubmedqa": {"pubid": 7, "question": "q", "context": {"contexts": ["c"]},
                  "final_decision": "no"},
     "drop": {"query_id": "x", "passage": "p", "question": "q",
-             "answers_spans": {"spans": ["Smith", "Jones"], "types": ["span", "span"]}},
+             "answer": {"number": "", "spans": ["Smith", "Jones"],
+                        "date": {"day": "", "month": "", "year": ""}},
+             "validated_answers": {"number": ["2", ""], "spans": [[], []],
+                                   "date": [{"day": "", "month": "", "year": ""}] * 2}},
     "fpb": {"sentence": "s", "label": 1},
 }  # fmt: skip
 
@@ -138,6 +142,28 @@ def test_rows_of_the_hub_become_records(
     expected = {"mmlu": "C", "arc": "B", "pubmedqa": "B", "drop": "Smith, Jones", "fpb": "B"}
     assert found.answer == expected[name]
     assert (found.options is None) == (name == "drop")
+
+
+def test_every_validators_answer_to_a_drop_question_is_one_of_its_own() -> None:
+    nothing = {"day": "", "month": "", "year": ""}
+    answers = [
+        {"number": "", "spans": ["Chaz Schilens"], "date": nothing},
+        {"number": "", "spans": ["JaMarcus Russell"], "date": nothing},
+        {"number": "", "spans": [], "date": nothing | {"month": "May", "year": "1998"}},
+        {"number": "", "spans": [], "date": nothing},
+    ]
+    by_field = {name: [one[name] for one in answers] for name in answers[0]}
+    row: dict[str, Any] = {
+        "query_id": "x", "passage": "p", "question": "q",
+        "answer": {"number": "7", "spans": [], "date": nothing},
+    }  # fmt: skip
+    for more in (answers, by_field):
+        made = TASKS["drop"].convert(row | {"validated_answers": more})
+        assert made is not None
+        assert made["golds"] == [["7"], ["Chaz Schilens"], ["JaMarcus Russell"], ["May 1998"]]
+        for reply in ("7", "Chaz Schilens", "JaMarcus Russell", "May 1998"):
+            assert judge_drop(record("7", golds=made["golds"]), reply)[1:] == (True, 1.0), reply
+    assert TASKS["drop"].convert(row | {"answer": answers[-1]}) is None
 
 
 def test_no_hub_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
