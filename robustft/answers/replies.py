@@ -74,6 +74,15 @@ _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
 _LIST = re.compile(r"\s*1[.)]\s.*\n\s*2[.)]\s")
 _CALCULATES = re.compile(r"\s*[-−+*/×÷^x]\s*[$€£¥(]?\d")
 _EQUALS = re.compile(r"=\s*(?=[-−$€£¥.\d])")
+# Between a number that was named as the answer and "=": after a unit of three words at most it is
+# told why; a parenthesis is still open; or, where no colon announces work, the sentence is over.
+_EXPLAINS = re.compile(
+    r"""(?:[ ]?[\w%²³/-]++){0,3}
+        (?:[\s*_,;:(–—-]{1,6}(?:because|since|where|given)\b|\s?[,;(–—-]\s?as\b)
+        |[^()]*\([^()]*\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_SENTENCE_ENDS = re.compile(r"[.!?]\s")
 
 
 def body_start(reply: str) -> int:
@@ -112,7 +121,8 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
 
     A marked number ("#### 18", "A: 18", "the answer is 18", "\boxed{18}") wins, then one that the
     reply opens with where it continues `begun`, "Answer:"; otherwise the last number of the reply,
-    unless that was cut off. Of "9 * 2 = 18" after a marker the right-hand side counts.
+    unless that was cut off. Of "9 * 2 = 18" after a marker the right-hand side counts, of "18 = 9 *
+    2" the left, and of "18, since x = 3" what was named.
     """
     reply = _numeric(reply)
     marked = parse_final_number(reply)
@@ -161,12 +171,27 @@ def parse_final_number(reply: str) -> Parsed:
         number = next(find_numbers(reply, begin, stop), None)
         if number is None:
             continue
-        for equals in _EQUALS.finditer(reply, number.end(), stop):
-            right = next(find_numbers(reply, equals.end(), stop), None)
-            if right and right.start() == equals.end():
-                number = right
+        number = _result(reply, begin, stop, number)
         return Parsed(canonical(number), number.start(), number.end())
     return NOTHING
+
+
+def _result(reply: str, begin: int, stop: int, first: re.Match[str]) -> re.Match[str]:
+    """What the calculation in `reply[begin:stop]` comes to; its `first` number if there is none."""
+    named = not any(map(str.isalnum, reply[begin : first.start()]))
+    announced = reply[:begin].rstrip(" \t\n*_").endswith(":")
+    number = first
+    for equals in _EQUALS.finditer(reply, first.end(), stop):
+        between = reply[number.end() : equals.start()]
+        if named and (
+            _EXPLAINS.match(between) or (not announced and _SENTENCE_ENDS.search(between))
+        ):
+            break
+        right = next(find_numbers(reply, equals.end(), stop), None)
+        # "20 = 5 * 4" comes to 20, whichever side is told first.
+        if right and right.start() == equals.end() and not _CALCULATES.match(reply, right.end()):
+            number = right
+    return number
 
 
 def parse_text(reply: str) -> Parsed:
