@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -23,7 +25,9 @@ def select_confident(nll: ArrayLike, beta: float) -> tuple[NDArray[np.bool_], fl
     values = np.asarray(nll, dtype=np.float64)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta!r}")
-    count = min(int(beta * len(values) + 0.5), int((~np.isnan(values)).sum()))
+    # 0.7 * 45 is 31.499… in binary, and half of a record short of what was asked for.
+    share = Fraction(str(float(beta))) * len(values)
+    count = min(int(share + Fraction(1, 2)), int((~np.isnan(values)).sum()))
     mask = np.zeros(len(values), dtype=np.bool_)
     if count == 0:
         return mask, float("nan")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,13 +17,24 @@ def test_keeps_exactly_the_most_confident_share(nll: list[float], beta: float) -
     mask, threshold = select_confident(nll, beta)
     values = np.array(nll)
     kept, dropped = values[mask], values[~mask]
-    assert mask.sum() == min(int(beta * len(nll) + 0.5), np.isfinite(values).sum())
+    wanted = (2 * Fraction(str(beta)) * len(nll) + 1) // 2  # rounded half up
+    assert mask.sum() == min(wanted, np.isfinite(values).sum())
     assert np.isfinite(kept).all()
     if len(kept):
         assert threshold == kept.max()
         assert (dropped[np.isfinite(dropped)] >= threshold).all()
     else:
         assert np.isnan(threshold)
+
+
+@pytest.mark.parametrize(
+    ("count", "beta", "kept"),
+    [(45, 0.7, 32), (50, 0.29, 15), (50, 0.57, 29), (5, 0.5, 3), (4, 0.1, 0)],
+)
+def test_half_a_record_is_rounded_up_whatever_its_share_is_in_binary(
+    count: int, beta: float, kept: int
+) -> None:
+    assert select_confident(np.arange(count), beta)[0].sum() == kept
 
 
 @given(ENTROPIES)
