@@ -21,8 +21,17 @@ _LETTER = re.compile(r"([A-Za-z])(?![\w'’])")
 _AND_ANOTHER = re.compile(
     r"[)\]*_]*\s*(?:,|/|&|\band\b|\bor\b)\s*(?:option\s)?[(\[*_]*([A-Z])(?![\w'’])"
 )
+_HEDGE = re.compile(
+    r"(?:(?:most\s)?(?:likely|probably)|clearly|definitely|certainly|indeed|therefore|thus|actually)"
+    r"[,:]?\s",
+    re.IGNORECASE,
+)
+_INSTEAD = re.compile(
+    r"[)\]*_\"'`”’]*(?:,?\s(?:but(?:\srather)?|rather)|[,;]\sit(?:['’]s|\sis))(?=\s)", re.IGNORECASE
+)
 _REASON_FOLLOWS = re.compile(
-    r"\s+(?:because|since|as|for|due|based|given|with|which|where|according|that)\b", re.IGNORECASE
+    r"\s+(?:because|since|as|for|due|based|given|with|which|where|according|that|but)\b",
+    re.IGNORECASE,
 )
 _NO_CHOICE = re.compile(
     r"(?:none|neither|unclear|unknown|cannot|can['’]t|impossible|n/a)\b", re.IGNORECASE
@@ -106,10 +115,10 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     r"""The one option a reply decides for, as a letter; None rather than a guess.
 
     In order: the last final-answer marker that names an option ("answer is", "Answer:",
-    "\boxed{}", "B is correct"); lines that are nothing but a letter, a letter with its own text,
-    or an option's text; a letter that opens the reply; a single explicit letter such as "(B)"; one
-    option's exact text in a short reply. Two different letters at one level, or a letter beyond
-    the options, give None. Negated sentences ("not (A)") name nothing.
+    "\boxed{}", "B is correct", "not A but B"); lines that are nothing but a letter, a letter with
+    its own text, or an option's text; a letter that opens the reply; a single explicit letter such
+    as "(B)"; one option's exact text in a short reply. Two different letters at one level, or a
+    letter beyond the options, give None. Negated sentences ("not (A)") name nothing.
     """
     text = same_width(reply)
     start = body_start(text)
@@ -139,10 +148,16 @@ def _by_marker(text: str, start: int, choices: _Options) -> Parsed | None:
             if text[begin : begin + 4].lower() == "not ":
                 denied = _after_marker(text, begin + 4, choices)
                 excluded.add((denied and denied.answer) or "")
-                continue
-            parsed = _after_marker(text, position, choices)
-            if parsed is None and _NO_CHOICE.match(text, begin):
-                return NOTHING
+                instead = _INSTEAD.match(text, denied.stop) if denied and denied.answer else None
+                if instead is None:
+                    continue
+                parsed = _after_marker(text, instead.end(), choices)
+            else:
+                parsed = _after_marker(text, position, choices)
+                if parsed is None and _NO_CHOICE.match(text, begin):
+                    return NOTHING
+                if parsed is None and (hedge := _HEDGE.match(text, begin)):
+                    parsed = _after_marker(text, hedge.end(), choices)
         if parsed is not None:
             return NOTHING if parsed.answer in excluded else parsed
     return None
