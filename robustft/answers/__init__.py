@@ -61,6 +61,8 @@ _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]
 _PLAIN = str.maketrans({"−": "-", "_": " "})
 _RAISED = re.compile(r"(?<=\d)(?=[²³¹¼-¾⁰-⁹₀-₉⅐-⅞])")  # NFKC would make "1½" 11/2 and "10²" 102
 _SHARP = re.compile(r"(?<=[^\W\d_])#(?!\w)")  # "C#" is not "C"
+# "A-", a grade or a blood group, is not "A"; a longer word's hyphen may be a broken line's.
+_MINUS = re.compile(r"(?<!\w)([^\W\d_]{1,2})[-−–](?=\W*\Z)")
 # "U.S." is "us", "don't" is "dont", and a soft hyphen shows nothing; other punctuation separates.
 _JOINED = frozenset("'’.\u00ad")
 
@@ -144,6 +146,7 @@ def option_names(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def _nfkc(text: str) -> str:
+    text = _MINUS.sub(r"\1♭", text)  # no sign that normalisation takes for punctuation
     text = _SHARP.sub("♯", SPACED.sub(",", _RAISED.sub(" ", text)))
     return unicodedata.normalize("NFKC", text).replace("⁄", "/")
 
