@@ -8,6 +8,7 @@ written depends on the question's wording, which is not known here.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -22,15 +23,15 @@ _NUMBER = re.compile(
     r"""(?:(?<![\w.])(?P<minus>(?<![)\]}])[-−–])?(?P<units>\d{1,9})?)?
     \\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}
     |(?<![\w.])
-    (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d]))?
-    (?P<currency>[$€£¥])?(?P<inner>[-−](?=[.\d]))?
-    (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d))?
+    (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d¼-¾⅐-⅞]))?
+    (?P<currency>[$€£¥])?(?P<inner>[-−](?=[.\d¼-¾⅐-⅞]))?
+    (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d|[¼-¾⅐-⅞]))?
     (?P<whole>\d{1,3}(?:(?:,|\{,\}|\\,|,?\\!)\d{3})+(?!\d)
       |(?<!\d[ ])[1-9]\d{0,2}
        (?:(?:[ ]\d{3}){2,}|[ ]\d{3}(?=(?:\.\d+)?\W{0,4}(?:\n|\Z)))(?![ ]?\d)
       |\d+)?
-    (?P<part>\.\d+)?
-    (?(whole)|(?(part)|(?!)))
+    (?P<part>\.\d+)?(?P<vulgar>[¼-¾⅐-⅞])?
+    (?(whole)|(?(part)|(?(vulgar)|(?!))))
     (?:[eE](?P<exponent>[-+−]?\d{1,4})(?!\w)
       |\s?(?:[×·*x]|\\times|\\cdot)\s?10\^\{?(?P<power>[-−]?\d{1,4})\b\}?)?
     (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
@@ -60,6 +61,8 @@ def value(match: re.Match[str]) -> Fraction | None:
     if len(whole) + len(part) > _MAX_DIGITS or abs(exponent) > _MAX_EXPONENT:
         return None
     result = Fraction(int(whole + part or "0"), 10 ** len(part)) * Fraction(10) ** exponent
+    if match["vulgar"]:
+        result += Fraction(unicodedata.numeric(match["vulgar"])).limit_denominator(10)
     if match["below"]:
         below = int(match["below"])
         if below == 0:
