@@ -142,7 +142,7 @@ class _Crowd:
 
     def judge(self) -> _Hearing | None:
         """Find a noise model and opinions that suit each other; None where nobody can tell."""
-        first = Noise.even(_FIRST_RATE, self._given.classes)
+        first = Noise.possible(_FIRST_RATE, self._given.frequencies)
         found = self._hear(first, first.spread, alone=bool(self._others))
         if found is None:
             return None

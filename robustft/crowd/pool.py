@@ -99,6 +99,19 @@ class Noise:
         return cls(rate, (np.ones((classes, classes)) - np.eye(classes)) / max(classes - 1, 1))
 
     @classmethod
+    def possible(cls, rate: float, frequencies: Floats) -> Noise:
+        """Every label alike, into every other alike but for those too rare for that.
+
+        frequencies: [C] of the given labels. Of a label that is given to fewer records than would
+        get it by mistake alone, no more than these can be mistakes.
+        """
+        classes = len(frequencies)
+        most = np.minimum(frequencies * (max(classes - 1, 1) / rate), 1.0)
+        into = most * (1.0 - np.eye(classes))
+        total = into.sum(1, keepdims=True)
+        return cls(rate, np.where(total > 0, into / np.maximum(total, 1e-12), 0.0))
+
+    @classmethod
     def of(cls, transition: Floats, shares: Floats) -> Noise:
         """What is off the diagonal; shares: [C] of the true labels."""
         wrong = transition - np.diag(np.diag(transition))

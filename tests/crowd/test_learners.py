@@ -5,6 +5,7 @@ import pytest
 
 from robustft import crowd
 from robustft.crowd.learners import near_copies
+from robustft.crowd.pool import Noise
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -62,3 +63,28 @@ def test_near_copies_that_were_labelled_one_by_one_teach_each_other() -> None:
     assert near_copies(few, np.concatenate([first, first[:5]]), threads=1) is None
     questions = np.arange(300)
     assert near_copies(rows, first, questions, threads=1) is questions
+
+
+def test_labels_given_once_do_not_hide_what_is_wrong_with_the_others() -> None:
+    rng = np.random.default_rng(5)
+    centres = unit(rng.normal(size=(11, 64)))
+    truth = np.repeat(np.arange(11), [200] * 3 + [1] * 8)
+    rows = unit(3 * centres[truth] + 0.3 * rng.normal(size=(len(truth), 64)))
+    labels, chosen = truth.copy(), rng.choice(600, 100, replace=False)
+    labels[chosen] = (truth[chosen] + rng.integers(1, 3, 100)) % 3
+    found = crowd.judge_labels({}, labels, 11, crowd.Learners(rows, labels, 11, threads=1))
+    wrong, flagged = labels != truth, found.wrong > 0.5
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - wrong.mean()) < 0.03
+    assert wrong[flagged].mean() > 0.9
+    assert flagged[wrong].mean() > 0.9
+
+
+def test_noise_that_is_possible_is_even_where_no_label_is_rare() -> None:
+    even = Noise.even(0.2, 3).spread
+    assert np.array_equal(Noise.possible(0.2, np.array([0.6, 0.3, 0.1])).spread, even)
+    spread = Noise.possible(0.2, np.array([0.69, 0.3, 0.01])).spread
+    assert np.allclose(spread.sum(1), 1.0)
+    assert spread[0, 2] < 0.1 < 0.9 < spread[0, 1]
+    assert np.array_equal(Noise.possible(0.2, np.array([1.0, 0.0])).spread[0], [0.0, 0.0])
+    assert Noise.possible(0.2, np.array([1.0])).spread.tolist() == [[0.0]]
