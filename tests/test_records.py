@@ -423,7 +423,11 @@ def test_schema_by_majority_and_by_name(tmp_path: Path) -> None:
         ("qa:Q, A ", {"Q": "a?", " A ": "b"}, ("a?", None, "b"), "c", " A "),
         ("prompt-completion:x,y", {"x": "a?", "y": 1}, ("a?", None, "1"), "2", "y"),
         ("alpaca:do,say", {"do": "a?", "input": "i", "say": "b"}, ("a?", None, "b"), "c", "say"),
-        ("alpaca:do,to,on", {"do": "a?", "on": "i", "to": "b"}, ("a?\n\ni", None, "b"), "c", "to"),
+        ("alpaca:do,on,to", {"do": "a?", "on": "i", "to": "b"}, ("a?\n\ni", None, "b"), "c", "to"),
+        (
+            "alpaca:instruction,input,output", {"instruction": "a?", "input": "", "output": "b"},
+            ("a?", None, "b"), "c", "output",
+        ),
         ("choice:Q,O,L", {"Q": "a?", "O": ["x", "y"], "L": 1}, ("a?", ("x", "y"), "B"), "A", "L"),
         ("choice:Q,L", {"Q": "?", "A": "x", "B": "y", "L": "a"}, ("?", ("x", "y"), "A"), "B", "L"),
         (

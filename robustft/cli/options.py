@@ -154,8 +154,8 @@ def _add_input(parser: Parser, split: str = "train") -> None:
     parser.add_argument(
         "--schema",
         help="choice, qa, alpaca, prompt-completion, messages or sharegpt, where fields have names "
-        "of their own with these, as in qa:Prompt,Label or choice:Question,Options,Answer "
-        "(default: told by the fields)",
+        "of their own with these, as in qa:Prompt,Label, alpaca:Instruction,Input,Output or "
+        "choice:Question,Options,Answer (default: told by the fields)",
     )
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="only the first N records (default: all)"

@@ -432,8 +432,9 @@ def _with_fields(name: str, found: Iterable[str]) -> Schema:
     """The schema "KIND:FIELD,FIELD"; `found` are the fields of the input.
 
     choice: question, options, answer, or question and answer beside columns A, B, …; qa and
-    prompt-completion: question, answer; alpaca: these and maybe one more for the question; messages
-    and sharegpt: the turns. Raises `UserError` where there are too few or too many.
+    prompt-completion: question, answer; alpaca: instruction, input, output, or the first and the
+    last of these; messages and sharegpt: the turns. Raises `UserError` where there are too few or
+    too many.
     """
     kind, _, listed = name.partition(":")
     known = set(found)
@@ -451,7 +452,7 @@ def _with_fields(name: str, found: Iterable[str]) -> Schema:
         return ChoiceSchema(options, fields[-1], question=fields[0], name=name)
     if len(fields) == 1:
         return ChatSchema(name, fields[0])
-    return OpenSchema(name, *fields)
+    return OpenSchema(name, fields[0], fields[-1], extra=fields[1] if len(fields) == 3 else None)
 
 
 def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str) -> Schema:
