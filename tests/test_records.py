@@ -484,6 +484,21 @@ def test_fields_that_are_not_there(tmp_path: Path, schema: str, message: str) ->
         open_records(path, schema=schema)
 
 
+def test_a_named_field_that_rows_may_leave_out_is_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"do": "a?", "say": "b"}, {"do": "a?", "on": "i", "say": "b"}]
+    path = save(tmp_path / "in.jsonl", jsonl(rows))
+    open_records(path, schema="alpaca:do,on,say")
+    open_records(save(tmp_path / "b.jsonl", b'{"instruction": "a?", "output": "b"}'))
+    assert caplog.messages == []
+    assert records(open_records(path, schema="alpaca:do,no,say"))[1].question == "a?"
+    assert caplog.messages == [
+        f"{path}: none of the first records has the field 'no' of the schema; fields found: do, "
+        "say, on"
+    ]
+
+
 def test_content_hash_follows_the_bytes(tmp_path: Path) -> None:
     data = jsonl(CHOICE)
     first = open_records(save(tmp_path / "a.jsonl", data)).content_hash

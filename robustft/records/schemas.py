@@ -466,8 +466,10 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     if not candidates:
         raise UserError(f"schema: expected one of {known}, found {kind!r}")
     sample = list(rows)
+    names = list(dict.fromkeys(key for row in sample for key in row))
+    found = printable(field_names(names))
     if name is not None and name != kind:
-        candidates = [_with_fields(name, {key for row in sample for key in row})]
+        candidates = [_with_fields(name, names)]
     votes: Counter[Schema] = Counter()
     for row in sample:
         votes.update(s for s in candidates if all(f in row for f in s.fields))
@@ -476,10 +478,14 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     most = max(votes.values(), default=0)
     best = next(schema for schema in candidates if 2 * votes[schema] >= most)
     if votes[best]:
+        if isinstance(best, OpenSchema) and ":" in best.name and best.extra not in (None, *names):
+            # Rows may leave it out, so it is no error; misspelt, questions lose what they ask of.
+            _log.warning(
+                "%s: none of the first records has the field %r of the schema; fields found: %s",
+                where, best.extra, found,
+            )  # fmt: skip
         return best.tuned(sample, where) if isinstance(best, ChoiceSchema) else best
-    names = list(dict.fromkeys(key for row in sample for key in row))
     other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
-    found = printable(field_names(names))
     if name is not None:
         wanted = " or ".join("+".join(s.fields) for s in candidates)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
