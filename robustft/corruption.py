@@ -13,7 +13,6 @@ import heapq
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from robustft.answers import Kind, answer_kind, matches, normalise
 from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
+from robustft.next_steps import to_clean
 from robustft.records import Record, RecordSource, RecordWriter, Reject, leave_out, watched
 from robustft.records.formats import dump_json
 from robustft.terminal import counted
@@ -45,17 +45,17 @@ class CorruptionReport:
     seed: int
     out: Path
     truth: Path
+    schema: str | None = None  # as it was named; None where it was found
 
     def __str__(self) -> str:
-        clean = self.out.with_name(f"{self.out.name.partition('.')[0]}-cleaned")
+        cleaned = self.out.with_name(f"{self.out.name.partition('.')[0]}-cleaned")
         unread = f"; {counted(self.rejected, 'unreadable one')} left out" if self.rejected else ""
         return (
             f"{self.corrupted:,} of {counted(self.records, 'answer')} made wrong "
             f"(rate {self.rate:g}, seed {self.seed}){unread}\n"
             f"noisy copy  {self.out}\n"
             f"truth       {self.truth}\n"
-            f"next:\n  robustft clean {quote(str(self.out))} --out {quote(str(clean))} "
-            f"--truth {quote(str(self.truth))}"
+            f"next:\n  {to_clean(self.out, cleaned, self.schema, self.truth)}"
         )
 
 
@@ -71,13 +71,16 @@ def _hash(seed: int, purpose: str, text: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> CorruptionReport:
+def corrupt(
+    source: RecordSource, rate: float, seed: int, out: Path, *, schema: str | None = None
+) -> CorruptionReport:
     """Write `source` to `out` with a share `rate` in [0, 1] of its answers made wrong.
 
     Beside it, `<out>.truth.jsonl` holds one line a record: id, index, truth (the answer before),
-    given (the answer now) and corrupted. Two passes over the input; 9 bytes a record and at most
-    `DONORS` answers of each kind are held. Raises `UserError` when the rate is out of range, `out`
-    has not the input's format, or too few records have any wrong answer.
+    given (the answer now) and corrupted. `schema` is the name by which `source` was opened, if it
+    was by one: the copy must be opened by it, too. Two passes over the input; 9 bytes a record and
+    at most `DONORS` answers of each kind are held. Raises `UserError` when the rate is out of
+    range, `out` has not the input's format, or too few records have any wrong answer.
     """
     if not 0.0 <= rate <= 1.0:
         raise UserError(f"rate: expected a share from 0 to 1, found {rate}")
@@ -112,7 +115,7 @@ def corrupt(source: RecordSource, rate: float, seed: int, out: Path) -> Corrupti
                 "corrupted": bool(chosen[record.index]),
             }
             lines.write(dump_json(line) + b"\n")
-    return CorruptionReport(len(kinds), rejected, count, rate, seed, out, truth)
+    return CorruptionReport(len(kinds), rejected, count, rate, seed, out, truth, schema)
 
 
 def _survey(

@@ -8,6 +8,13 @@ from pathlib import Path
 from robustft.config import EngineConfig
 
 
+def to_clean(noisy: Path, out: Path, schema: str | None, truth: Path) -> str:
+    """After `corrupt`: see how many of the answers that were made wrong are found."""
+    named = _named(None, schema)
+    clean = ["robustft", "clean", str(noisy), *named, "--out", str(out), "--truth", str(truth)]
+    return shlex.join(clean)
+
+
 def to_train_and_evaluate(
     cleaned: Path, out: Path, engine: EngineConfig, schema: str | None
 ) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import sqlite3
 import struct
@@ -463,6 +464,21 @@ def test_corrupt_says_how_many_and_where_the_truth_is(run: CommandLine, tmp_path
     truth = read(tmp_path / "n.jsonl.truth.jsonl")
     assert changed == [line["corrupted"] for line in truth]
     assert sum(changed) == 3
+
+
+def test_the_next_command_names_what_this_one_was_told(run: CommandLine, tmp_path: Path) -> None:
+    rows = [{"Text": f"{n} + 1?", "Label": str(n + 1)} for n in range(10)]
+    source = write(tmp_path / "in.jsonl", rows)
+    named = ("--schema", "qa:Text,Label")
+    for arguments in (
+        ("corrupt", source, "--out", tmp_path / "noisy.jsonl", *named),
+        ("clean", source, "--out", tmp_path / "own", "--method", "self-label", *named),
+    ):
+        done = run(*arguments)
+        command = shlex.split(done.out.partition("next:\n")[2].splitlines()[0])
+        assert command[command.index("--schema") + 1] == "qa:Text,Label"
+        if command[1] == "clean":
+            assert run(*command[1:], "--detector", "paper").status == 0
 
 
 def test_the_output_of_corrupt_is_of_the_inputs_format(run: CommandLine, source: Path) -> None:

@@ -54,7 +54,7 @@ def _run_corrupt(options: argparse.Namespace) -> int:
     source = open_records(
         options.input, schema=options.schema, limit=options.limit, split=options.split
     )
-    report = corrupt(source, options.rate, options.seed, Path(options.out))
+    report = corrupt(source, options.rate, options.seed, Path(options.out), schema=options.schema)
     print(report)
     return DONE
 
