@@ -159,9 +159,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def spare(out: Path, given: str | Path) -> None:
-    """Raise UserError where writing `out` would destroy the input `given`."""
+    """Raise UserError where writing `out` would destroy the input `given`, or add to its folder."""
     if out.exists() and Path(given).exists() and out.samefile(given):
         raise UserError(f"{out}: is the input itself; choose another name")
+    if Path(given).is_dir() and out.resolve().is_relative_to(Path(given).resolve()):
+        # It would be read as one more of its data files, by the same command called again, too.
+        raise UserError(f"{out}: lies in the input folder; choose another --out")
 
 
 def spare_others(paths: Iterable[Path]) -> None:

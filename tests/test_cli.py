@@ -415,7 +415,9 @@ def test_outputs_never_land_on_the_input(run: CommandLine, tmp_path: Path) -> No
     assert "is the input itself" in run.refused("score", source, "--out", source)
     assert "is the input itself" in run.refused("corrupt", source, "--out", source)
     inside = tmp_path / "out"
-    assert "lies in the input folder" in run.refused("clean", tmp_path, "--out", inside)
+    for command in ("clean", "train", "score", "eval --split train", "corrupt"):
+        asked = (*command.split(), tmp_path, "--out", inside.with_suffix(".jsonl"))
+        assert "lies in the input folder" in run.refused(*asked)
     assert source.read_bytes() == before
 
 

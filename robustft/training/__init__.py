@@ -14,7 +14,7 @@ import robustft
 from robustft.config import TrainConfig
 from robustft.devices import pick_device, pick_dtype
 from robustft.errors import UserError
-from robustft.files import remove_leftovers, spare_others, write_atomically
+from robustft.files import remove_leftovers, spare, spare_others, write_atomically
 from robustft.models import (
     DEFAULT_MODEL,
     content_digest,
@@ -93,6 +93,7 @@ def train(config: TrainConfig, *, title: str = "train") -> TrainResult:
     source = open_records(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
+    spare(config.out, config.input)
     model_source = find_model(config.engine.model)
     device = pick_device(config.engine.device)
     identity = config.fingerprint() | {
