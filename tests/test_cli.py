@@ -219,6 +219,14 @@ def test_options_from_a_config_file(run: CommandLine, source: Path, tmp_path: Pa
     assert settings["experts.calibrate"] is True
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"])  # what Windows editors put before the text
+def test_an_option_whose_value_may_be_left_out_in_a_config_file(tmp_path: Path, start: str) -> None:
+    for value, ray in (("true", "local"), ("false", None), ("'10.0.0.1:6379'", "10.0.0.1:6379")):
+        file = config(tmp_path, f"{start}ray = {value}\nlimit = 3\n")
+        options = parse(["clean", "in.jsonl", "--out", "o", "--config", str(file)])
+        assert (options.ray, options.limit) == (ray, 3)
+
+
 def test_the_command_line_wins(run: CommandLine, source: Path, tmp_path: Path) -> None:
     file = config(tmp_path, 'out = "/proc/no"\nbeta = 0.25\nk = 9\nwithout = "rel"\n')
     out = tmp_path / "out"

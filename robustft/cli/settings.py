@@ -58,7 +58,7 @@ def _take_defaults(path: Path, command: str, parser: Parser) -> dict[str, list[s
     command alone.
     """
     try:
-        whole: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        whole: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -98,6 +98,8 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{where}: expected true or false, found {value!r:.60}")
         return value
+    if action.nargs == "?" and isinstance(value, bool):  # the option without a value, or not at all
+        return action.const if value else action.default
     if isinstance(value, list) and "," in str(action.metavar):
         value = ",".join(map(str, value))
     if isinstance(value, bool) or not isinstance(value, str | int | float):
