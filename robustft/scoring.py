@@ -21,7 +21,7 @@ from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, spare_other_lines
 from robustft.store import UNIT_ROWS, Stopwatch
-from robustft.terminal import counted, plural_of, printable
+from robustft.terminal import counted, printable
 
 _NAMED = 5  # truncated records that the summary names
 
@@ -73,8 +73,8 @@ class ScoreSummary:
         if self.truncated:
             more = ", …" if self.truncated > _NAMED else ""
             cut = (
-                f"truncated   {self.truncated:,} did not fit the model's window and "
-                f"{plural_of(self.truncated, 'was', 'were')} scored in part: "
+                f"truncated   {self.truncated:,} did not fit the model's window: the question lost "
+                "its middle, or the response its end: "
                 f"{', '.join(map(printable, self.truncated_ids))}{more}\n"
             )
         mean = ""

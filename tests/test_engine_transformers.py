@@ -490,7 +490,8 @@ def test_what_does_not_fit_the_window_is_told(engine: TransformersEngine, tmp_pa
     summary = score_file(str(source), tmp_path / "out.jsonl", EngineConfig(), engine=engine)
     lines = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert [line["truncated"] for line in lines] == [True, True, False]
-    assert "2 did not fit the model's window and were scored in part: long, asked" in str(summary)
+    assert "2 did not fit the model's window: " in str(summary)
+    assert "the question lost its middle, or the response its end: long, asked\n" in str(summary)
     asked = evaluate(EvalConfig(str(source), answer_tokens=2), engine=engine)
     assert "1 prompt exceeded the model's window and lost its middle" in str(asked)
 

@@ -13,4 +13,4 @@ def test_ids_from_the_data_are_printed_as_one_harmless_line() -> None:
     line = {"id": "r1\x1b[2J\nfaked", "tokens": 3, "nll": 0.5, "truncated": 2}
     summary.add([json.dumps(line).encode()], resumed=False)
     (told,) = [line for line in str(summary).splitlines() if line.startswith("truncated")]
-    assert told.endswith(r"scored in part: r1\x1b[2J\nfaked")
+    assert told.endswith(r"the response its end: r1\x1b[2J\nfaked")
