@@ -26,7 +26,7 @@ from robustft.finishing import Models, finish, seconds_before
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.models import DEFAULT_EMBEDDER, find_embedder, find_model, is_small
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
-from robustft.pipeline import ShardRun, conclude, long_lived, reopen
+from robustft.pipeline import ShardRun, conclude, judge_again, long_lived, reopen
 from robustft.records import RecordSource, open_records, output_name
 from robustft.records.formats import dump_json
 from robustft.remote import local_path, output_folder
@@ -36,6 +36,9 @@ from robustft.shards import Shard, conclusion_folder, first_conclusion, plan_fol
 from robustft.store import Stopwatch, Store, folder_lock
 from robustft.tuned import ask_tuned, require_choices
 from robustft.verdicts import CleanResult
+
+# What is said does not depend on it: a run is resumed with another one, too.
+_FREE = ("detector",)
 
 
 def clean(
@@ -226,7 +229,7 @@ def run_clean(
         spare_folder(config, source, own=path.exists())
         store = stack.enter_context(Store(path))
         identity = identity_of(config, source)
-        resumed = store.holds(identity)
+        resumed = store.holds(identity, free=_FREE)
         intake = stack.enter_context(take_in(source, intake_folder(config.out, identity)))
         if 2 * config.tuned.folds > intake.records:
             raise UserError(
@@ -237,11 +240,13 @@ def run_clean(
         models = Models.of(engine, embedder)
         # Only now: a run that failed for a wrong --model or --device leaves the folder free.
         store.claim(models.identity(), name="models")
-        store.claim(identity)
-        stack.enter_context(long_lived())
-        announce(Announcement.of(source, intake, models, resumed=resumed))
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
+        if resumed and store.get_meta("fingerprint")["detector"] != config.detector:
+            judge_again(shard, store, target)
+        store.claim(identity, free=_FREE)
+        stack.enter_context(long_lived())
+        announce(Announcement.of(source, intake, models, resumed=resumed))
         reopen(shard, store, target, alone=True)
         before = seconds_before(shard, store, target)
         store.set_meta("load seconds", before["load"] + watch.seconds())

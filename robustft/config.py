@@ -13,7 +13,7 @@ from robustft.errors import UserError
 
 ABLATIONS = ("selection", "checker", "reviewer", "cer", "rel")
 ENGINES = ("transformers", "openai", "vllm")
-DETECTORS = ("crowd", "paper")
+DETECTORS = ("crowd", "panel", "paper")
 RETRIEVERS = ("exact", "approximate")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -197,13 +197,13 @@ class CleanConfig:
         runs = self.second_opinion
         named = isinstance(runs, tuple) and all(isinstance(run, str) for run in runs)
         _require(named, "second_opinion", "a tuple of strings", runs)
-        heard = "crowd where there are second opinions: the paper's rule does not hear them"
-        _require(not self.second_opinion or self.detector == "crowd", "detector", heard,
+        heard = "crowd or panel where there are second opinions: the paper's rule hears none"
+        _require(not self.second_opinion or self.detector != "paper", "detector", heard,
                  self.detector)  # fmt: skip
         if self.tuned.folds:
             here = "transformers where folds are fine-tuned, which happens in this process"
             _require(self.engine.engine == "transformers", "engine", here, self.engine.engine)
-            heard = "crowd where folds are fine-tuned: the paper's rule does not hear them"
+            heard = "crowd where folds are fine-tuned, which learn from the given answers"
             _require(self.detector == "crowd", "detector", heard, self.detector)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def estimate(
         hours=share * seconds / 3600 + search,
         least_hours=(
             share * (seconds - result.seconds["relabel"]) / 3600 + vote
-            if config.detector == "crowd"
+            if config.detector != "paper"
             else share * seconds / 3600 + search
         ),
         search_hours=search,

@@ -357,7 +357,8 @@ def make_detector(config: CleanConfig) -> Detector:
     """The detector that a configuration names."""
     if config.detector == "paper":
         return PaperDetector()
-    return CrowdDetector(SecondOpinions(config.second_opinion).names)
+    others = SecondOpinions(config.second_opinion).names
+    return CrowdDetector(others, learners=config.detector == "crowd")
 
 
 def conclude(
@@ -507,10 +508,21 @@ def reopen(shard: Shard, store: Store, target: Path, *, alone: bool) -> None:
         if target.is_dir() and not alone:
             return
         # What rests on the failures goes first: killed in between, the next session begins here.
-        phases = shard.phase("relabeled"), shard.phase("detected")
-        for folder in (target, first_conclusion(target), *phases):
-            withdraw(folder)
+        _withdraw_verdicts(shard, target)
         store.forgive()
+
+
+def judge_again(shard: Shard, store: Store, target: Path) -> None:
+    """Leave the verdicts on the only shard to another detector; nobody is asked the same again."""
+    with _deciding(target):
+        _withdraw_verdicts(shard, target)
+        store.judge_again()
+
+
+def _withdraw_verdicts(shard: Shard, target: Path) -> None:
+    phases = shard.phase("relabeled"), shard.phase("detected")
+    for folder in (target, first_conclusion(target), *phases):
+        withdraw(folder)
 
 
 @contextlib.contextmanager

@@ -229,19 +229,24 @@ class Store:
 
     # --- the run's identity -----------------------------------------------------------------
 
-    def claim(self, fingerprint: dict[str, Any], *, name: str = "fingerprint") -> None:
+    def claim(
+        self, fingerprint: dict[str, Any], *, name: str = "fingerprint", free: Sequence[str] = ()
+    ) -> None:
         """Bind the store to a configuration; raises UserError as `holds` does."""
-        if not self.holds(fingerprint, name=name):
+        if not self.holds(fingerprint, name=name, free=free) or free:
             self.set_meta(name, fingerprint)
 
-    def holds(self, fingerprint: dict[str, Any], *, name: str = "fingerprint") -> bool:
-        """Whether the store is bound to this configuration already.
+    def holds(
+        self, fingerprint: dict[str, Any], *, name: str = "fingerprint", free: Sequence[str] = ()
+    ) -> bool:
+        """Whether the store is bound to this configuration already, but for what is `free`.
 
         Raises UserError naming every difference where it is bound to another.
         """
         found = self.get_meta(name)
         if found is None:
             return False
+        found |= {key: fingerprint[key] for key in free}
         refuse_changes(self.path.parent, found, fingerprint)
         return True
 
@@ -332,6 +337,11 @@ class Store:
                 # Whoever is judged now may be a neighbour of any record.
                 self._db.execute("DELETE FROM units WHERE phase = 'relabel'")
                 self._db.execute("DELETE FROM failures")
+
+    def judge_again(self) -> None:
+        """Open again all that rests on a detector; opinions are kept."""
+        with self._transaction():
+            self._db.execute("DELETE FROM units WHERE phase IN ('detect', 'relabel')")
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Per expert: questions asked, tokens and seconds, over all sessions of the run."""

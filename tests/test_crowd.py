@@ -333,7 +333,9 @@ def test_rules_of_a_large_corpus_are_looked_for_in_a_sample(
     found = crowd.judge_labels({}, labels, 3, taught, progress=lambda *step: steps.append(step))
     assert_found(found, labels != truth)
     assert_counted(steps)
-    assert {stage for stage, _, _ in steps} == {"learners", "sample", "pairs of labels", "rules"}
+    assert {stage for stage, _, _ in steps} == {
+        "learners", "sample", "confusions", "pairs of labels", "rules",
+    }  # fmt: skip
     assert {size for size in heard if size > 500} == {3000}
     assert sum(size == 3000 for size in heard) <= 8
 

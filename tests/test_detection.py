@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from test_pipeline import write_jsonl
 
+from robustft import crowd
+from robustft.crowd import Estimate, Judgement
 from robustft.detection.detectors import (
     NO_BETTER_THAN_CHANCE,
     RULES_PASS,
     TEXTS_DIFFER,
     CrowdDetector,
+    models_contradict,
     stacked,
 )
 from robustft.detection.rule import Asked
@@ -101,3 +104,17 @@ def test_where_nothing_is_found_it_is_said_what_cannot_be_seen() -> None:
     assert noticed(rows, merged, ignorant) == (RULES_PASS,)
     scattered = np.where(rng.random(400) < 0.2, (truth + 1) % 3, truth)
     assert noticed(rows, scattered, ignorant) == ()
+
+
+def test_models_that_find_more_than_the_learners_let_stand_are_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, given = np.zeros((9, 16), np.float32), np.zeros(9, np.int64)
+    said, few, many = np.full((9, 3), 1 / 3), Estimate(0.01, 0.0, 0.015), Estimate(0.2, 0.15, 0.25)
+    for by_panel, told in ((None, RULES_PASS), (few, RULES_PASS), (many, models_contradict(many))):
+        found = Judgement(
+            np.zeros(9), few, {"base": 0.1, "regression": 0.9}, said, {"regression": said}, by_panel
+        )
+        monkeypatch.setattr(crowd, "judge_labels", lambda *a, found=found, **k: found)
+        assert noticed(rows, given, said) == (told,)
+    assert "20% (15 to 25) of the given answers" in told

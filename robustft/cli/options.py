@@ -227,8 +227,8 @@ def _add_expert_options(parser: Parser) -> None:
     group = parser.add_argument_group("method")
     group.add_argument(
         "--detector", default="crowd", choices=DETECTORS,
-        help="what splits clean from noisy: experts as a crowd, each weighted by what it knows, "
-        "or the paper's rule",
+        help="what splits clean from noisy: models and learners on the corpus as a crowd, each "
+        "weighted by what it knows; a panel of the models alone; or the paper's rule",
     )  # fmt: skip
     group.add_argument(
         "--second-opinion", action="append", metavar="DIR", default=[],

@@ -33,6 +33,8 @@ class Judgement:
     weights: Mapping[str, float] = field(default_factory=dict)  # share of the vote; 0 = muted
     labels: Floats | None = None  # [N, C] probability of every option being the right one
     learned: Mapping[str, Floats] = field(default_factory=dict)  # learner that votes -> its [N, C]
+    # By the panel without those who have learnt from the labels; None where it is alone or unsure.
+    rate_by_panel: Estimate | None = None
 
     @property
     def powerless(self) -> bool:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import logsumexp
 
-from robustft.crowd.judgement import Floats, Judgement, rate_estimate
+from robustft.crowd.judgement import Estimate, Floats, Judgement, rate_estimate
 from robustft.crowd.learners import Labels, Learners, Progress, softmax
 from robustft.crowd.pool import Fit, Given, Noise, logs_of, skill
 
@@ -52,7 +52,12 @@ _RULES = 4  # found at most
 # Least mean probability of the likeliest label under it: labels that overlap by nature look as if
 # one were given for the other, too, but are not told apart for all that.
 _SURE = 0.8
+# The same where a model's own word was the beginning: one right in 7 of 10 takes half of what it
+# does not know for noise (simulated on FPB), and is 77 to 86 % sure.
+_SURE_OF_ITSELF = 0.85
 _DOUBT = 10.0  # nats that a rule must add to the evidence
+_TURNS = 12  # of noise and opinions, where nobody has to be taught, at most
+_GAINED = 0.5  # nats of evidence; with less, they have settled
 _SAMPLE = 10_000  # records among which rules are looked for
 
 
@@ -64,6 +69,7 @@ def judge_labels(
     tuned: Mapping[str, Floats] | None = None,
     *,
     options: Labels | None = None,
+    alike: bool = False,
     progress: Progress | None = None,
 ) -> Judgement:
     """Judge every given label by experts that did not see it.
@@ -75,6 +81,7 @@ def judge_labels(
     learners: experts trained on the given labels, out of fold.
     tuned: expert -> [N, C] probabilities, from models fine-tuned on labels, out of fold.
     options: [N] how many of the C options a record has, its first ones; all C when None.
+    alike: whether an option is the same in every record, as it is wherever there are learners.
     progress: called as `progress(stage, done, total)`, a stage over early where the rate settles.
 
     An expert that predicts the given labels no better than their frequencies do is muted. A panel
@@ -92,18 +99,25 @@ def judge_labels(
     ceiling = 0.95 if anchors else (classes - 1) / classes
     weights = dict.fromkeys([*panel, *trained, *(learners.names if learners else ())], 0.0)
     with threadpool_limits(1):  # two BLAS threads fight over matrices this small
-        found = _Crowd(known, anchors, heard, ceiling, learners, progress).judge()
+        alike = alike or learners is not None
+        by_panel = _Crowd(known, anchors, {}, ceiling, None, progress, alike=alike).judge()
+        found = by_panel
+        if heard or learners:
+            everyone = _Crowd(known, anchors, heard, ceiling, learners, progress)
+            found = everyone.judge(by_panel.noise if by_panel else None)
     if found is None:
         return Judgement(np.full(len(given), 0.5), None, weights)
     fit = found.fit
     shares = fit.weights / max(fit.weights.sum(), 1e-12)
     weights |= dict(zip(fit.experts, shares.tolist(), strict=True))
-    labels, rates = fit.posterior(found.noise.spread)
+    labels, rate = found.judged()
     wrong = np.clip(1.0 - labels[np.arange(len(given)), given], 0.0, 1.0)
     voting = set(fit.experts).intersection(learners.names if learners else ())
     learned = {name: softmax(values) for name, values in fit.experts.items() if name in voting}
-    rate = rate_estimate(rates, fit.evidence, len(given))
-    return Judgement(wrong, rate, weights, labels, learned)
+    told = by_panel is not None and by_panel is not found and by_panel.sure >= _SURE
+    return Judgement(
+        wrong, rate, weights, labels, learned, by_panel.judged()[1] if by_panel and told else None
+    )
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,16 @@ class _Hearing:
         """As it is found; many an idea is given up without a look at it."""
         return Noise(self.fit.rate, self.fit.wrong_labels(self.expected))
 
+    def judged(self) -> tuple[Floats, Estimate]:
+        """[N, C] probabilities of the true label, and how many of the given ones are wrong."""
+        labels, rates = self.fit.posterior(self.noise.spread)
+        return labels, rate_estimate(rates, self.fit.evidence, len(labels))
+
+    @property
+    def sure(self) -> float:
+        """Mean probability of what is likeliest by the experts alone."""
+        return float(self.fit.predicted.max(1).mean())
+
     @property
     def log_evidence(self) -> float:
         """Logarithm of how likely all of it makes the given labels."""
@@ -130,7 +154,9 @@ class _Crowd:
     def __init__(
         self, given: Given, panel: Mapping[str, Floats], tuned: Mapping[str, Floats],
         ceiling: float, learners: Learners | None, progress: Progress | None,
+        *, alike: bool = False,
     ) -> None:  # fmt: skip
+        self._alike = alike
         self._given, self._learners, self._ceiling = given, learners, ceiling
         self._others = {**panel, **tuned}
         self._kinds = dict.fromkeys(learners.names if learners else (), "learners")
@@ -140,15 +166,18 @@ class _Crowd:
         self._stage("learners", _ROUNDS + 1)
         self._able = self._find_able() if learners else []
 
-    def judge(self) -> _Hearing | None:
-        """Find a noise model and opinions that suit each other; None where nobody can tell."""
+    def judge(self, idea: Noise | None = None) -> _Hearing | None:
+        """Find a noise model and opinions that suit each other; None where nobody can tell.
+
+        `idea`: a noise model that is tried, too.
+        """
         first = Noise.possible(_FIRST_RATE, self._given.frequencies)
         found = self._hear(first, first.spread, alone=bool(self._others))
         if found is None:
             return None
         found = self._settle(found)
         if len(self._given) <= _SAMPLE:
-            return self._with_rules(found)
+            return self._refined(found, idea)
         rng = np.random.default_rng(0)
         some = self._sample(np.sort(rng.choice(len(self._given), _SAMPLE, replace=False)))
         some._stage("sample", _ROUNDS)
@@ -156,7 +185,7 @@ class _Crowd:
         if there is None:
             return found
         there = some._settle(there)
-        told = some._with_rules(there)
+        told = some._refined(there, idea)
         if told is there:
             return found
         self._stage("learners", _ROUNDS)
@@ -165,6 +194,52 @@ class _Crowd:
             return found
         rival = self._settle(rival)
         return rival if _convincing(rival, found) else found
+
+    def _refined(self, found: _Hearing, idea: Noise | None) -> _Hearing:
+        """What is heard under other ideas of the noise, where these explain more."""
+        # Where only some of many labels are taken for each other, noise that is even among all
+        # makes the given labels less likely than experts who are unsure: none would be found.
+        predicted = found.fit.predicted
+        confusions = Noise.of(self._taken(predicted), predicted.mean(0))
+        found = self._with_rules(self._better(found, confusions, "confusions"))
+        if idea is not None:
+            found = self._better(found, idea, "models")
+        if self._alike:
+            word = self._at_their_word()
+            found = word if word and _convincing(word, found, _SURE_OF_ITSELF) else found
+        return found
+
+    def _better(self, found: _Hearing, noise: Noise, whose: str) -> _Hearing:
+        """What is heard under another noise, if that convinces."""
+        self._stage(whose, _ROUNDS)
+        rival = self._hear(noise, noise.spread)
+        if rival is None:
+            return found
+        rival = self._settle(rival)
+        return rival if _convincing(rival, found) else found
+
+    def _at_their_word(self) -> _Hearing | None:
+        """Noise and opinions in turn, beginning as if the panel were right wherever it contradicts.
+
+        What a weaker model has labelled goes wrong by many rules, of which each explains little.
+        """
+        said = np.mean([np.exp(values) for values in self._others.values()], axis=0)
+        noise = Noise.of(self._taken(said), said.mean(0))
+        expected = Noise.even(0.0, self._given.classes).spread
+        found: _Hearing | None = None
+        for _ in range(_TURNS):
+            later = self._hear(noise, expected)
+            if later is None or (found and later.log_evidence < found.log_evidence + _GAINED):
+                break
+            found, noise = later, later.noise
+        return found
+
+    def _taken(self, said: Floats) -> Floats:
+        """[C, C] of what is said to be z the share given as y; from probabilities [N, C]."""
+        given = self._given
+        taken = np.stack([said[given.labels == y].sum(0) for y in range(given.classes)], axis=1)
+        total = taken.sum(1, keepdims=True)
+        return np.where(total > 0, taken / np.maximum(total, 1e-12), np.eye(given.classes))
 
     def _with_rules(self, found: _Hearing) -> _Hearing:
         """Suppose that a label is often given for another, and see what makes that likely.
@@ -220,12 +295,8 @@ class _Crowd:
 
     def _confused(self, found: _Hearing) -> list[tuple[int, int]]:
         """The pairs of labels that the experts take for each other most."""
-        given, predicted = self._given, found.fit.predicted
-        labels = np.flatnonzero(given.frequencies).tolist()
-        taken = np.stack(
-            [predicted[given.labels == y].sum(0) for y in range(given.classes)], axis=1
-        )
-        taken /= np.maximum(taken.sum(1, keepdims=True), 1e-12)  # [z, y]
+        labels = np.flatnonzero(self._given.frequencies).tolist()
+        taken = self._taken(found.fit.predicted)
         taken += taken.T
         pairs = itertools.combinations(labels, 2)
         return heapq.nlargest(_PAIRS, pairs, key=lambda pair: float(taken[pair]))
@@ -303,10 +374,10 @@ class _Crowd:
         self._doing, self._total, self._passes = doing, total, itertools.count(1)
 
 
-def _convincing(rival: _Hearing, found: _Hearing) -> bool:
+def _convincing(rival: _Hearing, found: _Hearing, sure: float = _SURE) -> bool:
     """Whether rules were found: they explain more, and leave the experts sure."""
     gain = rival.log_evidence - found.log_evidence
-    return gain >= _DOUBT and float(rival.fit.predicted.max(1).mean()) >= _SURE
+    return gain >= _DOUBT and rival.sure >= sure
 
 
 def _turned(transition: Floats, rules: list[tuple[int, int]], shares: Floats) -> Noise:

@@ -35,8 +35,9 @@ TEXTS_DIFFER = (
 RULES_PASS = (
     "hardly a wrong answer was found; those that depend on the question (a weaker model's "
     "mistakes, a whole topic) pass for right ones and are not in this noise rate: where the model "
-    "is strong, --detector paper goes by its word"
+    "is strong, --detector panel leaves the judgement to it"
 )
+
 
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
 _MOST_SETS = 32  # the largest so many
@@ -107,11 +108,12 @@ class CrowdDetector:
     the corpus join the panel; letters that mean something else in every question teach nothing,
     and there the panel judges alone. Open answers are compared as answers. The checker has no
     vote: it sees the given answer, so agreeing with it proves nothing. Other models (`others`
-    names them) are one voter each.
+    names them) are one voter each. Without `learners` models alone have a vote.
     """
 
-    def __init__(self, others: Sequence[str] = ()) -> None:
+    def __init__(self, others: Sequence[str] = (), *, learners: bool = True) -> None:
         self.others = tuple(others)
+        self._learners = learners
 
     def evidence(self, asked: Sequence[Asked]) -> Evidence:
         """What the crowd needs of each record.
@@ -203,7 +205,7 @@ class CrowdDetector:
             told.append(f"{texts} compared with this model's alone")
         noisy = np.nan_to_num(wrong) > 0.5
         sizes = np.bincount(jury[jury >= 0], minlength=len(found)).tolist()
-        rate = _whole_rate(found, sizes)
+        rate = _whole_rate([one.noise_rate for one in found], sizes)
         return Conclusion(
             noisy, skipped, pooled, wrong, jury, [one.weights for one in found],
             bool(found) and all(one.powerless for one in found), rate,
@@ -231,11 +233,11 @@ class CrowdDetector:
             for names in (dict(zip(PANEL, PANEL, strict=True)) | others, {TUNED: TUNED})
         )
         learners = None
-        if alike and len(chosen) > 1:
+        if alike and self._learners and len(chosen) > 1:
             questions = evidence["question"][chosen]
             learners = crowd.Learners.of(corpus, chosen, given, classes, questions, progress)
         return crowd.judge_labels(
-            panel, given, classes, learners, tuned, options=widths, progress=progress
+            panel, given, classes, learners, tuned, options=widths, alike=alike, progress=progress
         )
 
     def _judge_open(
@@ -286,6 +288,16 @@ def _option_sets(
         yield rest, False
 
 
+def models_contradict(rate: Estimate) -> str:
+    """The warning where models find much more wrong than the learners let stand."""
+    return (
+        f"by the models alone {rate} of the given answers are wrong; the learners, taught by these "
+        "answers, side with them: either the models are wrong there, or the answers are, in a way "
+        "that depends on the question (a weaker model's mistakes, a whole topic). Where the models "
+        "are strong, the same command with --detector panel goes by them and asks nothing twice"
+    )
+
+
 def _warnings(
     found: Sequence[Judgement],
     sizes: Sequence[int],
@@ -305,8 +317,11 @@ def _warnings(
             f"on {counted(lost, 'record')} no expert is better than chance: "
             f"{plural_of(lost, 'it is', 'these are')} kept as given"
         )
-    lettered = sum(s for one, s in zip(found, sizes, strict=True) if one.labels is not None)
-    if rate is not None and rate.high < _HARDLY_ANY and lettered > sum(sizes) / 2:
+    taught = sum(size for one, size in zip(found, sizes, strict=True) if one.learned)
+    by_models = _whole_rate([one.rate_by_panel for one in found], sizes)
+    if rate is not None and by_models is not None and by_models.low > rate.high + _HARDLY_ANY:
+        yield models_contradict(by_models)
+    elif rate is not None and rate.high < _HARDLY_ANY and taught > sum(sizes) / 2:
         yield RULES_PASS
     if rate is None or rate.high - rate.low <= _WIDE:
         return
@@ -325,10 +340,10 @@ def _warnings(
         )
 
 
-def _whole_rate(found: Sequence[Judgement], sizes: Sequence[int]) -> Estimate | None:
-    """The noise rate over all records that could be judged."""
-    rates = [(one.noise_rate, size) for one, size in zip(found, sizes, strict=True)]
-    known = [((r.value, r.low, r.high), size) for r, size in rates if r is not None]
+def _whole_rate(rates: Sequence[Estimate | None], sizes: Sequence[int]) -> Estimate | None:
+    """The noise rate over all records of juries that know one."""
+    pairs = zip(rates, sizes, strict=True)
+    known = [((r.value, r.low, r.high), size) for r, size in pairs if r is not None]
     if not known:
         return None
     parts, weights = zip(*known, strict=True)
