@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
@@ -21,6 +22,7 @@ from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
 from robustft.files import spare
 from robustft.metrics import Tally, macro_f1
+from robustft.overlap import asked
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, answer_prompt, letters, opening
 from robustft.records import Record, RecordSource, Reject, count_records, leave_out, open_records
@@ -120,6 +122,8 @@ class EvalResult:
         return "\n".join(lines)
 
 
+# Of some records in a row: their number, what is known of them by row, and the rows not known.
+_Chunk: TypeAlias = tuple[int, dict[int, Prediction], list[int]]
 Ask = Callable[[Sequence[Record]], Sequence[Prompt]]
 Judge = Callable[[Record, str], tuple[str | None, bool, float]]
 
@@ -163,7 +167,8 @@ def evaluate(
     them), other answers from generated text. With `config.out`, predictions are written there,
     one JSON line a record; killed before that, the same call goes on where it was.
     `engine` is used instead of loading `config.engine` and `config.adapter`; `ask` words the
-    prompts of some records, `judge` reads and scores a reply to an open question.
+    prompts of some records, `judge` reads and scores a reply to an open question, both in any
+    thread where the engine waits for a server.
 
     Raises:
         UserError: the input, the model or the adapter cannot be read, or `out` not written.
@@ -181,23 +186,29 @@ def evaluate(
     scores = _Scores(result)
     truncated = getattr(engine, "truncated", 0)  # not every engine sees tokens
     with _output(config, engine, source) as out, Progress("eval", total, unit="records") as shown:
-        for chunk in _chunks(source, result):
-            kept = [] if out is None else map(_read, chunk, out.take(len(chunk)))
-            # What failed in the session that was killed is asked again.
-            found = {row: one for row, one in enumerate(kept) if not one.failure}
-            shown.skip(len(found))
-            missing = [row for row in range(len(chunk)) if row not in found]
-            if missing:
-                asked = [chunk[row] for row in missing]
-                fresh = predict(
-                    asked, ask(asked), engine, config.answer_tokens, judge, shown.update
-                )
+
+        def answer(records: Sequence[Record]) -> list[Prediction]:
+            limit = config.answer_tokens
+            return predict(records, ask(records), engine, limit, judge, shown.update)
+
+        def questions() -> Iterator[tuple[_Chunk, Callable[[], list[Prediction]]]]:
+            for number, records in enumerate(_chunks(source, result)):
+                kept = [] if out is None else map(_read, records, out.take(number, len(records)))
+                # What failed in the session that was killed is asked again.
+                found = {row: one for row, one in enumerate(kept) if not one.failure}
+                shown.skip(len(found))
+                missing = [row for row in range(len(records)) if row not in found]
+                left = [records[row] for row in missing]
+                yield (number, found, missing), functools.partial(answer, left) if left else list
+
+        with asked(engine, questions()) as answered:
+            for (number, found, missing), fresh in answered:
                 found.update(zip(missing, fresh, strict=True))
-            predictions = [found[row] for row in range(len(chunk))]
-            if missing and out is not None:
-                out.add(list(map(_line, predictions)))
-            for prediction in predictions:
-                scores.add(prediction)
+                predictions = [found[row] for row in range(len(found))]
+                if missing and out is not None:
+                    out.add(number, list(map(_line, predictions)))
+                for prediction in predictions:
+                    scores.add(prediction)
     scores.finish()
     result.truncated = getattr(engine, "truncated", 0) - truncated
     result.seconds = time.monotonic() - started

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event, Thread
 from typing import TypeVar
 
+from robustft.engines import Engine
+
 _K = TypeVar("_K")
 _T = TypeVar("_T")
 _SECONDS_TO_END = 0.1  # between two looks whether cancelled jobs have ended
+
+
+def asked(
+    engine: Engine, jobs: Iterable[tuple[_K, Callable[[], _T]]]
+) -> contextlib.closing[Generator[tuple[_K, _T]]]:
+    """Every (key, what its job says), in order, as a `with` block's own.
+
+    A server is kept busy by as many jobs as its engine says; others do one after the other.
+    """
+    at_a_time = getattr(engine, "at_a_time", 1)
+    return contextlib.closing(in_order(jobs, at_a_time, getattr(engine, "cancel", lambda: None)))
 
 
 def in_order(

@@ -20,10 +20,10 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ from robustft.errors import UnfinishedError
 from robustft.experts import Neighbour, Panel
 from robustft.files import locked, remove_leftovers
 from robustft.intake import Intake
-from robustft.overlap import in_order
+from robustft.overlap import asked
 from robustft.progress import Progress, Stages
 from robustft.records import Record
 from robustft.relabeling import relabel
@@ -63,8 +63,6 @@ _CERTAIN = 0.7  # an answer found clean is kept at any rate where it is right wi
 Arrays = Mapping[str, NDArray[Any]]
 # Of each record the opinions of base, reasoning expert and checker.
 _Panel: TypeAlias = tuple[Sequence[Opinion], Sequence[Opinion | None], Sequence[Opinion | None]]
-_K = TypeVar("_K")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +162,12 @@ class ShardRun:
                     else:
                         yield (unit, chunk), functools.partial(self._ask_panel, unit, chunk)
 
-            with self._asked(questions()) as answered:
+            with asked(self.engine, questions()) as answered:
                 for (unit, chunk), said in answered:
-                    asked = list(map(Asked, chunk, *said, self._others.unit(unit, chunk)))
-                    marks.add("detect", unit, detector.evidence(asked))
+                    judged = list(map(Asked, chunk, *said, self._others.unit(unit, chunk)))
+                    marks.add("detect", unit, detector.evidence(judged))
             marks.flush()
         publish(target, stacked(list(self.store.arrays("detect"))), self._facts(watch))
-
-    def _asked(
-        self, jobs: Iterator[tuple[_K, Callable[[], _T]]]
-    ) -> contextlib.closing[Generator[tuple[_K, _T]]]:
-        """Every (key, what its job says), in order; a server is kept busy by several at a time."""
-        cancel = getattr(self.engine, "cancel", lambda: None)
-        return contextlib.closing(in_order(jobs, getattr(self.engine, "at_a_time", 1), cancel))
 
     def _ask_panel(self, unit: int, chunk: Sequence[Record]) -> _Panel:
         """What base, reasoning expert and checker say about each record."""
@@ -220,7 +211,7 @@ class ShardRun:
                     mine = [chunk[position % UNIT_ROWS] for position in noisy[low:high].tolist()]
                     yield unit, self._relabeling(unit, mine, conclusion, corpus)
 
-            with self._asked(questions()) as answered:
+            with asked(self.engine, questions()) as answered:
                 for unit, found in answered:
                     marks.add("relabel", unit, found)
             marks.flush()

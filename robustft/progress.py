@@ -11,7 +11,8 @@ from typing import Any, Self
 
 _SILENT_SECONDS = 2.0
 _SECONDS_BETWEEN_LINES = 15.0  # where stderr is a file
-# tqdm keeps its own lock for good where an interrupt falls into its drawing: tickers take this one.
+# Of all that count or draw, in any thread: tqdm keeps its own lock for good where an interrupt
+# falls into its drawing.
 _DRAWING = threading.RLock()
 
 
@@ -43,21 +44,19 @@ class Progress:
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def update(self, amount: float, doing: str | None = None) -> None:
-        """Advance by `amount`; `doing` names the step at work."""
-        self._done += amount
-        now = time.monotonic()
-        if self._bar is not None:
-            with _DRAWING:
+        """Advance by `amount`, from any thread; `doing` names the step at work."""
+        with _DRAWING:
+            self._done += amount
+            now = time.monotonic()
+            due = self._lines and now - self._shown >= _SECONDS_BETWEEN_LINES
+            if self._bar is not None:
                 self._bar.set_postfix_str(doing or "", refresh=False)
                 self._bar.update(amount)
-        elif (
-            self._lines
-            and now - self._shown >= _SECONDS_BETWEEN_LINES
-            and self._done > self._before
-        ):
-            self._shown = now
-            desc = self._desc if doing is None else f"{self._desc} · {doing}"
-            print(f"robustft: {desc}: {self._said(now - self._start)}", file=sys.stderr, flush=True)
+            elif due and self._done > self._before:
+                self._shown = now
+                desc = self._desc if doing is None else f"{self._desc} · {doing}"
+                said = self._said(now - self._start)
+                print(f"robustft: {desc}: {said}", file=sys.stderr, flush=True)
 
     def _said(self, elapsed: float) -> str:
         if self._total is None:
@@ -68,10 +67,10 @@ class Progress:
 
     def skip(self, amount: float) -> None:
         """Advance by what an earlier run has done; the estimate of what is left ignores it."""
-        self._done += amount
-        self._before += amount
-        if self._bar is not None:
-            with _DRAWING:
+        with _DRAWING:
+            self._done += amount
+            self._before += amount
+            if self._bar is not None:
                 self._bar.initial += amount
                 self._bar.update(amount)
 

@@ -59,26 +59,26 @@ class ResumableLines:
         self._partial = path.with_name(f".{path.name}.{digest}.partial")
         self._file: IO[bytes]
         self._places: dict[int, tuple[int, int]] = {}  # chunk -> where its lines begin, their bytes
-        self._chunk = -1  # taken last
+        self._chunks = 0  # taken so far
 
-    def take(self, count: int) -> list[bytes]:
-        """The `count` lines of the next chunk, as an earlier run wrote them; none where it did not.
+    def take(self, chunk: int, count: int) -> list[bytes]:
+        """The `count` lines of a chunk, as an earlier run wrote them; none where it did not.
 
-        `add` writes others in their place.
+        Every chunk is taken, from 0 on; `add` writes others in their place.
         """
-        self._chunk += 1
+        self._chunks = max(self._chunks, chunk + 1)
         with self._telling():
-            lines = self._lines(self._chunk).splitlines(keepends=True)
+            lines = self._lines(chunk).splitlines(keepends=True)
         return lines if len(lines) == count else []
 
-    def add(self, lines: Sequence[bytes]) -> None:
-        """Write the lines of the chunk taken last, and bring them to the disk."""
+    def add(self, chunk: int, lines: Sequence[bytes]) -> None:
+        """Write the lines of a chunk that was taken, and bring them to the disk."""
         body = b"".join(lines)
-        head = {"chunk": self._chunk, "bytes": len(body), "blake2b": _digest(body)}
+        head = {"chunk": chunk, "bytes": len(body), "blake2b": _digest(body)}
         with self._telling():
             self._file.seek(0, os.SEEK_END)
             self._file.write(orjson.dumps(head) + b"\n")
-            self._places[self._chunk] = self._file.tell(), len(body)
+            self._places[chunk] = self._file.tell(), len(body)
             self._file.write(body)
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -132,7 +132,7 @@ class ResumableLines:
         with broken, self._file:
             if kind is None:
                 with replacing(self._path) as temporary, temporary.open("wb") as out:
-                    out.writelines(map(self._lines, range(self._chunk + 1)))
+                    out.writelines(map(self._lines, range(self._chunks)))
                 with self._telling():
                     self._partial.unlink()
             elif not os.fstat(self._file.fileno()).st_size:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import orjson
 
@@ -17,6 +19,7 @@ from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.experts import record_kind
 from robustft.files import spare
+from robustft.overlap import asked
 from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, spare_other_lines
@@ -24,6 +27,8 @@ from robustft.store import UNIT_ROWS, Stopwatch
 from robustft.terminal import counted, printable
 
 _NAMED = 5  # truncated records that the summary names
+# Of some items in a row: their number, the lines known of them by row, and the rows without one.
+_Chunk: TypeAlias = tuple[int, dict[int, bytes], list[int]]
 
 
 @dataclass(slots=True)
@@ -128,19 +133,29 @@ def score_file(
     summary = ScoreSummary(out)
     watch = Stopwatch()
     with ResumableLines(out, identity) as lines, Progress("score", total, unit="records") as shown:
-        stream = iter(source)
-        while items := list(itertools.islice(stream, UNIT_ROWS)):
-            kept = dict(enumerate(lines.take(len(items))))
-            # What failed in the session that was killed is asked again.
-            found = {row: line for row, line in kept.items() if "failed" not in orjson.loads(line)}
-            summary.add(found.values(), resumed=True)
-            shown.skip(sum(isinstance(items[row], Record) for row in found))
-            missing = [row for row in range(len(items)) if row not in found]
-            if missing:
-                fresh = _scored([items[row] for row in missing], engine, shown.update)
+
+        def questions() -> Iterator[tuple[_Chunk, Callable[[], list[bytes]]]]:
+            stream = iter(source)
+            for number in itertools.count():
+                items = list(itertools.islice(stream, UNIT_ROWS))
+                if not items:
+                    return
+                kept = enumerate(lines.take(number, len(items)))
+                # What failed in the session that was killed is asked again.
+                found = {row: line for row, line in kept if "failed" not in orjson.loads(line)}
+                shown.skip(sum(isinstance(items[row], Record) for row in found))
+                missing = [row for row in range(len(items)) if row not in found]
+                left = [items[row] for row in missing]
+                job = functools.partial(_scored, left, engine, shown.update)
+                yield (number, found, missing), job
+
+        with asked(engine, questions()) as answered:
+            for (number, found, missing), fresh in answered:
+                summary.add(found.values(), resumed=True)
                 summary.add(fresh, resumed=False)
                 found.update(zip(missing, fresh, strict=True))
-                lines.add([found[row] for row in range(len(items))])
+                if missing:
+                    lines.add(number, [found[row] for row in range(len(found))])
     summary.seconds = watch.seconds()
     return summary
 

@@ -35,12 +35,14 @@ class HashModel:
         self.order = np.argsort(-self.table, axis=1)  # tokens, the likeliest first
         self.rank = np.argsort(self.order, axis=1)
 
+    def digests(self, ids: list[int]) -> list[int]:
+        """[ids + 1] hashes: before the first token, after it, after the second …"""
+        tokens = (token.to_bytes(4, "big") for token in ids)
+        return list(itertools.accumulate(tokens, lambda d, t: zlib.crc32(t, d), initial=0))
+
     def rows(self, ids: list[int]) -> list[int]:
-        """[ids + 1] rows of the table: before the first token, after it, after the second …"""
-        digests = itertools.accumulate(
-            (token.to_bytes(4, "big") for token in ids), lambda d, t: zlib.crc32(t, d), initial=0
-        )
-        return [digest % len(self.table) for digest in digests]
+        """[ids + 1] rows of the table, by those hashes."""
+        return [digest % len(self.table) for digest in self.digests(ids)]
 
     def logprobs(self, ids: list[int]) -> np.ndarray:
         return np.asarray(self.table[self.rows(ids)[-1]])
@@ -56,14 +58,16 @@ def completion(model: HashModel, body: dict[str, Any]) -> dict[str, Any]:
     given = body["prompt"]
     prompt = list(given.encode() if isinstance(given, str) else given)
     top = int(body.get("logprobs") or 0)
-    *before, row = model.rows(prompt)  # row of each given token, and that of the first to write
+    *before, last = model.digests(prompt)
+    before = [digest % len(model.table) for digest in before]  # row of each given token
     named: list[tuple[int, int]] = []  # token, its row
     for _ in range(int(body["max_tokens"])):
+        row = last % len(model.table)
         token = int(model.order[row, 0])
         named.append((token, row))
         if token == END:
             break
-        row = model.rows([*prompt, *(token for token, _ in named)])[-1]
+        last = zlib.crc32(token.to_bytes(4, "big"), last)
     tokens = [token for token, _ in named]
     choice: dict[str, Any] = {
         "index": 0,

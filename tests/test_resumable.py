@@ -32,11 +32,11 @@ def attempt(path: Path, identity: str = "a", stop: int | None = None) -> int:
         for number, chunk in enumerate(CHUNKS):
             if number == stop:
                 raise PowerCutError
-            if kept := lines.take(len(chunk)):
+            if kept := lines.take(number, len(chunk)):
                 assert kept == chunk
                 taken += 1
             else:
-                lines.add(chunk)
+                lines.add(number, chunk)
     return taken
 
 
@@ -73,12 +73,12 @@ def test_a_chunk_may_be_written_anew(tmp_path: Path) -> None:
     attempt(out, stop=3)
     fresh = [b'{"n":"%d"}\n' % n for n in range(3)]
     with contextlib.suppress(PowerCutError), ResumableLines(out, {"who": "a"}) as lines:
-        assert lines.take(3) == CHUNKS[0]
-        lines.add(fresh)
+        assert lines.take(0, 3) == CHUNKS[0]
+        lines.add(0, fresh)
         raise PowerCutError
     with ResumableLines(out, {"who": "a"}) as lines:
-        assert [lines.take(3) for _ in range(4)] == [fresh, *CHUNKS[1:3], []]
-        lines.add(CHUNKS[3])
+        assert [lines.take(number, 3) for number in range(4)] == [fresh, *CHUNKS[1:3], []]
+        lines.add(3, CHUNKS[3])
     assert out.read_bytes() == b"".join(fresh) + WHOLE[len(b"".join(CHUNKS[0])) :]
     assert hidden(tmp_path) == []
 
