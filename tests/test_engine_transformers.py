@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -327,6 +329,39 @@ def test_threads_that_encode_at_a_time_get_what_one_alone_gets(engine: Transform
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(encoder.encode, kinds)) == alone
         assert list(pool.map(lambda some: encoder.fit(some, 8), kinds * 4)) == alone * 4
+
+
+def test_who_encodes_many_prompts_lets_others_in_between(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's replies are decoded while prompts are encoded, not after all of them."""
+    encoder = PromptEncoder(engine.tokenizer)
+    steps: list[str] = []
+    encode, decode = encoder._encode, engine.tokenizer.batch_decode
+
+    def decode_some(*given: Any, **named: Any) -> Any:
+        steps.append("decodes")
+        return decode(*given, **named)
+
+    def encode_some(prompts: list[Prompt]) -> list[list[int]]:
+        steps.append("encodes")
+        if len(steps) == 1:
+            other.start()
+            while not encoder._next.locked():  # until it waits for its turn
+                time.sleep(0.001)
+        return encode(prompts)
+
+    other = threading.Thread(target=encoder.decode, args=([1, 2, 3],))
+    monkeypatch.setattr(engine.tokenizer, "batch_decode", decode_some)
+    monkeypatch.setattr(encoder, "_encode", encode_some)
+    short = [prompt(f"question {n}") for n in range(40)]
+    assert encoder.fit_with(short, ["yes"] * 40)[0] == encoder.encode(short)
+    other.join()
+    assert steps[:4] == ["encodes", "decodes", "encodes", "encodes"]
+    assert len(steps) == 7
+    steps[:] = ["encodes"]
+    encoder.encode([prompt("word " * 20_000) for _ in range(3)])  # long ones, one in each turn
+    assert len(steps) == 4
 
 
 def test_a_score_does_not_depend_on_its_batch(engine: TransformersEngine) -> None:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from robustft.engines import Prompt
@@ -23,6 +23,9 @@ _T = TypeVar("_T")
 _PLACEHOLDER = "\ue0f0{}\ue0f1"
 _SPLIT = re.compile("\ue0f0([0-9]+)\ue0f1")
 _REPLY = -1  # stands for the reply where others are messages' numbers
+# Prompts encoded in one turn, and their characters: some milliseconds, in which others wait.
+_MOST_PROMPTS = 16
+_MOST_CHARACTERS = 50_000
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
@@ -38,21 +41,35 @@ def _spaced(found: re.Match[str]) -> str:
 def _one_thread(
     method: Callable[Concatenate[PromptEncoder, _P], _T],
 ) -> Callable[Concatenate[PromptEncoder, _P], _T]:
-    """A method that one thread at a time is in."""
+    """A short method that one thread at a time is in; it calls no other one of these."""
 
     @functools.wraps(method)
     def locked(self: PromptEncoder, /, *given: _P.args, **named: _P.kwargs) -> _T:
-        with self._lock:
+        with self._next, self._lock:
             return method(self, *given, **named)
 
     return locked
+
+
+def _portions(prompts: Sequence[Prompt]) -> Iterator[slice]:
+    """Rows of a few prompts each, of one where they are long."""
+    start = characters = 0
+    for row, prompt in enumerate(prompts):
+        size = sum(len(message.content) for message in prompt.messages)
+        if row > start and (row - start == _MOST_PROMPTS or characters + size > _MOST_CHARACTERS):
+            yield slice(start, row)
+            start, characters = row, 0
+        characters += size
+    if prompts:
+        yield slice(start, len(prompts))
 
 
 class PromptEncoder:
     """Encodes prompts for one tokenizer; templates and candidate endings are cached.
 
     Any thread may ask. One is served at a time: whether a tokenizer spells control tokens out is a
-    setting of the tokenizer, and not of a call.
+    setting of the tokenizer, and not of a call. Who encodes many prompts lets others in between: a
+    server's replies are decoded meanwhile.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -64,7 +81,8 @@ class PromptEncoder:
         self, tokenizer: Any, window: int = 1 << 30, ends: Iterable[int | None] = ()
     ) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._next = threading.Lock()  # held by one who waits for a turn: nobody gets in before
         self.window = window
         own = (*ends, tokenizer.eos_token_id)
         self.ends = frozenset(int(end) for end in own if end is not None)
@@ -72,9 +90,21 @@ class PromptEncoder:
         self._templates: dict[tuple[str, ...], tuple[list[list[int] | int], set[int]]] = {}
         self._endings: dict[tuple[str, str], list[int]] = {}
 
-    @_one_thread
+    def _in_turns(self, prompts: Sequence[Prompt], work: Callable[[slice], list[_T]]) -> list[_T]:
+        """What `work` finds for some prompts after the other, in one turn each."""
+        found: list[_T] = []
+        for rows in _portions(prompts):
+            with self._next:  # a lock alone would be taken again before those who wait wake up
+                pass
+            with self._lock:
+                found += work(rows)
+        return found
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of every prompt, ready for the model to continue."""
+        return self._in_turns(prompts, lambda rows: self._encode(prompts[rows]))
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         texts: list[str] = []
         inside: list[bool] = []
         for prompt in prompts:
@@ -92,7 +122,6 @@ class PromptEncoder:
             encoded.append(ids + prefix)
         return encoded
 
-    @_one_thread
     def fit(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
         """Token ids of every prompt, its middle cut out where `room` more would not fit.
 
@@ -105,11 +134,14 @@ class PromptEncoder:
                 f"{self.window} tokens, for the question; expected a model with a longer one or, "
                 "where the command takes them, a lower --answer-tokens or --reasoning-tokens"
             )
-        encoded = self.encode(prompts)
-        self._cut(encoded, [room] * len(encoded))
-        return encoded
 
-    @_one_thread
+        def fitted(rows: slice) -> list[list[int]]:
+            encoded = self._encode(prompts[rows])
+            self._cut(encoded, [room] * len(encoded))
+            return encoded
+
+        return self._in_turns(prompts, fitted)
+
     def fit_with(
         self, prompts: Sequence[Prompt], responses: Sequence[str], room: int = 0
     ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
@@ -118,15 +150,19 @@ class PromptEncoder:
         A response loses what is beyond half the window, a prompt its middle.
         """
         most = max(self.window // 2, 1)
-        endings = [
-            self.response(prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        cut = [len(ids) > most for ids in endings]
-        endings = [ids[:most] for ids in endings]
-        encoded = self.encode(prompts)
-        shorter = self._cut(encoded, [len(ids) + room for ids in endings])
-        return encoded, endings, [a or b for a, b in zip(cut, shorter, strict=True)]
+
+        def fitted(rows: slice) -> list[tuple[list[int], list[int], bool]]:
+            pairs = zip(prompts[rows], responses[rows], strict=True)
+            endings = [self._response(prompt, response) for prompt, response in pairs]
+            cut = [len(ids) > most for ids in endings]
+            endings = [ids[:most] for ids in endings]
+            encoded = self._encode(prompts[rows])
+            shorter = self._cut(encoded, [len(ids) + room for ids in endings])
+            either = [a or b for a, b in zip(cut, shorter, strict=True)]
+            return list(zip(encoded, endings, either, strict=True))
+
+        found = self._in_turns(prompts, fitted)
+        return [one[0] for one in found], [one[1] for one in found], [one[2] for one in found]
 
     def _cut(self, encoded: list[list[int]], rooms: Sequence[int]) -> list[bool]:
         """Cut the middle out of those where their `rooms` more would not fit; which they were."""
@@ -185,6 +221,9 @@ class PromptEncoder:
     @_one_thread
     def continuation(self, prefix: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `prefix` in the same turn; never empty for text."""
+        return self._continuation(prefix, text)
+
+    def _continuation(self, prefix: str, text: str) -> list[int]:
         key = (prefix, text)
         found = self._endings.get(key)
         if found is None:
@@ -197,10 +236,13 @@ class PromptEncoder:
     @_one_thread
     def response(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of `text` where it replies to `prompt`."""
+        return self._response(prompt, text)
+
+    def _response(self, prompt: Prompt, text: str) -> list[int]:
         if self._lead is not None and not prompt.prefix:
             inside = self._template(tuple(message.role for message in prompt.messages))[1]
             return self._placed([text], [_REPLY in inside])[0]
-        return self.continuation(prompt.prefix, text)
+        return self._continuation(prompt.prefix, text)
 
     @functools.cached_property
     def _lead(self) -> list[int] | None:
