@@ -10,6 +10,7 @@ many in a row, and none answered in between, are a server lost. Requests refused
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import logging
 import os
@@ -17,7 +18,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -41,6 +42,7 @@ _SHORT = 16  # tokens or characters that no server finds too long
 _TOO_MANY = 429
 _PASSING = {408, 409, 425, _TOO_MANY, *range(500, 600)}
 _AWAY = {502, 503, 504}  # a proxy that finds no server behind it
+_CONNECTIONS = 32  # of one httpx2 client, which looks at all of them at every request
 _TRIES = 2  # of what only tells whether the server takes a request
 
 
@@ -124,17 +126,17 @@ class JsonClient:
         )
         self._thread.start()
         try:
-            self._http = self._run(self._open())
+            clients = self._run(self._open())
         except (ValueError, ImportError, OSError) as error:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise UserError(
                 f"the proxy or the certificates that the environment names cannot be used: {error}"
             ) from None
         # A client that is dropped takes its connections and its thread with it.
-        self._end = weakref.finalize(self, _end, self._loop, self._http)
+        self._end = weakref.finalize(self, _end, self._loop, clients)
         self._end.atexit = False
 
-    async def _open(self) -> httpx2.AsyncClient:
+    async def _open(self) -> list[httpx2.AsyncClient]:
         # How many texts the server takes is not learnt from questions for a letter.
         self._throttles: dict[int | None, Throttle] = {}
         self._slots = asyncio.Semaphore(self.concurrency)
@@ -146,12 +148,19 @@ class JsonClient:
         }
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
-        limits = httpx2.Limits(
-            max_connections=self.concurrency, max_keepalive_connections=self.concurrency
-        )
-        return httpx2.AsyncClient(
-            headers=headers, limits=limits, timeout=self._timeout, follow_redirects=False
-        )
+        limits = httpx2.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
+        certificates = httpx2.create_ssl_context()  # which takes a while: once
+        clients = [
+            httpx2.AsyncClient(
+                headers=headers, limits=limits, timeout=self._timeout, follow_redirects=False,
+                verify=certificates,
+            )
+            for _ in range(0, self.concurrency, _CONNECTIONS)
+        ]  # fmt: skip
+        # A client for each request in flight, the last ones given back first: a few requests at a
+        # time share the connections of one.
+        self._free = [client for client in clients for _ in range(_CONNECTIONS)]
+        return clients
 
     def close(self) -> None:
         """Close the connections and end the thread."""
@@ -195,7 +204,7 @@ class JsonClient:
             return _TRIES if not away or late or self.waited_out else max(_TRIES, self._tries)
 
         try:
-            return self._run(self._persist(path, body, read, tries))
+            return self._run(self._persist_in_slot(path, body, read, tries))
         except RequestError as error:
             if error.status == _TOO_MANY:
                 raise EngineLost(
@@ -230,7 +239,7 @@ class JsonClient:
     async def _check_refusals(self, path: str, short: Any) -> None:
         """Raise EngineLost where a request is refused for more than its length."""
         try:
-            await self._persist(path, short, bytes, lambda _: self._tries)
+            await self._persist_in_slot(path, short, bytes, lambda _: self._tries)
         except RequestError as error:
             if error.passing:  # a broken connection, say, which tells nothing of a request's length
                 return
@@ -296,6 +305,16 @@ class JsonClient:
             )
         return throttle.refused(began)
 
+    async def _persist_in_slot(
+        self,
+        path: str,
+        body: Any,
+        read: Callable[[bytes], _T],
+        tries: Callable[[BaseException], int],
+    ) -> _T:
+        async with self._slots:
+            return await self._persist(path, body, read, tries)
+
     async def _persist(
         self,
         path: str,
@@ -356,7 +375,10 @@ class JsonClient:
         url = self.base_url + path
         content = None if body is None else orjson.dumps(body)
         method = "GET" if body is None else "POST"
-        async with self._http.stream(method, url, content=content) as reply:
+        async with (
+            self._connected() as http,
+            http.stream(method, url, content=content) as reply,
+        ):
             self._met = True
             status = reply.status_code
             if 300 <= status < 400:
@@ -377,6 +399,15 @@ class JsonClient:
                 retry_after=_retry_after(reply.headers.get("retry-after", "")),
             )
         return payload
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[httpx2.AsyncClient]:
+        """A client with a connection to spare: there are as many as requests in flight."""
+        http = self._free.pop()
+        try:
+            yield http
+        finally:
+            self._free.append(http)
 
     async def _bounded(self, reply: httpx2.Response) -> bytes:
         """The reply's body; of an error only its beginning."""
@@ -414,11 +445,16 @@ def _turn(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
-def _end(loop: asyncio.AbstractEventLoop, http: httpx2.AsyncClient) -> None:
+def _end(loop: asyncio.AbstractEventLoop, clients: Sequence[httpx2.AsyncClient]) -> None:
     """Close the connections, then stop the loop; waits for neither, as any thread may collect."""
-    closing = asyncio.run_coroutine_threadsafe(http.aclose(), loop)
+    closing = asyncio.run_coroutine_threadsafe(_close(clients), loop)
     # Threadsafe: closing may be over already, this then runs here, and the loop has to wake up.
     closing.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+
+
+async def _close(clients: Sequence[httpx2.AsyncClient]) -> None:
+    for client in clients:
+        await client.aclose()
 
 
 def checked_address(base_url: str) -> str:

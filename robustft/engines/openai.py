@@ -57,11 +57,11 @@ _THINKS = Failure("the model thinks before it answers")
 
 
 def _batches_for(client: JsonClient) -> int:
-    """Batches that fill a client's slots while one of them waits for its slowest replies.
+    """Batches that fill a client's slots while two of them wait for their slowest replies.
 
     Only so many: their records are in memory.
     """
-    return min(1 + math.ceil(2 * client.concurrency / BATCH), 16)
+    return min(2 + math.ceil(2 * client.concurrency / BATCH), 16)
 
 
 class CompletionsEngine(TokenEngine):
