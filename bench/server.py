@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import random
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from robustft import models
 from robustft.benchmarks.measure import (
     Row,
     append_rows,
@@ -48,7 +50,6 @@ from robustft.engines.encoding import PromptEncoder
 from robustft.engines.http import JsonClient
 from robustft.engines.probing import connect
 from robustft.evaluation import evaluate
-from robustft.models import find_model, load_tokenizer
 from robustft.prompts import CHECKER_WORDS, LETTERS
 from robustft.provenance import commit
 from robustft.scoring import score_file
@@ -204,7 +205,7 @@ def make_input(path: Path, records: int) -> None:
 
 def engine(url: str, concurrency: int, *, alone: bool) -> Engine:
     """One that asks about one batch at a time, or as it would by itself."""
-    model = find_model(None).path
+    model = models.find_model(None).path
     config = EngineConfig(engine="openai", base_url=url, tokenizer=str(model))
     made = connect(config, JsonClient(url, concurrency=concurrency))
     if alone:
@@ -271,7 +272,7 @@ def alike(source: Path, url: str, slots: int) -> bool:
 
 def tokens() -> list[int]:
     """The tokens that the model ever finds likely: letters, yes and no among them."""
-    encoder = PromptEncoder(load_tokenizer(find_model(None)))
+    encoder = PromptEncoder(models.load_tokenizer(models.find_model(None)))
     words = [*(f" {letter}" for letter in LETTERS[:3]), *CHECKER_WORDS]
     own = [encoder.continuation("Answer:", word)[0] for word in words]
     return list(dict.fromkeys([*own, *range(1000, 1020)]))[:20]
@@ -291,6 +292,9 @@ def main() -> int:
         asyncio.run(serve(*json.loads(options.serve)))
         return 0
     require_rows_file(options.out)
+    # Every run has a client of its own, which has yet to learn what the server takes, but need not
+    # load the tokenizer.
+    models.load_tokenizer = functools.cache(models.load_tokenizer)
     known = tokens()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
