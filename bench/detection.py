@@ -8,7 +8,8 @@ With `--run fpb30=DIR` the opinions of a finished `robustft clean` join in, `arc
 the paper's rule is judged on the same opinions. `--copies` adds copies of the clean files at other
 noise rates. Beside them stand every single expert, cleanlab (same features; its best score by
 AUROC, its best filter by F1), what the label frequencies alone give and what flagging everything
-gives. `--shapes` shows instead what the learners make of FPB where wrong answers are not uniform.
+gives. `--shapes` shows instead what the learners make of FPB where wrong answers are not uniform,
+and what they and simulated models do, together and as a panel of models alone.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ RESAMPLES = 500
 BINS = 15
 PENALTIES = (1.0, 3.0, 10.0, 30.0)  # of the regression that cleanlab gets
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+SIMULATED = (0.8, 0.86, 0.95)  # of answers that a model gets right
 PACKAGES = ("robustft", "numpy", "scipy", "scikit-learn", "cleanlab")
 
 
@@ -105,20 +107,22 @@ def area_under(wrong: np.ndarray, times: np.ndarray, starts: np.ndarray) -> floa
     return float(bad @ (below + good / 2) / (bad.sum() * good.sum()))
 
 
-def judged(cell: str, found: crowd.Judgement, wrong: np.ndarray, truth: np.ndarray | None) -> Row:
+def judged(
+    cell: str, found: crowd.Judgement, wrong: np.ndarray, truth: np.ndarray | None, more: str = ""
+) -> Row:
     """Our row, with what it says about itself beside what is true."""
     flagged = found.wrong > 0.5
-    more = {"ece": calibration_error(wrong, found.wrong), "true_rate": wrong.mean()}
+    extra = {"ece": calibration_error(wrong, found.wrong), "true_rate": wrong.mean()}
     if found.noise_rate is not None:
         rate = found.noise_rate
-        more |= {"noise_rate": rate.value, "rate_low": rate.low, "rate_high": rate.high}
+        extra |= {"noise_rate": rate.value, "rate_low": rate.low, "rate_high": rate.high}
     if flagged.any():
-        more |= {"expected_precision": found.expected_precision()}
-        more |= {"precision": wrong[flagged].mean()}
+        extra |= {"expected_precision": found.expected_precision()}
+        extra |= {"precision": wrong[flagged].mean()}
     if truth is not None and found.labels is not None:
-        more |= {"right_label": (found.labels.argmax(1) == truth).mean()}
+        extra |= {"right_label": (found.labels.argmax(1) == truth).mean()}
     name = "robustft (at chance: nothing judged)" if found.powerless else "robustft"
-    return row(cell, name, wrong, found.wrong, flagged, **more)
+    return row(cell, name + more, wrong, found.wrong, flagged, **extra)
 
 
 # --- a set of options ------------------------------------------------------------------------
@@ -288,6 +292,31 @@ def shaped_cells(folder: Path, seed: int) -> Iterator[Row]:
         team, wrong = crowd.Learners(rows[kept], given, classes, words[kept]), given != truth[kept]
         yield from cleanlab_rows(cell, wrong, given, regressions(team, given, classes))
         yield judged(cell, crowd.judge_labels({}, given, classes, team), wrong, truth[kept])
+        for share in SIMULATED:
+            panel, who = (
+                {"base": simulated(truth, share, seed)[kept]},
+                f"a model right in {share:.0%}",
+            )
+            found = crowd.judge_labels(panel, given, classes, team)
+            yield judged(cell, found, wrong, truth[kept], f", with {who}")
+            found = crowd.judge_labels(panel, given, classes, alike=True)
+            yield judged(cell, found, wrong, truth[kept], f", {who} alone")
+
+
+def simulated(truth: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """[N, C] probabilities of a model that is right in that share, here and there.
+
+    Its scores are those of the truth and logistic noise, which is scaled until the share is met.
+    """
+    rng = np.random.default_rng(seed)
+    scores = 2.0 * np.eye(int(truth.max()) + 1)[truth]
+    noise = rng.logistic(size=scores.shape)
+    low, high = 0.01, 10.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        right = ((scores + middle * noise).argmax(1) == truth).mean()
+        low, high = (middle, high) if right > share else (low, middle)
+    return learners.softmax((scores + low * noise) / low)
 
 
 def shapes(

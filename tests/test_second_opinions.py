@@ -351,7 +351,7 @@ def test_probabilities_of_a_damaged_run_are_not_believed(shares: str, tmp_path: 
 
 
 def test_the_papers_rule_hears_no_second_opinion(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="detector must be crowd or panel where there are second opinions"):
+    with pytest.raises(UserError, match="detector must be crowd or panel where there are second"):
         CleanConfig(input="x", out=tmp_path, detector="paper", second_opinion=("y",))
 
 

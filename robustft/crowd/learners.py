@@ -35,6 +35,7 @@ _COPY = 0.98  # cosine of questions that differ in a comma or a word
 # are taken to be copied with the texts. Where 3 % of labels are wrong by themselves it is 0.94.
 _COPIED = 0.95
 _FEW_COPIES = 20  # of fewer the labels may agree by chance
+_ASKED = 4096  # questions whose nearest other one tells whether there are such copies
 _WORDS = 1 << 16
 # Coefficients of words, of all labels together: beyond them only time grows. MMLU's 57 subjects are
 # told apart as well by 1,150 words as by all 42,000.
@@ -303,19 +304,16 @@ def near_copies(
     group, first = _distinct(questions, len(given))
     if not 1 < len(first) <= VOTERS:
         return questions
-    rows, labels = embeddings[first], given[first]
+    rows = embeddings[first]
+    if not _copied(rows, given[first], threads):
+        return questions
     leader = np.arange(len(first))
     leaders = leader
     while len(leaders) > 1:  # of many copies not all are among the nearest of one
         index = CosineKNN(rows[leaders], threads=threads)
         ids, _ = index.self_search(min(_VOTES, len(leaders) - 1), threshold=_COPY)
-        near = np.flatnonzero(ids[:, 0] >= 0)
-        if len(leaders) == len(first):
-            alike = labels[ids[near, 0]] == labels[near]
-            if len(near) < _FEW_COPIES or alike.mean() < _COPIED:
-                return questions
         joined = np.arange(len(leaders))
-        for row in near.tolist():
+        for row in np.flatnonzero(ids[:, 0] >= 0).tolist():
             heads = np.unique(joined[ids[row][(ids[row] >= 0) & (ids[row] < row)]])
             cosines = rows[leaders[heads]] @ rows[leaders[row]]
             if (cosines > _COPY).any():
@@ -328,6 +326,17 @@ def near_copies(
         leader = place[leader]
         leaders = leaders[own]
     return leader[group]
+
+
+def _copied(rows: Features, labels: Labels, threads: int | None) -> bool:
+    """Whether labels were copied with their texts, by what is nearest to some of these."""
+    some = np.arange(len(rows))
+    if len(rows) > _ASKED:
+        some = np.sort(np.random.default_rng(0).choice(len(rows), _ASKED, replace=False))
+    ids, _ = CosineKNN(rows, threads=threads).search(rows[some], 1, exclude=some, threshold=_COPY)
+    near = np.flatnonzero(ids[:, 0] >= 0)
+    alike = labels[ids[near, 0]] == labels[some[near]]
+    return len(near) >= _FEW_COPIES and float(alike.mean()) >= _COPIED
 
 
 def fit_regression(
