@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from robustft.cli.options import Parser, build_parser
+from robustft.cli.arguments import Parser
+from robustft.cli.options import build_parser
 from robustft.config import EngineConfig
 from robustft.errors import UserError
 
