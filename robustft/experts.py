@@ -106,12 +106,12 @@ class Panel:
         if samples == 1:
             return self._reasoned(records, 0)
         stored = self._store.opinions(self.unit, "reasoned")
-        settled = [stored.get(record.index % UNIT_ROWS) for record in records]
+        settled = [stored.get((record.index % UNIT_ROWS, "")) for record in records]
         if all(settled):
             self._progress("reasoned", samples * len(records))
             for expert in ("reasoning", "reflection"):
                 self._progress(expert, samples * self._config.rounds * len(records))
-            return [one.opinion for one in settled if one]
+            return [one for one in settled if one]
         chains = [self._reasoned(records, sample) for sample in range(1, samples + 1)]
         found = [
             consensus(said, prompts.LETTERS, record_kind(record))
@@ -256,13 +256,13 @@ class Panel:
         asked = list(numbers)
         opinions: dict[int, Opinion] = {}
         for number, question in enumerate(asked):
-            kept = [stored[row] for row in rows[number] if row in stored] if stored else []
-            if len(kept) == len(rows[number]) and all(o.basis == question.basis for o in kept):
-                opinions[number] = kept[0].opinion
+            kept = [stored.get((row, question.basis)) for row in rows[number]]
+            if kept[0] is not None and None not in kept:
+                opinions[number] = kept[0]
             elif blocked[number]:
                 opinions[number] = Opinion(None, failure=blocked[number])
-        before = len(opinions)
-        if before < len(asked):
+        known = set(opinions)
+        if len(known) < len(asked):
             # Batches are formed of everything this unit asks, done or not, so that a resumed run
             # forms the batches of the run it resumes.
             for read in (True, False):
@@ -277,7 +277,17 @@ class Panel:
                         said = self._ask_batch(expert, round_, chosen, whose)
                         opinions.update(zip(todo, said, strict=True))
                         self._progress(expert, len(todo))
-        self._progress(expert, len(questions) - (len(asked) - before))
+        newest = {row: basis for row, basis in stored}
+        outdated = [
+            Said(row, question.basis, opinions[number])
+            for number, question in enumerate(asked)
+            if newest and (number in known or opinions[number].failure)
+            for row in rows[number]
+            if newest.get(row, question.basis) != question.basis
+        ]
+        if outdated:  # what was said last answers another prompt, under another detector perhaps
+            self._store.renew(self.unit, expert, round_, outdated)
+        self._progress(expert, len(questions) - (len(asked) - len(known)))
         return [opinions[number] for number in mine]
 
     def _ask_batch(

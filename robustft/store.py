@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 import sqlite3
@@ -54,6 +55,9 @@ CREATE TABLE IF NOT EXISTS units (  -- one row a unit that a phase has finished
     PRIMARY KEY (phase, unit)
 );
 """
+
+
+_WITHDRAWN = "withdrawn"  # the basis of a row whose earlier opinions answer another prompt
 
 
 class Opinion(NamedTuple):
@@ -266,14 +270,19 @@ class Store:
 
     # --- opinions ---------------------------------------------------------------------------
 
-    def opinions(self, unit: int, expert: str, round_: int = 0) -> dict[int, Said]:
-        """What an expert has said about a unit so far, by row of the unit."""
+    def opinions(self, unit: int, expert: str, round_: int = 0) -> dict[tuple[int, str], Opinion]:
+        """What an expert has said about a unit, by row of the unit and basis, the newest last."""
         rows = self._read(
             "SELECT opinions FROM batches WHERE unit = ? AND expert = ? AND round = ? "
             "ORDER BY rowid",
             (unit, expert, round_),
         )
-        return {said.row: said for (body,) in rows for said in unpack(body)}
+        found: dict[tuple[int, str], Opinion] = {}
+        for (body,) in rows:
+            for row, basis, opinion in unpack(body):
+                found.pop((row, basis), None)
+                found[row, basis] = opinion
+        return found
 
     def panel(self, unit: int) -> tuple[dict[str, dict[int, Opinion]], dict[int, str]]:
         """A unit's newest answers of every expert by row, and why rows lack what they lack."""
@@ -283,8 +292,11 @@ class Store:
             (unit,),
         )
         for expert, body in rows:
-            places, _, opinions = _columns(body)
+            places, bases, opinions = _columns(body)
             found[expert].update(zip(places, opinions, strict=True))
+            if _WITHDRAWN in bases:
+                for place in itertools.compress(places, map(_WITHDRAWN.__eq__, bases)):
+                    del found[expert][place]
         failures = self._read(
             "SELECT row, reason FROM failures WHERE unit = ? ORDER BY rowid DESC", (unit,)
         )
@@ -316,12 +328,21 @@ class Store:
         with self._transaction():
             if answered:
                 tokens = sum(o.prompt_tokens for o in cost), sum(o.new_tokens for o in cost)
-                row = (unit, expert, round_, pack(answered), len(cost), *tokens, seconds)
-                self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                self._insert(unit, expert, round_, pack(answered), len(cost), *tokens, seconds)
             self._db.executemany(
                 "INSERT INTO failures VALUES (?, ?, ?)",
                 [(unit, one.row, one.opinion.failure) for one in failed],
             )
+
+    def renew(self, unit: int, expert: str, round_: int, said: Sequence[Said]) -> None:
+        """Make opinions of earlier sessions the newest again; of a failure, that there is none."""
+        gone = Opinion(None)
+        kept = [Said(o.row, _WITHDRAWN, gone) if o.opinion.failure else o for o in said]
+        with self._transaction():
+            self._insert(unit, expert, round_, pack(kept), 0, 0, 0, 0.0)
+
+    def _insert(self, *row: int | str | bytes | float) -> None:
+        self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     @property
     def has_failures(self) -> bool:

@@ -552,30 +552,6 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
             replace(config, **change)
 
 
-@pytest.mark.parametrize("detectors", [("crowd", "panel"), ("paper", "crowd"), ("panel", "paper")])
-def test_another_detector_judges_what_was_said(tmp_path: Path, detectors: tuple[str, str]) -> None:
-    rows, _ = worded_rows(200, wrong=0.3)
-    source = write_jsonl(tmp_path / "in.jsonl", rows)
-    first, second = detectors
-    run(source, tmp_path / "out", detector=first)
-    engine = ScriptedEngine()
-    again = run(source, tmp_path / "out", engine, detector=second)
-    fresh = ScriptedEngine()
-    run(source, tmp_path / "fresh", fresh, detector=second)
-    for name in ("cleaned.jsonl", "verdicts.jsonl"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
-    # Whoever is newly noisy is answered again, with other neighbours: nothing else is asked.
-    assert len(engine.asked) <= len(fresh.asked) - 200 * 2
-    assert again.counts["input"] == 200
-
-
-def test_a_panel_has_no_learners(tmp_path: Path) -> None:
-    rows, _ = worded_rows(300, wrong=0.3)
-    source = write_jsonl(tmp_path / "in.jsonl", rows)
-    result = run(source, tmp_path / "out", detector="panel")
-    assert set(result.weights) == {"base", "reasoned"}
-
-
 def worded_rows(
     count: int, wrong: float, labels: Sequence[int] = (0, 1, 2), own: int = 5
 ) -> tuple[list[dict[str, Any]], list[str]]:

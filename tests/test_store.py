@@ -31,18 +31,16 @@ def test_opinions_round_trip(
     assert repr([*unpack(pack(said))]) == repr(said)  # repr, for NaN is not equal to itself
 
 
-def test_what_was_stored_is_found_by_row_the_newest_first(tmp_path: Path) -> None:
+def test_what_was_stored_is_found_by_row_and_basis_the_newest_last(tmp_path: Path) -> None:
     first, nothing, later = Opinion("A", prompt_tokens=5), Opinion(None), Opinion("B")
     with Store(tmp_path / "run.sqlite") as store:
         store.add(7, "base", 0, [Said(0, "", first), Said(4, "", nothing)], 0.5)
         store.add(7, "base", 0, [Said(0, "x", later), Said(1, "x", later)], 0.5, questions=1)
         found = store.opinions(7, "base")
-        assert {row: (said.basis, said.opinion.answer) for row, said in found.items()} == {
-            0: ("x", "B"),
-            4: ("", None),
-            1: ("x", "B"),
-        }
-        assert math.isnan(found[4].opinion.nll)
+        assert [(*key, opinion.answer) for key, opinion in found.items()] == [
+            (0, "", "A"), (4, "", None), (0, "x", "B"), (1, "x", "B"),
+        ]  # fmt: skip
+        assert math.isnan(found[4, ""].nll)
         assert store.opinions(7, "base", 1) == store.opinions(8, "base") == {}
         said, failures = store.panel(7)
         assert {row: opinion.answer for row, opinion in said["base"].items()} == {
@@ -52,6 +50,24 @@ def test_what_was_stored_is_found_by_row_the_newest_first(tmp_path: Path) -> Non
         assert store.totals()["base"] == {
             "questions": 3, "prompt_tokens": 5, "new_tokens": 0, "seconds": 1.0
         }  # fmt: skip
+
+
+def test_an_earlier_opinion_may_be_the_newest_again_and_none_at_all(tmp_path: Path) -> None:
+    failed = Opinion(None, failure="HTTP 500")
+    with Store(tmp_path / "run.sqlite") as store:
+        for basis, answer in (("x", "A"), ("y", "B")):
+            store.add(7, "context", 0, [Said(n, basis, Opinion(answer)) for n in range(3)], 0.5)
+        before = store.totals()
+        store.renew(7, "context", 0, [Said(0, "x", Opinion("A")), Said(1, "x", failed)])
+        said, _ = store.panel(7)
+        assert {row: opinion.answer for row, opinion in said["context"].items()} == {0: "A", 2: "B"}
+        newest = {row: basis for row, basis in store.opinions(7, "context")}
+        assert newest[0] == "x"
+        assert newest[1] not in ("x", "y")
+        assert newest[2] == "y"
+        store.add(7, "context", 0, [Said(1, "z", Opinion("C"))], 0.0, questions=0)
+        assert store.panel(7)[0]["context"][1].answer == "C"
+        assert store.totals() == before
 
 
 def test_a_failed_batch_leaves_nothing(tmp_path: Path) -> None:
@@ -77,7 +93,7 @@ def test_failures_are_told_apart_and_open_what_rests_on_them(tmp_path: Path) -> 
         assert store.finished("detect") == [0, 2]
         assert store.finished("relabel") == []
         assert store.panel(1)[1] == {}
-        assert store.opinions(1, "base").keys() == {0}
+        assert store.opinions(1, "base").keys() == {(0, "")}
 
 
 def test_arrays_of_finished_units_come_back_in_order(tmp_path: Path) -> None:
