@@ -31,8 +31,9 @@ _CHUNK = 16_384  # rows predicted at once
 _VOTES = 20  # neighbours that each record asks
 VOTERS = 131_072  # of a larger corpus so many records, drawn at random, are neighbours
 _COPY = 0.98  # cosine of questions that differ in a comma or a word
-# Of such questions the share that bears the label of the nearest other one, from which on labels
-# are taken to be copied with the texts. Where 3 % of labels are wrong by themselves it is 0.94.
+# Of such questions the share that bears the label of the nearest other one, beyond the share that
+# would by chance, from which on labels are taken to be copied with the texts. Where 3 % of labels
+# are wrong by themselves it is 0.9; of a label that nearly all bear, agreement tells nothing.
 _COPIED = 0.95
 _FEW_COPIES = 20  # of fewer the labels may agree by chance
 _ASKED = 4096  # questions whose nearest other one tells whether there are such copies
@@ -141,8 +142,8 @@ class Learners:
     given: [N] labels in [0, classes).
     words: [N, v] from `word_features`, or None.
     questions: [N] numbers, equal where the same is asked: such records share a fold and do not vote
-        on each other, for a copy of a record knows its label. None: no two are equal. So do those
-        that ask nearly the same, where their labels look copied (`near_copies`).
+        on each other, for a copy of a record knows its label. None: no two are equal. Records that
+        ask nearly the same are held for such where their labels look copied (`near_copies`).
     threads: of searches and fits; None for one per core.
     progress: called as `progress("neighbours", done, total)`, in records.
     """
@@ -335,8 +336,12 @@ def _copied(rows: Features, labels: Labels, threads: int | None) -> bool:
         some = np.sort(np.random.default_rng(0).choice(len(rows), _ASKED, replace=False))
     ids, _ = CosineKNN(rows, threads=threads).search(rows[some], 1, exclude=some, threshold=_COPY)
     near = np.flatnonzero(ids[:, 0] >= 0)
-    alike = labels[ids[near, 0]] == labels[some[near]]
-    return len(near) >= _FEW_COPIES and float(alike.mean()) >= _COPIED
+    if len(near) < _FEW_COPIES:
+        return False
+    own = labels[some[near]]
+    by_chance = float(((np.bincount(own) / len(own)) ** 2).sum())
+    different = float((labels[ids[near, 0]] != own).mean())
+    return different <= (1.0 - _COPIED) * (1.0 - by_chance)
 
 
 def fit_regression(

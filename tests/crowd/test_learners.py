@@ -65,6 +65,19 @@ def test_near_copies_that_were_labelled_one_by_one_teach_each_other() -> None:
     assert near_copies(rows, first, questions, threads=1) is questions
 
 
+def test_questions_of_one_template_are_no_copies_where_nearly_all_bear_one_label() -> None:
+    rng = np.random.default_rng(6)
+    template, topic = rng.normal(size=(2, 64))
+    truth = (rng.random(600) < 0.03).astype(np.int64)
+    rows = unit(template + 0.06 * topic * truth[:, None] + 0.02 * rng.normal(size=(600, 64)))
+    assert (rows @ rows.T).min() > 0.98
+    labels = np.where(rng.random(600) < 0.01, 1 - truth, truth)
+    assert near_copies(rows, labels, threads=1) is None
+    found = crowd.judge_labels({}, labels, 2, crowd.Learners(rows, labels, 2, threads=1))
+    assert found.noise_rate is not None
+    assert sum(found.weights.values()) > 0.99
+
+
 def test_labels_given_once_do_not_hide_what_is_wrong_with_the_others() -> None:
     rng = np.random.default_rng(5)
     centres = unit(rng.normal(size=(11, 64)))
