@@ -84,10 +84,12 @@ class _Rows:
         return (f"q{position}" for position in positions)
 
 
-def noticed(rows: np.ndarray, given: np.ndarray, expert: np.ndarray) -> tuple[str, ...]:
+def noticed(
+    rows: np.ndarray, given: np.ndarray, expert: np.ndarray, options: np.ndarray | int = 7
+) -> tuple[str, ...]:
     evidence = {
         "unjudged": np.zeros(len(given), np.bool_), "question": np.arange(len(given)),
-        "given": given.astype(np.int8), "options": np.full(len(given), 7),
+        "given": given.astype(np.int8), "options": np.full(len(given), options),
         "width": np.full(len(given), 3, np.int8), "clusters": np.zeros((len(given), 2), np.int8),
         "answered": np.ones(len(given), np.bool_), "base": expert.astype(np.float32),
     }  # fmt: skip
@@ -118,3 +120,21 @@ def test_models_that_find_more_than_the_learners_let_stand_are_heard(
         monkeypatch.setattr(crowd, "judge_labels", lambda *a, found=found, **k: found)
         assert noticed(rows, given, said) == (told,)
     assert "20% (15 to 25) of the given answers" in told
+
+
+def test_what_models_find_in_a_small_part_is_not_said_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few, many = Estimate(0.01, 0.0, 0.015), Estimate(0.5, 0.4, 0.6)
+
+    def judged(panel: object, given: np.ndarray, *rest: object, **named: object) -> Judgement:
+        said = np.full((len(given), 3), 1 / 3)
+        by_panel = many if len(given) == part else None
+        votes = {"base": 0.1, "regression": 0.9}
+        return Judgement(np.zeros(len(given)), few, votes, said, {"regression": said}, by_panel)
+
+    monkeypatch.setattr(crowd, "judge_labels", judged)
+    for part, told in ((40, RULES_PASS), (300, models_contradict(Estimate(0.157, 0.12, 0.19)))):
+        options = np.repeat([7, 8], [1000 - part, part])
+        rows, given = np.zeros((1000, 16), np.float32), np.zeros(1000, np.int64)
+        assert noticed(rows, given, np.full((1000, 3), 1 / 3), options) == (told,)

@@ -38,7 +38,6 @@ RULES_PASS = (
     "is strong, --detector panel leaves the judgement to it"
 )
 
-
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
 _MOST_SETS = 32  # the largest so many
 _LETTER = 0.9  # the probability an expert is taken to give the letter it names without one
@@ -294,7 +293,8 @@ def models_contradict(rate: Estimate) -> str:
         f"by the models alone {rate} of the given answers are wrong; the learners, taught by these "
         "answers, side with them: either the models are wrong there, or the answers are, in a way "
         "that depends on the question (a weaker model's mistakes, a whole topic). Where the models "
-        "are strong, the same command with --detector panel goes by them and asks nothing twice"
+        "are strong, --detector panel goes by them: without shards and --folds the same command "
+        "with it asks nothing twice"
     )
 
 
@@ -318,7 +318,7 @@ def _warnings(
             f"{plural_of(lost, 'it is', 'these are')} kept as given"
         )
     taught = sum(size for one, size in zip(found, sizes, strict=True) if one.learned)
-    by_models = _whole_rate([one.rate_by_panel for one in found], sizes)
+    by_models = _whole_rate([one.rate_by_panel or one.noise_rate for one in found], sizes)
     if rate is not None and by_models is not None and by_models.low > rate.high + _HARDLY_ANY:
         yield models_contradict(by_models)
     elif rate is not None and rate.high < _HARDLY_ANY and taught > sum(sizes) / 2:
