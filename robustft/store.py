@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import itertools
 import math
 import os
 import sqlite3
@@ -295,8 +294,9 @@ class Store:
             places, bases, opinions = _columns(body)
             found[expert].update(zip(places, opinions, strict=True))
             if _WITHDRAWN in bases:
-                for place in itertools.compress(places, map(_WITHDRAWN.__eq__, bases)):
-                    del found[expert][place]
+                for place, basis in zip(places, bases, strict=True):
+                    if basis == _WITHDRAWN:
+                        del found[expert][place]
         failures = self._read(
             "SELECT row, reason FROM failures WHERE unit = ? ORDER BY rowid DESC", (unit,)
         )
