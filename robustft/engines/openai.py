@@ -45,7 +45,8 @@ from robustft.engines.wire import (
     read_prompt_logprobs,
 )
 
-BATCH = 256  # requests stored together; what a killed run loses of each of `at_a_time` at most
+# Requests stored together by `clean`: what a killed one loses of each of `at_a_time` at most.
+BATCH = 256
 _TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
 # Control tokens of common chat templates, where no tokenizer is at hand to name the model's own.
 _CONTROL = re.compile(
