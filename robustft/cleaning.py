@@ -195,14 +195,21 @@ class Announcement:
     models: Models
     resumed: bool
     limit: int | None = None  # at most so many records are read
+    judged_by: str = ""  # a detector that judges anew what was said
 
     @classmethod
     def of(
-        cls, source: RecordSource, intake: Intake, models: Models, *, resumed: bool
+        cls,
+        source: RecordSource,
+        intake: Intake,
+        models: Models,
+        *,
+        resumed: bool,
+        judged_by: str = "",
     ) -> Announcement:
         """What is known of an input that was read."""
         schema = f"{source.schema} ({', '.join(source.layout.fields)})"
-        return cls(intake.records, intake.rejects, schema, models, resumed, source.limit)
+        return cls(intake.records, intake.rejects, schema, models, resumed, source.limit, judged_by)
 
 
 def run_clean(
@@ -242,11 +249,13 @@ def run_clean(
         store.claim(models.identity(), name="models")
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
-        if resumed and store.get_meta("fingerprint")["detector"] != config.detector:
+        anew = resumed and store.get_meta("fingerprint")["detector"] != config.detector
+        if anew:
             judge_again(shard, store, target)
         store.claim(identity, free=_FREE)
         stack.enter_context(long_lived())
-        announce(Announcement.of(source, intake, models, resumed=resumed))
+        judged_by = config.detector if anew else ""
+        announce(Announcement.of(source, intake, models, resumed=resumed, judged_by=judged_by))
         reopen(shard, store, target, alone=True)
         before = seconds_before(shard, store, target)
         store.set_meta("load seconds", before["load"] + watch.seconds())

@@ -331,6 +331,14 @@ def test_an_input_that_may_go_on_is_told(
     assert f"robustft: {told}, read as choice (" in done.err
 
 
+def test_another_detector_is_told(run: CommandLine, source: Path, tmp_path: Path) -> None:
+    again = ("clean", source, "--out", tmp_path / "out", "--detector")
+    resuming = "robustft: resuming; what was asked before is not asked again"
+    assert run(*again, "paper").status == 0
+    for detector, more in (("paper", ""), ("panel", "; --detector panel judges anew")):
+        assert f"{resuming}{more}" in run(*again, detector).err.splitlines()
+
+
 def test_rejects_are_counted_on_both_streams(run: CommandLine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [*quiz(9), b"{broken"])
     done = run("clean", source, "--out", tmp_path / "out", *PAPER)

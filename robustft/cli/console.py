@@ -31,7 +31,10 @@ def print_announcement(known: Announcement) -> None:
     if known.models.small_embedded_model:
         print_small_model()
     if known.resumed:
-        print("robustft: resuming; what was asked before is not asked again", file=sys.stderr)
+        anew = f"; --detector {known.judged_by} judges anew" if known.judged_by else ""
+        print(
+            f"robustft: resuming; what was asked before is not asked again{anew}", file=sys.stderr
+        )
 
 
 def tell_small_model(engine: EngineConfig) -> None:
