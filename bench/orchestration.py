@@ -101,11 +101,12 @@ class Table:
         return self.rows[[zlib.crc32(text.encode()) % 4096 for text in texts]]
 
 
-def make_input(path: Path, records: int) -> None:
+def make_input(path: Path, records: int, words: int = 12) -> None:
+    """Multiple choice about so many words each."""
     rng = random.Random(0)
     with path.open("w") as file:
         for number in range(records):
-            question = f"Number {number}: {' '.join(rng.choices(WORDS, k=12))}?"
+            question = f"Number {number}: {' '.join(rng.choices(WORDS, k=words))}?"
             row = {"id": f"r{number}", "question": question, "options": ["red", "green", "blue"]}
             file.write(json.dumps(row | {"answer": rng.choice("ABC")}) + "\n")
 

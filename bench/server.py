@@ -19,7 +19,6 @@ import contextlib
 import functools
 import itertools
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from orchestration import Table, make_input
 
 from robustft import models
 from robustft.benchmarks.measure import (
@@ -58,7 +58,7 @@ COMMANDS = ("clean", "eval", "score")
 SHORTEST, LONGEST = 0.060, 2.560  # seconds
 GATE = 600  # records: more than one unit
 FLOOR = -15.0  # nats: any token but the likeliest few
-WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "jade")
+WORDS = 40  # of a question
 
 # --- the server -------------------------------------------------------------------------------
 
@@ -182,27 +182,6 @@ def served(tokens: Sequence[int], slots: int, scale: float) -> Iterator[str]:
 # --- the client -------------------------------------------------------------------------------
 
 
-class Table:
-    """An embedder that looks its vectors up."""
-
-    model_id = "table"
-    dimensions = 32
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """A row for each text."""
-        seeds = [zlib.crc32(text.encode()) for text in texts]
-        return np.array([[(s >> n) % 7 - 3 for n in range(32)] for s in seeds], np.float32)
-
-
-def make_input(path: Path, records: int) -> None:
-    rng = random.Random(0)
-    with path.open("w") as file:
-        for number in range(records):
-            question = f"Number {number}: {' '.join(rng.choices(WORDS, k=40))}?"
-            row = {"id": f"r{number}", "question": question, "options": ["red", "green", "blue"]}
-            file.write(json.dumps(row | {"answer": rng.choice("ABC")}) + "\n")
-
-
 def engine(url: str, concurrency: int, *, alone: bool) -> Engine:
     """One that asks about one batch at a time, or as it would by itself."""
     model = models.find_model(None).path
@@ -299,8 +278,8 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         source, few = Path(folder) / "in.jsonl", Path(folder) / "few.jsonl"
-        make_input(source, options.records)
-        make_input(few, GATE)
+        make_input(source, options.records, WORDS)
+        make_input(few, GATE, WORDS)
         with served(known, options.slots, 0.005) as url:
             correct = alike(few, url, options.slots)
         with served(known, options.slots, options.scale) as url:

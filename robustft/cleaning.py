@@ -21,7 +21,7 @@ from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.files import drafted, rename_synced, spare_others
+from robustft.files import drafted, rename_synced, spare_input_folder, spare_others
 from robustft.finishing import Models, finish, seconds_before
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.models import DEFAULT_EMBEDDER, find_embedder, find_model, is_small
@@ -249,12 +249,12 @@ def run_clean(
         store.claim(models.identity(), name="models")
         shard = Shard(0, 1, 0, intake.records, config.out)
         target = conclusion_folder(config.out)
-        anew = resumed and store.get_meta("fingerprint")["detector"] != config.detector
-        if anew:
+        judged_by = ""
+        if resumed and store.get_meta("fingerprint")["detector"] != config.detector:
+            judged_by = config.detector
             judge_again(shard, store, target)
         store.claim(identity, free=_FREE)
         stack.enter_context(long_lived())
-        judged_by = config.detector if anew else ""
         announce(Announcement.of(source, intake, models, resumed=resumed, judged_by=judged_by))
         reopen(shard, store, target, alone=True)
         before = seconds_before(shard, store, target)
@@ -359,8 +359,7 @@ def refuse_runs(out: Path) -> None:
 def refuse_overwriting(config: CleanConfig, source: RecordSource) -> None:
     """No output may land on the input, nor among the files of an input folder."""
     given, out = local_path(config.input).resolve(), config.out.resolve()
-    if given.is_dir() and out.is_relative_to(given):
-        raise UserError(f"{config.out}: lies in the input folder; choose another --out")
+    spare_input_folder(config.out, given)
     exchange = EXCHANGE if config.dataset_info else ()
     if given in {out / name for name in (output_name(source), *OUTPUTS, *exchange)}:
         raise UserError(f"{config.input}: would be overwritten; choose another --out")

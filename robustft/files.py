@@ -162,8 +162,15 @@ def spare(out: Path, given: str | Path) -> None:
     """Raise UserError where writing `out` would destroy the input `given`, or add to its folder."""
     if out.exists() and Path(given).exists() and out.samefile(given):
         raise UserError(f"{out}: is the input itself; choose another name")
-    if Path(given).is_dir() and out.resolve().is_relative_to(Path(given).resolve()):
-        # It would be read as one more of its data files, by the same command called again, too.
+    spare_input_folder(out, Path(given))
+
+
+def spare_input_folder(out: Path, given: Path) -> None:
+    """Raise UserError where `out` lies in the input `given`, a folder.
+
+    It would be read as one more of its data files, by the same command called again, too.
+    """
+    if given.is_dir() and out.resolve().is_relative_to(given.resolve()):
         raise UserError(f"{out}: lies in the input folder; choose another --out")
 
 

@@ -99,9 +99,9 @@ def judge_labels(
     ceiling = 0.95 if anchors else (classes - 1) / classes
     weights = dict.fromkeys([*panel, *trained, *(learners.names if learners else ())], 0.0)
     with threadpool_limits(1):  # two BLAS threads fight over matrices this small
-        alike = alike or learners is not None
-        by_panel = _Crowd(known, anchors, {}, ceiling, None, progress, alike=alike).judge()
-        found = by_panel
+        believed = alike or learners is not None
+        models = _Crowd(known, anchors, {}, ceiling, None, progress, believed=believed)
+        found = by_panel = models.judge()
         if heard or learners:
             everyone = _Crowd(known, anchors, heard, ceiling, learners, progress)
             found = everyone.judge(by_panel.noise if by_panel else None)
@@ -114,10 +114,10 @@ def judge_labels(
     wrong = np.clip(1.0 - labels[np.arange(len(given)), given], 0.0, 1.0)
     voting = set(fit.experts).intersection(learners.names if learners else ())
     learned = {name: softmax(values) for name, values in fit.experts.items() if name in voting}
-    told = by_panel is not None and by_panel is not found and by_panel.sure >= _SURE
-    return Judgement(
-        wrong, rate, weights, labels, learned, by_panel.judged()[1] if by_panel and told else None
-    )
+    rate_by_panel = None
+    if by_panel and by_panel is not found and by_panel.sure >= _SURE:
+        rate_by_panel = by_panel.judged()[1]
+    return Judgement(wrong, rate, weights, labels, learned, rate_by_panel)
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ class _Crowd:
     def __init__(
         self, given: Given, panel: Mapping[str, Floats], tuned: Mapping[str, Floats],
         ceiling: float, learners: Learners | None, progress: Progress | None,
-        *, alike: bool = False,
+        *, believed: bool = False,
     ) -> None:  # fmt: skip
-        self._alike = alike
+        self._believed = believed  # whether it is tried what the panel's word alone would mean
         self._given, self._learners, self._ceiling = given, learners, ceiling
         self._others = {**panel, **tuned}
         self._kinds = dict.fromkeys(learners.names if learners else (), "learners")
@@ -188,12 +188,7 @@ class _Crowd:
         told = some._refined(there, idea)
         if told is there:
             return found
-        self._stage("learners", _ROUNDS)
-        rival = self._hear(told.noise, told.expected)
-        if rival is None:
-            return found
-        rival = self._settle(rival)
-        return rival if _convincing(rival, found) else found
+        return self._better(found, told.noise, told.expected, "learners")
 
     def _refined(self, found: _Hearing, idea: Noise | None) -> _Hearing:
         """What is heard under other ideas of the noise, where these explain more."""
@@ -201,18 +196,19 @@ class _Crowd:
         # makes the given labels less likely than experts who are unsure: none would be found.
         predicted = found.fit.predicted
         confusions = Noise.of(self._taken(predicted), predicted.mean(0))
-        found = self._with_rules(self._better(found, confusions, "confusions"))
+        found = self._better(found, confusions, confusions.spread, "confusions")
+        found = self._with_rules(found)
         if idea is not None:
-            found = self._better(found, idea, "models")
-        if self._alike:
+            found = self._better(found, idea, idea.spread, "models")
+        if self._believed:
             word = self._at_their_word()
             found = word if word and _convincing(word, found, _SURE_OF_ITSELF) else found
         return found
 
-    def _better(self, found: _Hearing, noise: Noise, whose: str) -> _Hearing:
+    def _better(self, found: _Hearing, noise: Noise, expected: Floats, stage: str) -> _Hearing:
         """What is heard under another noise, if that convinces."""
-        self._stage(whose, _ROUNDS)
-        rival = self._hear(noise, noise.spread)
+        self._stage(stage, _ROUNDS)
+        rival = self._hear(noise, expected)
         if rival is None:
             return found
         rival = self._settle(rival)
