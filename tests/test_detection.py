@@ -43,7 +43,7 @@ def warned(folder: Path, given: list[str], said: list[str], **options: Any) -> t
 
 def test_of_numbers_that_agree_half_the_time_one_model_cannot_tell(tmp_path: Path) -> None:
     [said] = warned(tmp_path, ["7"] * 40, ["7"] * 20 + ["8"] * 20)
-    assert said.startswith("beside one model alone it stays open whether 0% or 6")
+    assert said.startswith("with one model alone the noise rate stays open, 0% to 6")
     assert "--detector paper" in said
 
 

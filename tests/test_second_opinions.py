@@ -214,7 +214,7 @@ def test_a_copy_of_the_model_confirms_nothing(source: Path, other: Path) -> None
     assert (
         "other gives this model's answers where both contradict the given one" in found.warnings[0]
     )
-    assert "beside one model alone" in found.warnings[1]
+    assert "with one model alone" in found.warnings[1]
 
 
 def test_where_a_copy_alone_gave_an_answer_nothing_is_judged() -> None:

@@ -24,18 +24,18 @@ from robustft.store import Opinion
 from robustft.terminal import counted, plural_of
 
 NO_BETTER_THAN_CHANCE = (
-    "agreement with the given answers is no more than chance would give: nothing was changed; "
-    "more records (a few dozen tell little) or a stronger model (--model) may show more; "
-    "--detector paper goes by the model's word regardless"
+    "the experts agree with the given answers no more than chance would: nothing was changed. "
+    "More records (a few dozen tell little) or a stronger model (--model) may help; "
+    "--detector paper trusts the model's word regardless"
 )
 TEXTS_DIFFER = (
-    "free texts are compared by their words, of which two good answers may share few: "
+    "free texts are compared by their words, and two good answers may share few: "
     "--detector paper asks the checker instead"
 )
 RULES_PASS = (
-    "hardly a wrong answer was found; those that depend on the question (a weaker model's "
-    "mistakes, a whole topic) pass for right ones and are not in this noise rate: where the model "
-    "is strong, --detector panel leaves the judgement to it"
+    "almost no wrong answers were found. Errors that depend on the question (a weaker model's "
+    "mistakes, a whole topic) look right to the learners and are not counted in this noise rate: "
+    "with a strong model, --detector panel leaves the judgement to it"
 )
 
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
@@ -251,7 +251,7 @@ class CrowdDetector:
         whose = ["", "this model's", *(f"{name}'s" for name in self.others)]
         told = [
             f"{names[column - 1]} gives {whose[before]} answers where both contradict the given "
-            "one, as a copy would: on open answers it is not heard"
+            "one, as a copy would: on open answers it is left out"
             for column, before in copied.items()
         ]
         heard = [column for column in range(clusters.shape[1]) if column not in copied]
@@ -290,11 +290,11 @@ def _option_sets(
 def models_contradict(rate: Estimate) -> str:
     """The warning where models find much more wrong than the learners let stand."""
     return (
-        f"by the models alone {rate} of the given answers are wrong; the learners, taught by these "
-        "answers, side with them: either the models are wrong there, or the answers are, in a way "
-        "that depends on the question (a weaker model's mistakes, a whole topic). Where the models "
-        "are strong, --detector panel goes by them: without shards and --folds the same command "
-        "with it asks nothing twice"
+        f"the models alone would call {rate} of the given answers wrong; the learners, taught by "
+        "these answers, side with them. Either the models are wrong there, or the answers are, in "
+        "a way that depends on the question (a weaker model's mistakes, a whole topic). If the "
+        "models are strong, --detector panel goes by them; without shards and --folds the same "
+        "command with it asks nothing twice"
     )
 
 
@@ -325,18 +325,18 @@ def _warnings(
         yield RULES_PASS
     if rate is None or rate.high - rate.low <= _WIDE:
         return
-    either = f"open whether {rate.low:.0%} or {rate.high:.0%} of the given answers are wrong"
+    span = f"{rate.low:.0%} to {rate.high:.0%} of the given answers may be wrong"
     if (evidence["given"][judged] < 0).mean() > 0.5:
         heard = {name for one in found if "model" in one.weights for name in one.weights}
         witnesses = "one model alone" if len(heard) == 1 else f"{len(heard)} models"
         yield (
-            f"beside {witnesses} it stays {either}: another model's run as --second-opinion tells "
-            "more, and --detector paper goes by this model's word"
+            f"with {witnesses} the noise rate stays open, {span}: another model's run as "
+            "--second-opinion tells more, and --detector paper trusts this model's word"
         )
     else:
         yield (
-            f"these experts leave {either}: a stronger model, or one that gives probabilities, "
-            "tells more; --detector paper takes its word"
+            f"with these experts the noise rate stays open, {span}: a stronger model, or one that "
+            "gives probabilities, tells more; --detector paper trusts the model's word"
         )
 
 
