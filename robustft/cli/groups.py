@@ -28,9 +28,9 @@ def add_input(parser: Parser, split: str = "train") -> None:
     )  # fmt: skip
     parser.add_argument(
         "--schema",
-        help="choice, qa, alpaca, prompt-completion, messages or sharegpt, where fields have names "
-        "of their own with these, as in qa:Prompt,Label, alpaca:Instruction,Input,Output or "
-        "choice:Question,Options,Answer (default: told by the fields)",
+        help="choice, qa, alpaca, prompt-completion, messages or sharegpt; where fields have other "
+        "names, list them, as in qa:Prompt,Label, alpaca:Instruction,Input,Output or "
+        "choice:Question,Options,Answer (default: recognised by the fields)",
     )
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="only the first N records (default: all)"
@@ -105,7 +105,7 @@ def add_expert_options(parser: Parser) -> None:
     group = parser.add_argument_group("method")
     group.add_argument(
         "--detector", default="crowd", choices=DETECTORS,
-        help="what splits clean from noisy: models and learners on the corpus as a crowd, each "
+        help="what splits clean from noisy: a crowd of models and of learners on the corpus, each "
         "weighted by what it knows; a panel of the models alone; or the paper's rule",
     )  # fmt: skip
     group.add_argument(
@@ -127,16 +127,16 @@ def add_expert_options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--samples", type=positive, default=1, metavar="N",
-        help="chains of reasoning, sampled at --temperature, whose answers are made into one "
+        help="chains of reasoning, sampled at --temperature and combined into one answer "
         "(self-consistency)",
     )  # fmt: skip
     group.add_argument(
         "--reasoning-tokens", type=positive, metavar="N",
-        help="longest reasoning and longest reflection (default: 256, of the embedded model 64)",
+        help="longest reasoning and longest reflection (default: 256; 64 with the embedded model)",
     )  # fmt: skip
     group.add_argument(
         "--answer-tokens", type=positive, metavar="N",
-        help="longest free-text answer (default: 512, of the embedded model 128)",
+        help="longest free-text answer (default: 512; 128 with the embedded model)",
     )  # fmt: skip
     group.add_argument(
         "--choice", choices=("likelihood", "generate"), default="likelihood",
@@ -145,7 +145,7 @@ def add_expert_options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--calibrate", action=argparse.BooleanOptionalAction, default=False,
-        help="divide out of the letters' probabilities what the model answers to an empty "
+        help="divide the letters' probabilities by those that the model gives after an empty "
         "question (default: off)",
     )  # fmt: skip
     group.add_argument(
@@ -180,7 +180,7 @@ def add_tuned(parser: Parser) -> None:
     )
     group.add_argument(
         "--folds", type=positive, metavar="N",
-        help="cut the records into N parts; an adapter trained on the others judges each "
+        help="cut the records into N parts, each judged by an adapter trained on the others "
         "(default: no such expert)",
     )  # fmt: skip
     group.add_argument("--fold-epochs", type=positive, default=3, metavar="N", help="as in train")
@@ -215,18 +215,18 @@ def add_scale(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--wait", type=patience, default=600.0, metavar="SECONDS",
-        help="how long a shard waits for the next of the others to get as far",
+        help="how long a shard waits for another one to finish the same phase",
     )  # fmt: skip
     group.add_argument(
         "--processes", type=positive, default=1, metavar="N",
-        help="so many shards at once on this machine, then merge",
+        help="run N shards at once on this machine, then merge",
     )  # fmt: skip
     group.add_argument(
         "--gpus", type=positive, default=1, metavar="N",
-        help="as --processes, each with a GPU of its own",
+        help="like --processes, with one GPU each",
     )  # fmt: skip
     group.add_argument(
         "--ray", nargs="?", const="local", metavar="ADDRESS",
-        help="work on a Ray cluster with as many actors as --processes or its GPUs say; without "
-        "ADDRESS one is started here (default: off)",
+        help="work on a Ray cluster, with one actor per GPU or as many as --processes says; without "
+        "ADDRESS a cluster is started here (default: off)",
     )  # fmt: skip

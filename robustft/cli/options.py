@@ -99,7 +99,7 @@ def _add_clean(commands: Any) -> None:
     add_tuned(parser)
     parser.add_argument(
         "--estimate", action="store_true",
-        help="say what the run would cost (tokens, time, memory, disk), measured on 64 records, "
+        help="tell what the run would cost (tokens, time, memory, disk), measured on 64 records, "
         "and write nothing (default: off)",
     )  # fmt: skip
     add_scale(parser)
@@ -108,7 +108,7 @@ def _add_clean(commands: Any) -> None:
 def _add_merge(commands: Any) -> None:
     parser = _command(
         commands, "merge", "Write the outputs of a run that was cleaned in shards",
-        "Selects over all shards; nobody is asked anything.",
+        "Selects over all shards; no model is asked anything.",
     )  # fmt: skip
     parser.add_argument(
         "folders", nargs="+", metavar="DIR", help="--out of `robustft clean --shard`"
@@ -121,8 +121,8 @@ def _add_merge(commands: Any) -> None:
     )
     parser.add_argument(
         "--second-opinion", action="append", metavar="DIR", default=[],
-        help="a run that the shards have heard, if it has moved; may be repeated (default: where "
-        "they were)",
+        help="a second opinion that the shards used, if it has moved; may be repeated (default: "
+        "where they were)",
     )  # fmt: skip
     add_truth(parser)
 
