@@ -107,10 +107,10 @@ class CleanResult:
         """The noise rate and the worth of the verdicts in words; empty where unknown."""
         if self.noise_rate is None:
             return ""
-        words = f"{self.noise_rate} of the given answers are wrong"
+        words = f"an estimated {self.noise_rate} of the given answers are wrong"
         if math.isnan(self.expected_precision):
-            return f"{words}, by estimate"
-        return f"{words}, and about {self.expected_precision:.0%} of those found noisy, by estimate"
+            return words
+        return f"{words}; of those found noisy, about {self.expected_precision:.0%} are"
 
     def warn(self, text: str) -> None:
         """Tell the user now, and the report later."""

@@ -752,7 +752,7 @@ def test_free_text_is_judged_by_agreement(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/manifest.json").read_bytes())
     assert manifest["noise_rate"]["value"] == pytest.approx(result.noise_rate.value)
     report = (tmp_path / "out/report.html").read_text()
-    assert "by estimate" in report
+    assert "An estimated " in report
     shown = re.sub("(<[^>]*>)+", " ", report)
     for option, value in (("--reasoning-tokens", 256), ("--without", "not given")):
         assert f"{option} {value} " in shown

@@ -227,6 +227,6 @@ def add_scale(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--ray", nargs="?", const="local", metavar="ADDRESS",
-        help="work on a Ray cluster, with one actor per GPU or as many as --processes says; without "
-        "ADDRESS a cluster is started here (default: off)",
+        help="work on a Ray cluster, with one actor per GPU or as many as --processes says; "
+        "without ADDRESS a cluster is started here (default: off)",
     )  # fmt: skip

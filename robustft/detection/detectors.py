@@ -24,7 +24,7 @@ from robustft.store import Opinion
 from robustft.terminal import counted, plural_of
 
 NO_BETTER_THAN_CHANCE = (
-    "the experts agree with the given answers no more than chance would: nothing was changed. "
+    "agreement with the given answers is no more than chance would give: nothing was changed. "
     "More records (a few dozen tell little) or a stronger model (--model) may help; "
     "--detector paper trusts the model's word regardless"
 )

@@ -286,7 +286,7 @@ def _votes(summary: ReportData) -> str:
         "Share of the vote",
         "How far the corpus itself shows that each expert can be trusted; 0 is muted."
         + (f" No model, but learnt from this corpus: {listed(learners)}." if learners else "")
-        + (f" {markup.plain(estimate)}." if estimate else ""),
+        + (f" {markup.plain(estimate[0].upper() + estimate[1:])}." if estimate else ""),
         figures.bars(shares, "Share of the vote.", full=1.0),
         "",
     )
