@@ -16,7 +16,7 @@ import torch
 
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig, experts_for
 from robustft.corpus import Corpus
-from robustft.detection import Conclusion
+from robustft.detection import Conclusion, is_free_text
 from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
 from robustft.engines.factory import load_engine
@@ -196,10 +196,12 @@ class Announcement:
     resumed: bool
     limit: int | None = None  # at most so many records are read
     judged_by: str = ""  # a detector that judges anew what was said
+    free_texts: bool = False  # most answers are, of which the detector can tell little
 
     @classmethod
     def of(
         cls,
+        config: CleanConfig,
         source: RecordSource,
         intake: Intake,
         models: Models,
@@ -209,7 +211,11 @@ class Announcement:
     ) -> Announcement:
         """What is known of an input that was read."""
         schema = f"{source.schema} ({', '.join(source.layout.fields)})"
-        return cls(intake.records, intake.rejects, schema, models, resumed, source.limit, judged_by)
+        some = intake.unit(0)
+        free = config.detector != "paper" and 2 * sum(map(is_free_text, some)) > len(some)
+        return cls(
+            intake.records, intake.rejects, schema, models, resumed, source.limit, judged_by, free
+        )
 
 
 def run_clean(
@@ -255,7 +261,9 @@ def run_clean(
             judge_again(shard, store, target)
         store.claim(identity, free=_FREE)
         stack.enter_context(long_lived())
-        announce(Announcement.of(source, intake, models, resumed=resumed, judged_by=judged_by))
+        announce(
+            Announcement.of(config, source, intake, models, resumed=resumed, judged_by=judged_by)
+        )
         reopen(shard, store, target, alone=True)
         before = seconds_before(shard, store, target)
         store.set_meta("load seconds", before["load"] + watch.seconds())

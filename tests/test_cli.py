@@ -23,10 +23,12 @@ from pathlib import Path
 
 import pytest
 from commandline import SMALL_MODEL, CommandLine, call, quiz, read, write
+from scripted import LetterEmbedder, ScriptedEngine
 
-from robustft.cleaning import Announcement
+from robustft.cleaning import Announcement, run_clean
 from robustft.cli.console import print_announcement, print_clean_summary
 from robustft.cli.settings import parse
+from robustft.config import CleanConfig
 from robustft.engines import Abilities
 from robustft.engines.factory import load_engine
 from robustft.finishing import Models
@@ -750,6 +752,28 @@ def test_a_servers_words_cannot_drive_the_terminal(capsys: pytest.CaptureFixture
     assert "\x1b" not in said
     assert "\x07" not in said
     assert "evil\\x1b]0;pwned" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "detector", "told"),
+    [
+        ("A long reply, in words of its own.", "crowd", True),
+        ("A long reply, in words of its own.", "paper", False),
+        ("Six and one are seven, then.\n#### 7", "crowd", False),
+        ("grey", "crowd", False),
+    ],
+)
+def test_before_free_texts_are_asked_about_their_detector_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: str, detector: str, told: bool
+) -> None:
+    rows = [{"question": f"Question {n}?", "answer": answer} for n in range(4)]
+    source = tmp_path / "in.jsonl"
+    write(source, rows)
+    config = CleanConfig(input=str(source), out=tmp_path / "out", detector=detector)  # type: ignore[arg-type]
+    run_clean(
+        config, engine=ScriptedEngine(), embedder=LetterEmbedder(), announce=print_announcement
+    )
+    assert ("robustft: most answers are free texts" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ def print_announcement(known: Announcement) -> None:
         print(printable(f"robustft: server: {'; '.join(found)}"), file=sys.stderr)
     if known.models.small_embedded_model:
         print_small_model()
+    if known.free_texts:
+        print(
+            "robustft: most answers are free texts. Two good ones may share few words, so their "
+            "agreement tells little, and few or none will be judged. --detector paper goes by the "
+            "checker.",
+            file=sys.stderr,
+        )
     if known.resumed:
         anew = f"; --detector {known.judged_by} judges anew" if known.judged_by else ""
         print(

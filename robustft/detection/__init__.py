@@ -14,6 +14,7 @@ from robustft.detection.detectors import (
     Detector,
     Evidence,
     PaperDetector,
+    is_free_text,
     option_probabilities,
     stacked,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Evidence",
     "PaperDetector",
     "agrees",
+    "is_free_text",
     "option_probabilities",
     "paper_rule",
     "stacked",

@@ -20,6 +20,7 @@ from robustft.detection.conclusion import PANEL, Conclusion
 from robustft.detection.rule import Asked, paper_rule, unjudged
 from robustft.experts import record_kind
 from robustft.prompts import LETTERS
+from robustft.records import Record
 from robustft.store import Opinion
 from robustft.terminal import counted, plural_of
 
@@ -142,8 +143,7 @@ class CrowdDetector:
                 own = (one.reasoned or one.base).answer or one.base.answer
                 said = [own, *(other.answer for other in one.others)]
                 kind = record_kind(one.record)
-                free = kind == "text" and not answers.parse_final_number(one.record.answer).answer
-                kinds[position] = _FREE_TEXT if free else 0
+                kinds[position] = _FREE_TEXT if is_free_text(one.record) else 0
                 clusters[position] = crowd.partition([one.record.answer, *said], kind)
                 answered[position] = any(answer is not None for answer in said)
                 continue
@@ -361,6 +361,11 @@ def _kind_of(options: tuple[str, ...]) -> int:
     text = "\0".join(answers.option_names(options))
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=7).digest()
     return int.from_bytes(digest, "big")
+
+
+def is_free_text(record: Record) -> bool:
+    """Whether an answer has no options, no few words and no final number to be compared by."""
+    return record_kind(record) == "text" and not answers.parse_final_number(record.answer).answer
 
 
 def option_probabilities(said: Opinion, options: int) -> NDArray[np.float32]:

@@ -184,7 +184,7 @@ def run_shard(
         with ExitStack() as stack:
             store = stack.enter_context(opened(shard, plan))
             intake = stack.enter_context(plan.intake())
-            announce(Announcement.of(source, intake, models, resumed=resumed))
+            announce(Announcement.of(config, source, intake, models, resumed=resumed))
             _say(
                 f"shard {shard.name}: records {shard.start:,} to {shard.stop:,} of {plan.records:,}"
             )

@@ -155,7 +155,7 @@ def run_ray(
         _check_seen(ray, pool, config.out)
         shards = [shard for shard in plan.shards() if shard.rows]
         with plan.intake() as intake:
-            announce(Announcement.of(source, intake, models, resumed=resumed))
+            announce(Announcement.of(config, source, intake, models, resumed=resumed))
         effort = Effort(config)
         _through(ray, pool, plan, shards, "detect", effort.detect)
         with plan.intake() as intake:
