@@ -69,6 +69,7 @@ Plan make_plan(const CosineIndex& index, const Rows& queries, const SearchOption
 
 SearchStats CosineIndex::search(const Rows& queries, const SearchOptions& options,
                                 std::int64_t* ids, float* cosines, Monitor& monitor) const {
+    const DefaultArithmetic arithmetic;
     std::fill_n(ids, queries.count * options.k, -1);
     std::fill_n(cosines, queries.count * options.k, std::numeric_limits<float>::quiet_NaN());
     check(queries, "queries", queries.count < 4096 ? 1 : options.threads, monitor);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -71,6 +72,23 @@ class Monitor {
     std::exception_ptr error_;
 };
 
+// Arithmetic as C++ starts it: rounded to nearest, subnormal numbers kept. A caller may have it
+// otherwise (`torch.set_flush_denormal`, a library linked with -ffast-math), and threads inherit
+// it.
+class DefaultArithmetic {
+  public:
+    DefaultArithmetic() {
+        std::fegetenv(&before_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultArithmetic() { std::fesetenv(&before_); }
+    DefaultArithmetic(const DefaultArithmetic&) = delete;
+    DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
+
+  private:
+    std::fenv_t before_;
+};
+
 inline unsigned hardware_threads() { return std::max(1U, std::thread::hardware_concurrency()); }
 
 // Runs body(task, worker) for every task in [0, tasks), each once, on up to `threads` workers of
@@ -89,6 +107,7 @@ void parallel_for(std::size_t tasks, unsigned threads, Monitor& monitor, Body&& 
     std::atomic<std::size_t> next{0};
 
     const auto work = [&](unsigned worker) noexcept {
+        const DefaultArithmetic arithmetic;
         try {
             for (std::size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
                 monitor.advance(0);
@@ -161,6 +180,7 @@ void parallel_for_between_products(std::size_t tasks, unsigned threads, Monitor&
     std::atomic<std::size_t> next{0};
     std::atomic<unsigned> workers{0};
     auto work = [&]() noexcept {
+        const DefaultArithmetic arithmetic;
         const unsigned worker = workers.fetch_add(1, std::memory_order_relaxed);
         try {
             for (std::size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {

@@ -196,6 +196,22 @@ def test_half_precision_extremes() -> None:
     assert_same(CosineKNN(rows).search(queries, 8), brute_force(rows, queries, 8))
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(np.float16, 2e-5), (np.float32, 1e-39)])
+def test_subnormal_numbers_count_whatever_the_caller_does_with_them(
+    dtype: type[np.floating], size: float
+) -> None:
+    rows = (gaussian(500, 40).astype(np.float64) * size).astype(dtype)
+    expected = brute_force(rows, rows[:9], 5)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps subnormal numbers")
+    try:
+        found = CosineKNN(rows, threads=2).search(rows[:9], 5)
+        assert torch.tensor(1e-42) * 1 == 0  # as it was for the caller
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same(found, expected)
+
+
 def test_float64_keeps_what_float32_would_lose() -> None:
     rows = np.array([[1.0, 0.0], [1.0, 1e-12], [1.0, -1e-12]])
     ids, _ = CosineKNN(rows).search(np.array([[1.0, 1e-3]]), 3)

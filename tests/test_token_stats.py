@@ -24,7 +24,7 @@ from robustft_kernels.reference import (
     forward_by_reference,
     token_stats_reference,
 )
-from robustft_kernels.testing import KINDS, check_forward, make_logits
+from robustft_kernels.testing import KINDS, check_forward, make_logits, violations
 from robustft_kernels.token_stats import native, to_numpy, token_stats_op
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -97,6 +97,24 @@ def test_float64_stays_float64() -> None:
         a, b = getattr(found, name), getattr(expected, name)
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-13, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_subnormal_logits_count_whatever_the_caller_does_with_them(
+    isa: str, dtype: torch.dtype
+) -> None:
+    size = 2e-5 if dtype == torch.float16 else 1e-39
+    x = (torch.randn(3, 500, dtype=torch.float64) * size).to(dtype)
+    t = torch.tensor([0, 7, 499])
+    expected = token_stats_reference(x, t, temperature=max(size, 1e-30))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps subnormal numbers")
+    try:
+        found = on_isa(x, t, isa, temperature=max(size, 1e-30))
+    finally:
+        torch.set_flush_denormal(False)
+    assert not violations(found, expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
