@@ -98,12 +98,18 @@ def cases(draw: st.DrawFn, most_rows: int, most_queries: int, work: float):
     return rows, queries, k, options
 
 
+def use_isa(patch: pytest.MonkeyPatch, isa: str) -> None:
+    """Let the indexes to come use one instruction set instead of the best."""
+    core = _core.CosineIndex
+    patch.setattr(_core, "CosineIndex", lambda dim, dtype, _: core(dim, dtype, isa))
+
+
 def check(isa: str, rows, queries, k, options, expected) -> None:
     """Same answer from one instruction set, bit by bit, for 1, 2 and 7 threads."""
     arguments = {name: value for name, value in options.items() if name != "ids"}
     for threads in (1, 2, 7):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ROBUSTFT_ISA", isa)
+            use_isa(patch, isa)
             index = CosineKNN(rows, ids=options.get("ids"), threads=threads)
         assert index._core.isa == isa
         found = index.search(queries, k, **arguments)
@@ -133,12 +139,13 @@ def test_equals_brute_force_at_length(case) -> None:
 @pytest.mark.parametrize("tier", ["int8", "float32", "exact"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_tier(isa: str, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROBUSTFT_ISA", isa)
-    monkeypatch.setenv("ROBUSTFT_KNN_TIER", tier)
+    use_isa(monkeypatch, isa)
     rng = np.random.default_rng(0)
     for kind in KINDS:
         rows, queries = corpus(kind, 1500, 65, rng), corpus(kind, 40, 65, rng)
         index = CosineKNN(rows, threads=2)
+        assert index._core.isa == isa
+        index._tier = tier
         assert_same(index.search(queries, 6), brute_force(rows, queries, 6))
 
 
@@ -148,7 +155,7 @@ def test_the_filter_changes_with_the_rows(
     isa: str, allowed: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that defeat the 8-bit bound, rows that do not, and the former again."""
-    monkeypatch.setenv("ROBUSTFT_ISA", isa)
+    use_isa(monkeypatch, isa)
     rng = np.random.default_rng(0)
     tied = corpus("near-tied", 80_040, 24, rng)
     rows = np.concatenate([tied[:40_000], gaussian(50_000, 24), tied[40_000:80_000]])
@@ -169,7 +176,7 @@ def test_the_filter_changes_with_the_rows(
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_trial_may_end_in_another_stretch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROBUSTFT_ISA", isa)
+    use_isa(monkeypatch, isa)
     tied = corpus("near-tied", 2760, 32, np.random.default_rng(0))
     rows, queries = tied[60:], tied[:60]
     assert_same(CosineKNN(rows, threads=2).search(queries, 20), brute_force(rows, queries, 20))

@@ -84,8 +84,8 @@ class CosineKNN:
         self._dtype = dtype
         self._lock = threading.Lock()  # `add` and whatever reads rows with their ids
         self._named = False  # whether rows carry ids of their own
-        self._core = _core.CosineIndex(dim, dtype, os.environ.get("ROBUSTFT_ISA", ""))
-        self._tier = os.environ.get("ROBUSTFT_KNN_TIER", "auto")
+        self._core = _core.CosineIndex(dim, dtype, "")
+        self._tier = "auto"
         self._tail: NDArray[Any] | None = None  # where `add` puts its copies
         self._tail_used = 0
         self._parts: list[NDArray[Any]] = []  # every row, in order
