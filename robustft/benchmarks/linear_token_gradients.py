@@ -24,7 +24,7 @@ from robustft_kernels.testing import spread_rows
 
 OURS = "robustft linear_token_stats"
 LIMIT = "limit: the three products alone"
-_BLOCK = 256  # rows whose float64 logits are held at a time
+_BLOCK = 256  # rows whose logits the gate holds at a time
 
 Pair = tuple[Tensor, Tensor]
 
@@ -62,30 +62,44 @@ def gradients(
     return by_hidden, by_weight
 
 
-def exact(hidden: Tensor, weight: Tensor, ids: Tensor, rows: Tensor, words: Tensor) -> Pair:
-    """Both gradients in float64: of some rows, and of the weights of some words."""
-    heads = weight.detach().double()
-    by_hidden = torch.zeros(len(rows), heads.shape[1], dtype=torch.float64, device=heads.device)
-    by_weight = torch.zeros(len(words), heads.shape[1], dtype=torch.float64, device=heads.device)
+def by_blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+    words: Tensor,
+    dtype: torch.dtype,
+) -> Pair:
+    """The plain gradients in a dtype, of some rows and of the weights of some words.
+
+    A block of logits at a time, so that they can be had where PyTorch has no memory for them all.
+    """
+    heads = weight.detach().to(dtype)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    by_hidden = torch.zeros(len(rows), heads.shape[1], dtype=dtype, device=heads.device)
+    by_weight = torch.zeros(len(words), heads.shape[1], dtype=sums, device=heads.device)
     for start in range(0, len(hidden), _BLOCK):
-        block = hidden[start : start + _BLOCK].detach().double()
+        block = hidden[start : start + _BLOCK].detach().to(dtype)
         logits = (block @ heads.T).requires_grad_()
-        entropy, logprob, *_ = token_peers.eager(logits, ids[start : start + _BLOCK])
+        entropy, logprob, *_ = token_peers.eager(logits.to(sums), ids[start : start + _BLOCK])
         (by_logits,) = torch.autograd.grad((entropy - logprob).sum(), logits)
-        by_weight += by_logits[:, words].T @ block
+        by_weight += by_logits[:, words].T.to(sums) @ block.to(sums)
         inside = (rows >= start) & (rows < start + len(block))
         by_hidden[inside] = by_logits[rows[inside] - start] @ heads
-    return by_hidden, by_weight
+    return by_hidden, by_weight.to(dtype)
 
 
 def gate(found: Pair, hidden: Tensor, weight: Tensor, ids: Tensor) -> str:
     """Whether gradients are as near to the float64 ones as those of the plain product."""
     rows = spread_rows(CHECKED, len(hidden), hidden.device)
     words = torch.cat([spread_rows(CHECKED, len(weight), weight.device), ids[rows]])
-    right = exact(hidden, weight, ids, rows, words)
-    usual = gradients(plain, hidden, weight, ids)
+    right, usual = (
+        by_blocks(hidden, weight, ids, rows, words, dtype)
+        for dtype in (torch.float64, hidden.dtype)
+    )
     for ours_, plain_, true, chosen in zip(found, usual, right, (rows, words), strict=True):
-        error, allowed = ((one[chosen].double() - true).abs().max() for one in (ours_, plain_))
+        error = (ours_[chosen].double() - true).abs().max()
+        allowed = (plain_.double() - true).abs().max()
         if not error <= 1.5 * allowed + 1e-6 * true.abs().max():
             return "NO"
     return "yes"
