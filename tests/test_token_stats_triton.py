@@ -325,6 +325,15 @@ def test_fused_linear_keeps_processors_busy(vocab: int, processors: int) -> None
     assert chunk == 4 * 128 or 0.6 * processors < -(-vocab // chunk)
 
 
+def test_the_fused_kernel_is_offered_no_rows_within_others() -> None:
+    weight = torch.zeros(10, 64, dtype=torch.float16)
+    apart, one = torch.zeros(10, 128, dtype=torch.float16)[:, :64], weight[3]
+    for rows, fit in ((apart, True), (one[None], True), (one.expand(10, 64), False)):
+        assert linear_token_stats_triton.fits(rows, weight) == fit
+    overlapping = torch.zeros(200, dtype=torch.float16).unfold(0, 64, 16)
+    assert not linear_token_stats_triton.fits(overlapping, weight)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_target_logits_of_both_designs(with_bias: bool) -> None:
     hidden, weight = torch.randn(5, 192, device=DEVICE), torch.randn(50, 192, device=DEVICE)

@@ -219,7 +219,8 @@ def _fused(
     if hidden.device.type != "cuda" or not launch.fits(hidden, weight):
         raise ValueError(
             "design 'fused' needs bfloat16 or float16 on CUDA or ROCm, D a multiple of 64 and "
-            f"16-byte aligned rows, got {hidden.dtype} {tuple(hidden.shape)} on {hidden.device}"
+            "16-byte aligned rows that do not overlap, "
+            f"got {hidden.dtype} {tuple(hidden.shape)} on {hidden.device}"
         )
     levels = None
     if target_ids is not None:

@@ -286,10 +286,14 @@ def chunk_of(vocab: int, block: int, processors: int) -> int:
 
 
 def fits(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel can read both: 16-byte aligned rows, D a multiple of its blocks."""
+    """Whether the kernel can read both: 16-byte aligned rows, D a multiple of its blocks.
+
+    And no row within another: the strides of a tensor map are documented for rows that lie apart.
+    """
     return all(
         x.dtype in (torch.bfloat16, torch.float16)
         and x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
         and x.shape[1] % 64 == 0
