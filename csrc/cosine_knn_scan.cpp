@@ -311,14 +311,19 @@ std::size_t Scan::rescore(std::size_t q) {
 // The 8-bit bound is useless where most cosines lie closer together than its error. Such stretches
 // go through the fp32 filter, with a fresh try of the 8-bit one at growing intervals. Every try
 // begins with a trial, during which nothing is computed in fp64: if it turns hardly any row away,
-// its rows are filtered again in fp32. Later, the rows computed are what tells.
+// its rows are filtered again in fp32. Later, the rows computed are what tells: where the fp32
+// filter lets most through, too, the rest of its stretch is computed without it.
 std::size_t Scan::next_block(std::size_t block, std::size_t rows) {
-    if (tier_ == Tier::float32) {
+    if (tier_ != Tier::int8) {
+        probe_rows_ += rows;
         if (block + 1 >= float_until_) {
             change(Tier::int8);
             trial_start_ = block + 1;
             trial_left_ = kRetryRows;
             trial_rows_ = trial_survivors_ = 0;
+        } else if (tier_ == Tier::float32 &&
+                   probe_rescored_ > batch_.count() * (plan_.kept_limit() + probe_rows_ / 2)) {
+            change(Tier::exact);
         }
         return block + 1;
     }
@@ -352,6 +357,7 @@ void Scan::give_up(std::size_t block) {
     change(Tier::float32);
     float_until_ = block + float_span_;
     float_span_ *= 2;
+    probe_rows_ = probe_rescored_ = 0;
 }
 
 // Drops what has survived of the rows from a block on: they will be filtered again. The floors that

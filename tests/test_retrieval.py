@@ -172,6 +172,29 @@ def test_the_filter_changes_with_the_rows(
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("allowed", [1.0, 0.3])
+def test_where_no_filter_turns_rows_away_none_is_run(
+    isa: str, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cosines nearer to each other than what fp32 can tell, and rows after them that are not."""
+    use_isa(monkeypatch, isa)
+    rng = np.random.default_rng(0)
+    tied = rng.standard_normal(64) + 1e-3 * rng.standard_normal((40_020, 64))
+    rows = np.concatenate([tied[20:].astype(np.float32), gaussian(20_000, 64)])
+    rows[::7], rows[3] = rows[0], 0
+    queries = np.concatenate([tied[:20].astype(np.float32), rows[3:4]])
+    mask = rng.random(len(rows)) < allowed
+    expected = brute_force(rows, queries, 4, allowed=mask)
+    for threads in (1, 2):
+        index = CosineKNN(rows, threads=threads)
+        *found, counts = index._search(queries, "float32", 4, None, None, index._bitmap(mask), None)
+        assert_same(found, expected)
+        if isa != "portable":  # which has one filter, in fp32
+            assert counts["float_pairs"] < 0.3 * len(queries) * mask.sum()
+            assert counts["int8_pairs"] > 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_trial_may_end_in_another_stretch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_isa(monkeypatch, isa)
     tied = corpus("near-tied", 2760, 32, np.random.default_rng(0))
