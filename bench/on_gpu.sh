@@ -68,10 +68,10 @@ if [ "$device" = cuda ]; then
         say "tests: not run (pytest or hypothesis is not installed)"
     fi
     step token-stats 90 "$python" bench/token_stats.py --out "$out/token_stats.csv"
-    step token-gradients 40 "$python" bench/token_gradients.py --out "$out/token_gradients.csv"
+    step token-gradients 60 "$python" bench/token_gradients.py --out "$out/token_gradients.csv"
     step linear-token-stats 100 "$python" bench/linear_token_stats.py \
         --out "$out/linear_token_stats.csv"
-    step linear-token-gradients 60 "$python" bench/linear_token_gradients.py \
+    step linear-token-gradients 110 "$python" bench/linear_token_gradients.py \
         --out "$out/linear_token_gradients.csv"
 else
     step token-stats 70 "$python" bench/token_stats.py --quick --out "$out/token_stats.csv"
