@@ -246,7 +246,7 @@ def test_choice_more_than_26_options_and_one_option() -> None:
         ("$5 km", "5", "$5"),
         ("$5kg", "5", "$5"),
         ("$5k$", "5", "$5"),
-        ("$2k+n$", "2", "$2"),
+        ("$2k+n$", "2k+n", "2k+n"),
         (".5", "0.5", ".5"),
         ("007", "7", "007"),
         ("1,000", "1000", "1,000"),
@@ -577,6 +577,12 @@ def test_normalise() -> None:
         "é" * 100_000,
         "the option " * 9_000,
         "not. " * 20_000 + "(A)",
+        "5 or " * 20_000,
+        "1+" * 50_000,
+        "(1" * 50_000,
+        "\\frac{" * 16_000,
+        "Answer: 2^" * 10_000,
+        "A: 1, 2" * 14_000,
     ],
 )
 def test_replies_of_100_kb_take_linear_time(reply: str) -> None:

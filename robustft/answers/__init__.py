@@ -1,8 +1,9 @@
 """Answers: what kind they are, what a reply answers, and whether two answers say the same.
 
 Four kinds. `choice`: a letter, or the option's text. `number`: compared by value. `span`: a few
-words, compared as sets of words with numbers and negations guarded. `text`: free text, compared by
-its marked final number where both have one, by token F1 otherwise.
+words, compared as sets of words with numbers and negations guarded, or a formula, compared as one.
+`text`: free text, compared by its marked final number or formula where both have one, by token F1
+otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from robustft.answers.choices import parse_choice
+from robustft.answers.formulas import is_formula, same_formula
+from robustft.answers.numbers import parse_final_number, parse_number, spelt
 from robustft.answers.numerals import canonical, find_numbers, whole_number
 from robustft.answers.replies import (
     NOTHING,
@@ -23,8 +26,6 @@ from robustft.answers.replies import (
     Parsed,
     body_start,
     is_refusal,
-    parse_final_number,
-    parse_number,
     parse_span,
     parse_text,
     short_opening,
@@ -70,8 +71,8 @@ _JOINED = frozenset("'’.\u00ad")
 def answer_kind(answer: str, options: Sequence[str] | None = None) -> Kind:
     """How an answer like the given one is to be read and compared.
 
-    Options make it a choice; a bare number ("18", "$1,234.50", "50%") a number, unless leading
-    zeros show an identifier ("007"); up to six words a span; anything else text.
+    Options make it a choice; a bare number ("18", "$1,234.50", "1.234,50", "50%") a number, unless
+    leading zeros show an identifier ("007"); up to six words a span; anything else text.
     """
     if options:
         return "choice"
@@ -126,17 +127,17 @@ def normalise(text: str, kind: Kind) -> str:
     """One spelling for answers that a reader takes for the same.
 
     `choice`: the upper-case letter. `number`: the value, units dropped ("1,000" -> "1000",
-    "50%" -> "50", "007" -> "7"); text without a number is read as a span. `span` and `text`: NFKC,
-    case folded, articles (but a last word) and punctuation dropped, one space between words,
-    numbers canonical but leading zeros kept ("007" is neither "7" nor "008"). Text of nothing but
-    punctuation stays.
+    "50%" -> "50", "007" -> "7"), of a formula without one its own spelling; text without a number
+    is read as a span. `span` and `text`: NFKC, case folded, articles (but a last word) and
+    punctuation dropped, one space between words, numbers canonical but leading zeros kept ("007" is
+    neither "7" nor "008"). Text of nothing but punctuation stays.
     """
     if kind == "choice":
         return text.strip(" \t\r\n()[]{}.:*_\"'`").upper()
     if kind == "number":
-        parsed = parse_number(_nfkc(text))
+        parsed = parse_number(text)
         if parsed.answer is not None:
-            return parsed.answer
+            return spelt(parsed.answer)
     return " ".join(_words(text)) or unicodedata.normalize("NFKC", text).casefold().strip()
 
 
@@ -198,12 +199,13 @@ def token_f1(a: str, b: str) -> float:
 def agreement(
     a: str | None, b: str | None, *, kind: Kind, options: Sequence[str] | None = None
 ) -> float:
-    """How far two answers say the same, in [0, 1]; no answer (None) agrees with nothing.
+    r"""How far two answers say the same, in [0, 1]; no answer (None) agrees with nothing.
 
     Choices and numbers: 0 or 1. Spans: 1 when equal after normalisation; token F1 when one holds
     all words of the other and neither their numbers nor their negations differ; 0 otherwise ("New
-    York" is not "New Jersey", "May 1998" is not "May 1999", "guilty" is not "not guilty"). Text: 1
-    or 0 by the final number when both mark one ("#### 18", "A: 18"); token F1 otherwise.
+    York" is not "New Jersey", "May 1998" is not "May 1999", "guilty" is not "not guilty"); where
+    one is a formula 1 or 0. Text: 1 or 0 by the final number or formula when both mark one
+    ("#### 18", "A: 18", "\boxed{2\sqrt{3}}"); token F1 otherwise.
     """
     if a is None or b is None:
         return 0.0
@@ -216,7 +218,7 @@ def agreement(
         return _span_agreement(a, b)
     last_a, last_b = parse_final_number(a).answer, parse_final_number(b).answer
     if last_a is not None and last_b is not None:
-        return float(last_a == last_b)
+        return float(spelt(last_a) == spelt(last_b))
     return token_f1(a, b)
 
 
@@ -225,6 +227,8 @@ def _letter(answer: str, options: Sequence[str] | None) -> str | None:
 
 
 def _span_agreement(a: str, b: str) -> float:
+    if is_formula(a) or is_formula(b):
+        return float(same_formula(a, b))
     if normalise(a, "span") == normalise(b, "span"):
         return 1.0
     first, second = Counter(_words(a)), Counter(_words(b))

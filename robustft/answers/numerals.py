@@ -19,19 +19,27 @@ _LETTERS = {"k": 3, "m": 6, "b": 9, "bn": 9}  # of money only: "5k" may be a rac
 
 # A sign counts only where no operand stands before it: "-5", "$-5", "(-5)" but not "10-5". Plain
 # spaces between thousands count where there are two, or the line ends: not in "3 100 dollar bills".
+# "100 200 300" may be three numbers; "100 000" is one. A comma that cannot part thousands parts
+# decimals, but not in "(1,2)"; so does one after dots between thousands. An exponent of a letter
+# ("x^2", "m^2") is no number.
 _NUMBER = re.compile(
     r"""(?:(?<![\w.])(?P<minus>(?<![)\]}])[-−–])?(?P<units>\d{1,9})?)?
     \\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}
-    |(?<![\w.])
+    |(?<![\w.])(?<![A-Za-z]\^)(?<![A-Za-z]\^\{)(?!0x[0-9a-f])
     (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d¼-¾⅐-⅞]))?
     (?P<currency>[$€£¥])?(?P<inner>[-−](?=[.\d¼-¾⅐-⅞]))?
     (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d|[¼-¾⅐-⅞]))?
-    (?P<whole>\d{1,3}(?:(?:,|\{,\}|\\,|,?\\!)\d{3})+(?!\d)
-      |(?<!\d[ ])[1-9]\d{0,2}
-       (?:(?:[ ]\d{3}){2,}|[ ]\d{3}(?=(?:\.\d+)?\W{0,4}(?:\n|\Z)))(?![ ]?\d)
-      |\d+)?
-    (?P<part>\.\d+)?(?P<vulgar>[¼-¾⅐-⅞])?
-    (?(whole)|(?(part)|(?(vulgar)|(?!))))
+    (?:(?P<comma>(?<![(\[{])(?<![(\[{][-−])
+       (?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+,\d+
+        |0,\d+|\d+,(?:\d{1,2}|\d{4,}))(?!\d|[,.]\d))
+     |(?P<whole>[1-9]\d{0,2}(?:(?:,|\{,\}|\\,|,?\\!|[\u00a0\u2009\u202f])\d{3})+(?!\d|,\d)
+       |\d{1,3}(?:\.\d{3}){2,}(?![.,]?\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)
+       |(?<!\d[ ])(?:[1-9]\d?|[1-9]\d\d(?=(?:[ ]\d{3})*[ ]000(?!\d)))
+        (?:(?:[ ]\d{3}){2,}|[ ]\d{3}(?=(?:\.\d+)?\W{0,4}(?:\n|\Z)))(?![ ]?\d)
+       |\d+)?
+      (?P<part>\.\d+)?)
+    (?P<vulgar>[¼-¾⅐-⅞])?
+    (?(comma)|(?(whole)|(?(part)|(?(vulgar)|(?!)))))
     (?:[eE](?P<exponent>[-+−]?\d{1,4})(?!\w)
       |\s?(?:[×·*x]|\\times|\\cdot)\s?10\^\{?(?P<power>[-−]?\d{1,4})\b\}?)?
     (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
@@ -55,8 +63,9 @@ def value(match: re.Match[str]) -> Fraction | None:
             return None
         result = int(match["units"] or 0) + Fraction(int(match["top"]), bottom)
         return -result if match["minus"] else result
-    whole = "".join(filter(str.isdigit, match["whole"] or ""))
-    part = (match["part"] or ".")[1:]
+    written, _, decimals = (match["comma"] or "").partition(",")
+    whole = "".join(filter(str.isdigit, match["whole"] or written))
+    part = decimals or (match["part"] or ".")[1:]
     exponent = int((match["exponent"] or match["power"] or "0").replace("−", "-"))
     if len(whole) + len(part) > _MAX_DIGITS or abs(exponent) > _MAX_EXPONENT:
         return None

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import deque
 from dataclasses import dataclass
-
-from robustft.answers.numerals import canonical, find_numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
     """An answer found in a reply; `reply[start:stop]` are the answer's own characters.
 
-    `answer` is the letter of a choice, the canonical spelling of a number, the text otherwise;
-    None where the reply gives no answer (empty, a refusal, no letter, two letters).
+    `answer` is the letter of a choice, the canonical spelling of a number, the text otherwise (also
+    of what stands for a number and is none, "2√3"); None where the reply gives no answer (empty, a
+    refusal, no letter, two letters).
     """
 
     answer: str | None
@@ -66,23 +64,14 @@ _TEXT_MARKER = re.compile(
 )
 # What may stand between "the answer is" and a short answer: ":", ":**" from "**The answer is:**".
 _LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf|mathrm|mathbf)\{)*")
+_IN_TEXT = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mathrm|mathbf)\{([^{}]*)\}\s*\Z")
 _CLOSERS = {"**": "**", "__": "__", "}$": "{", "}": "{", "</answer>": "<answer>"}
 _INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}\Z")  # "U.S."
+_BRACES = re.compile(r"\\.|[{}]")
+_BOXED = 400  # characters in a box
 _ASKS = re.compile(r"\?[ \t*_]*$", re.MULTILINE)
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
-_LIST = re.compile(r"\s*1[.)]\s.*\n\s*2[.)]\s")
-_CALCULATES = re.compile(r"\s*[-−+*/×÷^x]\s*[$€£¥(]?\d")
-_EQUALS = re.compile(r"=\s*(?=[-−$€£¥.\d])")
-# Between a number that was named as the answer and "=": after a unit of three words at most it is
-# told why; a parenthesis is still open; or, where no colon announces work, the sentence is over.
-_EXPLAINS = re.compile(
-    r"""(?:[ ]?[\w%²³/-]++){0,3}
-        (?:[\s*_,;:(–—-]{1,6}(?:because|since|where|given)\b|\s?[,;(–—-]\s?as\b)
-        |[^()]*\([^()]*\Z""",
-    re.VERBOSE | re.IGNORECASE,
-)
-_SENTENCE_ENDS = re.compile(r"[.!?]\s")
 
 
 def body_start(reply: str) -> int:
@@ -100,15 +89,12 @@ def same_width(reply: str) -> str:
     """
     if reply.isascii():
         return reply
-    plain = {ch: unicodedata.normalize("NFKC", ch) for ch in set(reply)}
-    return "".join(
-        ch if len(plain[ch]) != 1 or unicodedata.category(ch) == "No" else plain[ch] for ch in reply
-    )
+    plain = {ch: ch if _raised(ch) else unicodedata.normalize("NFKC", ch) for ch in set(reply)}
+    return "".join(ch if len(plain[ch]) != 1 else plain[ch] for ch in reply)
 
 
-def _numeric(reply: str) -> str:
-    """`same_width`, and commas for unbreakable spaces between thousands."""
-    return same_width(SPACED.sub(",", reply))
+def _raised(ch: str) -> bool:
+    return unicodedata.category(ch) == "No" or unicodedata.decomposition(ch).startswith("<su")
 
 
 def is_refusal(text: str) -> bool:
@@ -116,82 +102,24 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.match(text) is not None
 
 
-def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parsed:
-    r"""The number a reply ends on, spelt canonically ("$1,234.50" -> "1234.5").
-
-    A marked number ("#### 18", "A: 18", "the answer is 18", "\boxed{18}") wins, then one that the
-    reply opens with where it continues `begun`, "Answer:"; otherwise the last number of the reply,
-    unless that was cut off. Of "9 * 2 = 18" after a marker the right-hand side counts, of "18 = 9 *
-    2" the left, and of "18, since x = 3" what was named.
-    """
-    reply = _numeric(reply)
-    marked = parse_final_number(reply)
-    if marked.answer is not None or is_refusal(reply):
-        return marked
-    opening = _opening_number(reply, begun) if begun else NOTHING
-    if opening.answer is not None or not finished:
-        return opening
-    last = next(iter(deque(find_numbers(reply, body_start(reply)), maxlen=1)), None)
-    return Parsed(canonical(last), last.start(), last.end()) if last else NOTHING
-
-
-def _marked(reply: str, start: int) -> list[int]:
+def marked(reply: str, start: int) -> list[int]:
     """Where final-answer markers and "A:" end, the last ones first."""
     marks = [match.end() for match in MARKER.finditer(reply, start)]
     marks += [match.end() for match in _A_COLON.finditer(reply, start)]
     return sorted(marks)[-50:][::-1]
 
 
-def _opening_number(reply: str, begun: str) -> Parsed:
-    """The number that stands at the head of a reply, or what the calculation there comes to."""
-    first = next(find_numbers(reply), None)
-    if first is None or any(map(str.isalpha, reply[: first.start()])) or _LIST.match(reply):
-        return NOTHING
-    end = reply.find("\n", first.end())
-    if "=" in reply[first.end() : end if end >= 0 else len(reply)]:
-        return parse_final_number(begun + reply).moved(-len(begun))
-    if _CALCULATES.match(reply, first.end()):  # to nothing that is told here
-        return NOTHING
-    return Parsed(canonical(first), first.start(), first.end())
+def closing(reply: str, begin: int) -> int | None:
+    r"""Where the brace is closed that was opened before `begin`; None where it is not (in reach).
 
-
-def parse_final_number(reply: str) -> Parsed:
-    """The number right after the last final-answer marker; no answer where there is no marker.
-
-    What the answer is said not to be does not count.
+    "\{" and "\}" are signs, not braces.
     """
-    reply = _numeric(reply)
-    for begin in _marked(reply, body_start(reply)):
-        while begin < len(reply) and reply[begin].isspace():
-            begin += 1
-        if reply[begin : begin + 4].lower() == "not ":
-            continue
-        stop = reply.find("\n", begin)
-        stop = min(len(reply) if stop < 0 else stop, begin + 400)
-        number = next(find_numbers(reply, begin, stop), None)
-        if number is None:
-            continue
-        number = _result(reply, begin, stop, number)
-        return Parsed(canonical(number), number.start(), number.end())
-    return NOTHING
-
-
-def _result(reply: str, begin: int, stop: int, first: re.Match[str]) -> re.Match[str]:
-    """What the calculation in `reply[begin:stop]` comes to; its `first` number if there is none."""
-    named = not any(map(str.isalnum, reply[begin : first.start()]))
-    announced = reply[:begin].rstrip(" \t\n*_").endswith(":")
-    number = first
-    for equals in _EQUALS.finditer(reply, first.end(), stop):
-        between = reply[number.end() : equals.start()]
-        if named and (
-            _EXPLAINS.match(between) or (not announced and _SENTENCE_ENDS.search(between))
-        ):
-            break
-        right = next(find_numbers(reply, equals.end(), stop), None)
-        # "20 = 5 * 4" comes to 20, whichever side is told first.
-        if right and right.start() == equals.end() and not _CALCULATES.match(reply, right.end()):
-            number = right
-    return number
+    depth = 1
+    for match in _BRACES.finditer(reply, begin, begin + _BOXED):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return None
 
 
 def parse_text(reply: str) -> Parsed:
@@ -225,7 +153,12 @@ def parse_span(reply: str) -> Parsed:
     Of a text in paragraphs that is the first, where it is short: the rest explains it.
     """
     start, end = body_start(reply), len(reply)
-    for position in _marked(reply, start):
+    for position in marked(reply, start):
+        if reply.endswith("boxed{", 0, position) and (close := closing(reply, position)):
+            text = _IN_TEXT.match(reply, position, close)
+            parsed = _unwrapped(reply, *(text.span(1) if text else (position, close)))
+            if parsed.answer is not None:
+                return parsed
         lead = _LEAD.match(reply, position)
         begin = lead.end() if lead else position
         fence = reply.find("```", begin + 3) if reply.startswith("```", begin) else -1

@@ -1,0 +1,211 @@
+"""Formulas, units, several numbers: never two different answers for one."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robustft.answers import (
+    agreement,
+    answer_kind,
+    matches,
+    normalise,
+    parse,
+    parse_final_number,
+    parse_number,
+    parse_span,
+)
+from robustft.answers.formulas import formula, is_formula
+
+# Spellings of one answer stand in one line; no answer of a line is one of another line.
+LINES = [
+    (r"\frac{3}{4}", r"\dfrac34", r"\tfrac{3}{4}", "$\\frac{3}{4}$", "0.75", "3/4", ".75"),
+    (r"-\frac{3}{4}", r"\frac{-3}{4}", r"\frac{3}{-4}", "-0.75"),
+    (r"3\frac{1}{2}", "3.5", "7/2", "3 1/2"),
+    (r"\frac{1,000}{3}", "1000/3"),
+    (r"2\sqrt{3}", r"2 \sqrt 3", "2√3", r"2\cdot\sqrt{3}"),
+    (r"\sqrt{3}", "√3", r"\sqrt3"),
+    ("3", "3.0", r"\text{3}", "x = 3", r"\sqrt{9}"),
+    ("2", "2.00"),
+    (r"\sqrt[3]{2}",),
+    (r"\frac{\sqrt{3}}{2}", "√3/2"),
+    ("10^5", "10^{5}", "10**5", "10⁵", r"1 \times 10^5", "100,000", "100{,}000", "1e5"),
+    ("2^{-3}", "0.125", "1/8", "2⁻³"),
+    ("-2^2", "-4"),
+    ("(-2)^2", "4"),
+    (r"\frac{\pi}{2}", r"\pi/2", "π/2"),
+    (r"3\pi", "3π"),
+    ("(1, 2)", "(1,2)", r"\left(1, 2\right)", r"(1, \frac{4}{2})"),
+    ("[1, 2)",),
+    ("(2, 1)",),
+    (r"(-\infty, 3]", "(-∞,3]"),
+    (r"\{1, 2, 3\}", r"\{3,2,1\}"),
+    ("2x + 3y = 6",),
+    ("12 + 6 = 18", "18", r"18^\circ", "18°", r"18\%", r"\$18", r"18\text{ cm}", "18 cm^2",
+     r"18\ \text{meters per second}", "18 m/s", r"18 \mathrm{cm}^2"),
+    ("x", r"\text{x}"),
+    ("-x",),
+    ("x - 1", "x-1"),
+    ("x + 1", "x+1"),
+    ("y = 2x + 1", "2x+1"),
+    ("x^2 + 1",),
+    ("x^{10}",),
+    (r"x \le 5", "x ≤ 5"),
+    ("x < 5",),
+    (r"\pm 5", "±5"),
+    ("5!",),
+    ("101_2", "101_{2}"),
+    ("2 + 3i",),
+    ("9^{9^{9^9}}", "9^9^9^9"),
+    (r"0.\overline{3}",),
+    (r"\text{even}", "even", "Even"),
+    ("2 1x",),
+    ("21x",),
+]  # fmt: skip
+
+
+def test_one_spelling_a_formula() -> None:
+    spelt = [{formula(text) for text in line} for line in LINES]
+    assert [one for one in spelt if len(one) != 1] == []
+    every = [next(iter(one)) for one in spelt]
+    assert len(set(every)) == len(every)
+
+
+def test_marked_formulas_of_worked_solutions_and_of_short_answers() -> None:
+    boxed = [rf"We add them up, and find \boxed{{{line[0]}}}" for line in LINES]
+    for one, other in itertools.combinations(boxed, 2):
+        assert not matches(one, other, kind="text")
+    for line, solution in zip(LINES, boxed, strict=True):
+        read = parse(solution, kind="span")
+        assert read.answer is not None
+        assert solution[read.start : read.stop] == read.answer
+        for text in line:
+            assert matches(solution, rf"\boxed{{{text}}}", kind="text")
+            assert matches(rf"\boxed{{{text}}}", rf"\boxed{{{line[0]}}}", kind="number")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\frac{1", "{" * 200, "(" * 100, "^", "2^", r"\frac", "1/0", "0^-1", "2^99999", "²" * 90],
+)
+def test_what_is_no_formula_stays_and_takes_no_time(text: str) -> None:
+    begin = time.process_time()
+    assert formula(text)
+    assert time.process_time() - begin < 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (r"\frac{x}{2}", True), ("10^5", True), ("√2", True), ("10²", True), ("y = -x", True),
+        ("a-b", True), ("x > 5", True), ("3:2", False), ("2020-01-02", False), ("C#", False),
+        ("A-", False), ("B+", False), ("F-16", False), ("R&D", False), ("e-mail", False),
+        ("x", False), ("5 m", False), ("A/B", False), ("12 + 6", False), ("New York", False),
+    ],
+)  # fmt: skip
+def test_which_short_answers_are_formulas(text: str, said: bool) -> None:
+    assert is_formula(text) is said
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (r"-\frac{3}{4}", r"\frac{3}{4}"), (r"\sqrt{3}", "3"), ("y = -x", "y = x"), ("a-b", "b-a"),
+        ("x/y", "y/x"), (r"5\text{ cm}", r"5\text{ m}"), ("5 m²", "5 kg"), (r"-\infty", r"\infty"),
+        ("[0, 5)", "(0, 5]"), ("10^5", "10^6"), ("2^10", "10^2"),
+    ],
+)  # fmt: skip
+def test_short_formulas_that_differ(a: str, b: str) -> None:
+    assert not matches(a, b, kind="span")
+    assert not matches(b, a, kind="span")
+
+
+def test_short_formulas_that_are_the_same() -> None:
+    for a, b in [(r"\frac{x}{2}", "x/2"), (r"5\text{ cm}", "5 cm"), (r"5\text{ cm}", "5"),
+                 ("10^5", "100,000"), (r"$2\sqrt{3}$", r"2 \sqrt 3")]:  # fmt: skip
+        assert matches(a, b, kind="span")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("1.234,50", "1234.5"),
+        ("€1.234,50", "1234.5"),
+        ("1.234.567", "1234567"),
+        ("1 234,50", "1234.5"),
+        ("1\u202f234,50 €", "1234.5"),
+        ("0,5", "0.5"),
+        ("-0,125", "-0.125"),
+        ("12,34", "12.34"),
+        ("1,23,456 rupees", "123456"),
+        ("1,234", "1234"),
+        ("100 000", "100000"),
+        ("100 200 300", "100 200 300"),
+        ("#### 100 200", "100 200"),
+        ("12 + 6", "18"),
+        ("Answer: 12 + 6", "18"),
+        ("12 + 6 = 18", "18"),
+        ("3 x 4", "12"),
+        ("10^5", "100000"),
+        ("#### 10^5", "100000"),
+        ("The answer is $2^{10}$.", "1024"),
+        ("10²", "100"),
+        ("2\\sqrt{3}", "2\\sqrt{3}"),
+        ("The answer is 2\\sqrt{3}.", "2\\sqrt{3}"),
+        ("The answer is $3x + 2$, as told.", "3x + 2"),
+        ("3:45", "3:45"),
+        ("Answer: 3:45 PM", "3:45"),
+        ("2020-01-02", "2020-01-02"),
+        ("01/02/2020", "01/02/2020"),
+        ("3.5.2", "3.5.2"),
+        ("10-20", "10-20"),
+        ("5 to 7", "5 to 7"),
+        ("Answer: 5 or 7", "5 or 7"),
+        ("x = 5 or x = 7", "5 or x = 7"),
+        ("The answer is 5, 6 and 7.", "5, 6 and 7"),
+        ("The answer is 5 apples and 3 oranges.", "5"),
+        ("(1,2)", "(1,2)"),
+        ("5 ± 2", "5 ± 2"),
+        ("5 m^2", "5"),
+        ("#### 5 km/h", "5"),
+        ("twelve", "12"),
+        ("The answer is **twenty-one**.", "21"),
+        ("Twelve apples", "12"),
+        ("one of them", None),
+        ("one hundred", None),
+        ("0x10", None),
+        ("so it is prime, as 7 is. \\boxed{\\text{prime}}", "\\text{prime}"),
+        ("\\boxed{5}, so x = 7", "5"),
+        ("\\boxed{\\frac{1}{2", "\\frac{1}"),
+    ],
+)
+def test_what_is_read_where_a_number_is_part_of_more(reply: str, answer: str | None) -> None:
+    for found in (parse_number(reply), parse(f" {reply}", kind="number", begun="Answer:")):
+        assert found.answer == answer
+    assert normalise(normalise(reply, "number"), "number") == normalise(reply, "number")
+
+
+def test_kinds() -> None:
+    assert answer_kind("1.234,50") == answer_kind("0,5") == "number"
+    assert answer_kind("100 200 300") == answer_kind("5, 6") == answer_kind("3:45") == "span"
+
+
+def test_only_the_last_box_counts_and_a_span_ends_where_it_closes() -> None:
+    reply = r"First \boxed{x}. Then $\boxed{\frac{1}{2}}$, so y = 7"
+    assert parse_span(reply).answer == r"\frac{1}{2}"
+    assert parse_final_number(reply).answer == "0.5"
+    assert parse_span(r"\boxed{- 5}").answer == "- 5"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="0123456789.,+-*/^=(){}[]\\frac sqrtx√π²%$:_", max_size=40))
+def test_law_any_formula_is_read_and_equals_itself(text: str) -> None:
+    assert isinstance(formula(text), str)
+    for kind in ("number", "span", "text"):
+        assert agreement(text, text, kind=kind) == 1.0
+        parsed = parse(text, kind=kind)
+        assert 0 <= parsed.start <= parsed.stop <= len(text)
