@@ -97,6 +97,27 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("(B) neutral is not positive", "B", "B"),
         ("B) neutral, not C", "B", "B"),
         ("B) neutral, not clearly positive", "B", "B"),
+        ("<answer> B </answer>", "B", "B"),
+        ("\\fbox{B}", "B", "B"),
+        ("答案是B", "B", "B"),
+        ("答案：B", "B", "B"),
+        ("因此，正确答案是：B。", "B", "B"),
+        ("答案为B选项。", "B", "B"),
+        ("答案是Ｂ", "B", "Ｂ"),
+        ("故选B。", "B", "B"),
+        ("正解はBです。", "B", "B"),
+        ("정답은 B입니다", "B", "B"),
+        ("La respuesta correcta es la B.", "B", "B"),
+        ("Respuesta: **B**", "B", "B"),
+        ("A resposta é a letra B.", "B", "B"),
+        ("La bonne réponse est B", "B", "B"),
+        ("Réponse : B", "B", "B"),
+        ("La risposta corretta è B", "B", "B"),
+        ("Die Antwort lautet (B)", "B", "B"),
+        ("Die richtige Antwort ist B.", "B", "B"),
+        ("Правильный ответ: B", "B", "B"),
+        ("Đáp án: B", "B", "B"),
+        ("الإجابة: B", "B", "B"),
     ],
 )
 def test_choice_found(reply: str, answer: str, characters: str) -> None:
@@ -151,6 +172,22 @@ def test_choice_found(reply: str, answer: str, characters: str) -> None:
         "**B. neutral** is wrong",
         "B. neutral cannot be right.",
         "Answer: (B) neutral is not supported",
+        "Answer: (B) is wrong.",
+        "Answer: B isn't it.",
+        "答案不是B",
+        "答案是A还是B",
+        "答案是A或B",
+        "答案是A公司",
+        "(B)不正确",
+        "Die Antwort ist nicht B.",
+        "Die Antwort ist (A) oder (B).",
+        "Die Option (B) ist falsch.",
+        "(B) ist nicht richtig",
+        "La respuesta es A o B",
+        "La opción (B) es incorrecta.",
+        "(B) est fausse",
+        "Вариант (B) неверный",
+        "Ответ: В",
     ],
 )
 def test_choice_never_guessed(reply: str) -> None:
@@ -258,6 +295,9 @@ def test_choice_more_than_26_options_and_one_option() -> None:
         ("<answer>18</answer> after 3 steps", "18", "18"),
         ("The answer is １，２３４．", "1234", "１，２３４"),
         ("－１８", "-18", "－１８"),
+        ("答案是42。", "42", "42"),
+        ("Die Antwort ist 42, denn 6 * 7 = 42 und 1 bleibt", "42", "42"),
+        ("La respuesta es 1.234,5 euros", "1234.5", "1.234,5"),
     ],
 )
 def test_number_found(reply: str, answer: str, characters: str) -> None:
@@ -266,7 +306,18 @@ def test_number_found(reply: str, answer: str, characters: str) -> None:
     assert reply[parsed.start : parsed.stop] == characters
 
 
-@pytest.mark.parametrize("reply", ["", "none", "I cannot answer 5 questions", "H2O", "x1"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "none",
+        "I cannot answer 5 questions",
+        "H2O",
+        "x1",
+        "It is not 12.",
+        "Die Antwort ist nicht 5",
+    ],
+)
 def test_number_absent(reply: str) -> None:
     assert parse_number(reply).answer is None
 
@@ -430,6 +481,9 @@ def test_span_takes_what_follows_the_marker() -> None:
         "<answer>Paris</answer>",
         "<answer>\nParis\n</answer>\nIt lies on the Seine.",
         '{"answer": "Paris"}',
+        "Answer： Paris",
+        "答案是：Paris。",
+        "Die Antwort lautet: Paris",
     ],
 )
 def test_span_takes_no_mark_that_was_opened_before_it(reply: str) -> None:

@@ -14,13 +14,25 @@ from robustft.answers.replies import MARKER, NOTHING, QUOTES, Parsed, body_start
 
 _DECORATION = re.compile(
     r"""(?:[\s*_"'`“”‘’(\[{<$:>]|\\(?:text|mathrm|mathbf|boxed|\()|\#|-\s
-        |(?:the\s|my\s)?(?:correct\s)?(?:option|choice|letter)\b)*+""",
+        |(?:the\s|my\s)?(?:correct\s)?(?:option|choice|letter)\b
+        |(?:la\s|a\s)?(?:opción|opção|opzione|lettre|lettera|letra)\b|la\s(?=[A-Z]\b)
+        |вариант\b|选项|選項)*+""",
     re.VERBOSE | re.IGNORECASE,
 )
-_LETTER = re.compile(r"([A-Za-z])(?![\w'’])")
+# What may follow a letter without a space in languages written so: "B is it", "option B".
+_ENDS = r"(?:です|だ|选项|選項|项|入|입니다|이다|번|因为)"
+_LETTER = re.compile(rf"([A-Za-z])(?!(?!{_ENDS})[\w'’])")
 _AND_ANOTHER = re.compile(
-    r"[)\]*_]*\s*(?:,|/|&|\band\b|\bor\b)\s*(?:option\s)?[(\[*_]*([A-Z])(?![\w'’])"
+    r"""[)\]*_]*\s*(?:[,/&、]|还是|還是|或者?|和|または|か|또는
+        |\b(?:and|or|und|oder|y|o|et|ou|e|и|или)\b)\s*(?:option\s)?[(\[*_]*([A-Z])(?![\w'’])""",
+    re.VERBOSE,
 )
+_WRONG = re.compile(  # "Answer: (B) is not it"
+    r"""[)\]*_"'`”’]*\s(?:isn['’]t|(?:is|ist|es|est|è|é)\s(?:not|wrong|incorrect\w?|false|nicht|falsch
+        |fausse|errat[ao]))\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_FOLLOWS = re.compile(rf"[。、]|{_ENDS}")
 _HEDGE = re.compile(
     r"(?:(?:most\s)?(?:likely|probably)|clearly|definitely|certainly|indeed|therefore|thus|actually)"
     r"[,:]?\s",
@@ -42,13 +54,18 @@ _SAYS_CORRECT = re.compile(
 )
 _EXPLICIT = re.compile(r"(?:\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b[Oo]ption\s([A-Z])\b)")
 _NEGATION = re.compile(
-    r"\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b"
-    r"|n['’]t\b|\brul\w{1,3}\sout\b",
-    re.IGNORECASE,
+    r"""\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b
+        |n['’]t\b|\brul\w{1,3}\sout\b
+        |\b(?:nicht|kein\w{0,2}|falsch|non|pas|niet|incorrect\w|fals[ao]|fau(?:x|sse)|errat[ao]
+          |sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b|[不错錯誤违違]|아니|아닙|틀""",
+    re.VERBOSE | re.IGNORECASE,
 )
 _DENIED = re.compile(
     r"""(?:[^\S\n]|[*_)\]"'`”’:–—-]){0,8}(?:(?:is|was|are|were|can|could|would|should|does|did|seems)\s?)?
-        (?:be\s)?(?:n['’]t|not|cannot|never|wrong|incorrect|false|unlikely)\b""",
+        (?:be\s)?(?:n['’]t|not|cannot|never|wrong|incorrect|false|unlikely)\b
+        |[ *_)"']{0,4}(?:(?:ist|es|est|é|è)\s)?(?:nicht|falsch|no\ses|pas|non|incorrect\w|fals[ao]
+          |fausse|errat[ao]|sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b
+        |[ *_)"']{0,4}(?:是?[不错錯]|아니|틀)""",
     re.VERBOSE | re.IGNORECASE,
 )
 _LINE = re.compile(
@@ -58,7 +75,9 @@ _LINE = re.compile(
 )
 _SUBJECT = re.compile(
     r"(?:is|are|was|were|has|have|can|could|would|does|do|and|or|says|seems)(?:n['’]t)?\b"
-    r"|(?:wrong|incorrect|false)\b",
+    r"|(?:wrong|incorrect|false)\b"
+    r"|(?:ist|sind|kann|es|est|é|è|no|ne|non|не|неверн\w{1,3}|неправильн\w{1,3}|falsch)\b"
+    r"|[是不错錯はが은는이가]",
     re.IGNORECASE,
 )
 _PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation", "in", "it"))
@@ -180,7 +199,7 @@ def _after_marker(text: str, position: int, choices: _Options) -> Parsed | None:
     another = _AND_ANOTHER.match(text, letter.end())
     if another and another[1] != letter[1].upper() and ord(another[1]) - 65 < choices.count:
         return NOTHING
-    if _denied(text, letter.end(), choices):
+    if _WRONG.match(text, letter.end()) or _denied(text, letter.end(), choices):
         return NOTHING
     # "Answer: B. positive" where positive is option C says two things.
     line_end = text.find("\n", begin)
@@ -201,7 +220,9 @@ def _is_letter(text: str, begin: int, position: int, choices: _Options) -> bool:
         return False
     if re.search(r"(?:option|choice|letter)\W*$", text[position:begin], re.IGNORECASE):
         return True
-    if re.match(r"\s+(?:[-–—(\n]|and\b|or\b)|\s*$", text[begin + 1 : begin + 6]):
+    if _FOLLOWS.match(text, begin + 1):
+        return True
+    if re.match(r"\s+(?:[-–—(\n<]|and\b|or\b)|\s*$", text[begin + 1 : begin + 6]):
         return True
     if _REASON_FOLLOWS.match(text, begin + 1):
         return True

@@ -13,6 +13,8 @@ from collections import deque
 from robustft.answers.formulas import formula, is_formula
 from robustft.answers.numerals import canonical, find_numbers, whole_number
 from robustft.answers.replies import (
+    BOXES,
+    NOT,
     NOTHING,
     Parsed,
     body_start,
@@ -62,6 +64,7 @@ _MORE_BEFORE = re.compile(
         |(?:\b\d{{3}}[ ])+\Z""",
     re.VERBOSE,
 )
+_DENIED = re.compile(r"\b(?:not|nicht|pas|niet|не)\s[$€£¥]?\Z", re.IGNORECASE)
 _MATHS = re.compile(r"[\s*_:]*(?:\$\$?|\\\(|\\\[)\s*([^\n$]+?)\s*(?:\$|\\\)|\\\])(?!\d)")
 _TUPLE = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[^\W\d_]{2,}")
@@ -103,6 +106,8 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     last = next(iter(deque(find_numbers(reply, start), maxlen=1)), None)
     if last is None:
         return _worded(reply, [*marked(reply, start), start])
+    if _DENIED.search(reply, max(last.start() - 12, 0), last.start()):
+        return NOTHING
     return _whole(reply, last, max(reply.rfind("\n", start, last.start()) + 1, start), len(reply))
 
 
@@ -114,10 +119,10 @@ def parse_final_number(reply: str) -> Parsed:
     """
     reply = _plain(reply)
     for begin in marked(reply, body_start(reply)):
-        boxed = reply.endswith("boxed{", 0, begin)
+        boxed = reply.endswith(BOXES, 0, begin)
         while begin < len(reply) and reply[begin].isspace():
             begin += 1
-        if reply[begin : begin + 4].lower() == "not ":
+        if NOT.match(reply, begin):
             continue
         stop = reply.find("\n", begin)
         stop = min(len(reply) if stop < 0 else stop, begin + 400)

@@ -34,15 +34,24 @@ class Parsed:
 NOTHING = Parsed(None, 0, 0)
 SPAN_WORDS = 6  # a short answer has at most so many
 QUOTES = "\"'`“”‘’"
-# "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####".
+# "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####",
+# and "answer" in other languages that models reply in.
 MARKER = re.compile(
     r"""\b(?<!</)(?:answers?|(?:correct|right|best|final|my)\s(?:option|choice|letter))\b
         (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
         [ \t*_"'`)\]]{0,8}
         (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
-      |\\boxed\{|\#\#\#\#|\bI\s(?:would\s)?(?:choose|pick|select|go\swith)\b""",
+      |\\(?:boxed|fbox)\{|\#\#\#\#|\bI\s(?:would\s)?(?:choose|pick|select|go\swith)\b
+      |\b(?:antwort|respuesta|réponse|resposta|risposta|antwoord|odpowiedź|svar|cevap|jawaban
+        |đáp\sán|ответ|відповідь|الإجابة|الجواب|उत्तर)\b
+        (?:\s(?:correct[ae]|corretta|correta|exacte|juste|finale?)\b)?
+        [ \t*_"'`)\]]{0,8}(?:(?:ist|lautet|es|est|é|è|is|to|är|là|adalah)\b|[:=\n]|\s[-–—]\s)
+      |(?:答案|答え|正解|정답|답)\s?(?:应该|應該|应|應)?(?:(?:是|为|為|选|選|は|은)[:：]?|[:：])|回答[:：]
+      |(?:故|应|應|因此|所以)(?:选|選)""",
     re.VERBOSE | re.IGNORECASE,
 )
+BOXES = ("boxed{", "fbox{")
+NOT = re.compile(r"(?:not|nicht|no|non|niet|не)\s", re.IGNORECASE)
 SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 _REFUSAL = re.compile(
     r"""\W*(?:unfortunately,?\s|sorry,\sbut\s|i\sapologi[sz]e,?\s(?:but\s)?)?
@@ -153,8 +162,8 @@ def parse_span(reply: str) -> Parsed:
     Of a text in paragraphs that is the first, where it is short: the rest explains it.
     """
     start, end = body_start(reply), len(reply)
-    for position in marked(reply, start):
-        if reply.endswith("boxed{", 0, position) and (close := closing(reply, position)):
+    for position in marked(same_width(reply), start):
+        if reply.endswith(BOXES, 0, position) and (close := closing(reply, position)):
             text = _IN_TEXT.match(reply, position, close)
             parsed = _unwrapped(reply, *(text.span(1) if text else (position, close)))
             if parsed.answer is not None:
@@ -215,7 +224,7 @@ def _unwrapped(reply: str, start: int, stop: int, *, sentence: bool = False) -> 
     pairs = ["**", "__", '"', "“”", "‘’", "'", "`", "*", "$"]
     while True:
         before = (start, stop)
-        ends = sentence and stop > start and reply[stop - 1] in ".;," and reply[stop - 2] != "."
+        ends = sentence and stop > start and reply[stop - 1] in ".;,。" and reply[stop - 2] != "."
         if ends and not _INITIALS.search(reply, max(start, stop - 20), stop):
             stop -= 1
         for pair in pairs:
