@@ -51,6 +51,7 @@ __all__ = [
 
 Kind = Literal["choice", "number", "span", "text"]
 
+_NO_THOUGHT = re.compile(r"\s*<think>\s*</think>[^\S ]*")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NEGATIONS = frozenset(("no", "not", "non", "never", "none", "neither", "nor", "without", "cannot"))
 _NEGATED = re.compile(
@@ -97,6 +98,10 @@ def parse(
 
     Raises ValueError when `kind` is unknown or a choice comes without options.
     """
+    if empty := _NO_THOUGHT.match(reply):  # a model told not to think: nothing precedes its reply
+        rest = reply[empty.end() :]
+        found = parse(rest, kind=kind, options=options, begun=begun, finished=finished)
+        return found.moved(empty.end())
     if body_start(reply):  # it thinks first, whatever it was begun with
         begun = ""
     # A model without a chat template goes on with questions of its own, and answers these, too. A
