@@ -1,9 +1,9 @@
 """A noisy copy of a training set at an exact rate, with the truth kept beside it.
 
-The noise of the paper's official sets: of N records exactly round(rate * N) get a wrong answer,
-uniform over the wrong options (or, for open questions, the answer to another question of the same
-kind); with one seed the records changed at a lower rate are also changed at a higher one, in the
-same way.
+Of N records rate * N, rounded half up, get a wrong answer (in the paper's official sets rounded
+down), uniform over the wrong options (or, for open questions, the answer to another question of the
+same kind); with one seed the records changed at a lower rate are also changed at a higher one, in
+the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from robustft.answers import Kind, answer_kind, matches, normalise
 from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
+from robustft.metrics import share_of
 from robustft.next_steps import to_clean
 from robustft.records import Record, RecordSource, RecordWriter, Reject, leave_out, watched
 from robustft.records.formats import dump_json
@@ -91,7 +92,7 @@ def corrupt(
     if not written_by_corrupt(truth):  # else they are an earlier output, or what was left of one
         spare_others([out, truth])
     kinds, ranks, donors, rejected = _survey(source, seed)
-    count = round(rate * len(kinds))
+    count = share_of(rate, len(kinds))
     chosen = _choose(kinds, ranks, count)
     with (
         RecordWriter(out, source) as writer,

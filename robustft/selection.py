@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from robustft.metrics import share_of
 
 
 def select_confident(nll: ArrayLike, beta: float) -> tuple[NDArray[np.bool_], float]:
@@ -25,9 +25,7 @@ def select_confident(nll: ArrayLike, beta: float) -> tuple[NDArray[np.bool_], fl
     values = np.asarray(nll, dtype=np.float64)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta!r}")
-    # 0.7 * 45 is 31.499… in binary, and half of a record short of what was asked for.
-    share = Fraction(str(float(beta))) * len(values)
-    count = min(int(share + Fraction(1, 2)), int((~np.isnan(values)).sum()))
+    count = min(share_of(beta, len(values)), int((~np.isnan(values)).sum()))
     mask = np.zeros(len(values), dtype=np.bool_)
     if count == 0:
         return mask, float("nan")

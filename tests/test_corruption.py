@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,17 @@ def test_exact_share_and_nesting(tmp_path: Path, count: int, seed: int, rates: l
         changed = {
             n: new for n, (old, new) in enumerate(zip(clean, noisy, strict=True)) if old != new
         }
-        assert len(changed) == report.corrupted == round(rate * count)
+        assert len(changed) == report.corrupted == int(Fraction(str(rate)) * count + Fraction(1, 2))
         assert previous.items() <= changed.items(), "a lower rate changes a subset, the same way"
         previous = changed
+
+
+@pytest.mark.parametrize(("rate", "count", "wrong"), [(0.7, 45, 32), (0.5, 5, 3), (0.3, 15, 5)])
+def test_half_a_record_is_rounded_up_as_written_in_decimals(
+    tmp_path: Path, rate: float, count: int, wrong: int
+) -> None:
+    source = open_records(str(write(tmp_path / "d.jsonl", choices(count))))
+    assert corrupt(source, rate, 0, tmp_path / "noisy.jsonl").corrupted == wrong
 
 
 def test_truth_file_undoes_the_noise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
