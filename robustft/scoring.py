@@ -113,7 +113,8 @@ def score_file(
 
     Lines hold `id` and the fields of `robustft.engines.ResponseScore` (nats); an unreadable input
     line becomes `{"line": …, "rejected": reason}`, with its `file` where there are several. The
-    file appears when it is whole; killed before that, the same call goes on where it was.
+    file appears when it is whole; killed before that, the same call goes on where it was. Raises
+    UserError where the input cannot be read, `out` not be written, or the engine cannot score.
     """
     source = open_records(path, schema=schema, limit=limit, split=split)
     spare(out, path)

@@ -21,6 +21,10 @@ def select_confident(nll: ArrayLike, beta: float) -> tuple[NDArray[np.bool_], fl
     -------
     [n] mask, True where kept, ties broken by lower position; and the largest nll kept
     (NaN where nothing is).
+
+    Raises:
+    ------
+    ValueError: beta is not in [0, 1].
     """
     values = np.asarray(nll, dtype=np.float64)
     if not 0 <= beta <= 1:

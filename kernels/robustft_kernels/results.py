@@ -64,7 +64,8 @@ class TokenStats:
         """Statistics of the whole vocabulary from its shards, given in column order.
 
         Exact: the result differs from the unsharded one by rounding alone, at any number of
-        shards, and does not depend on anything but the order given.
+        shards, and does not depend on anything but the order given. Raises ValueError where there
+        is no shard, or they differ in temperature, softcap or in having targets.
         """
         if not partials:
             raise ValueError("partials must hold at least one shard, got none")

@@ -16,7 +16,11 @@ def is_integer(x: Tensor) -> bool:
 def reduce_sequences(
     stats: TokenStats, cu_seqlens: Tensor, target_ids: Tensor | None, ignore_index: int
 ) -> SequenceStats:
-    """Reduce flat [N] statistics over the sequences [cu_seqlens[i], cu_seqlens[i+1])."""
+    """Reduce flat [N] statistics over the sequences [cu_seqlens[i], cu_seqlens[i+1]).
+
+    Raises ValueError where the statistics are not flat, or `cu_seqlens` are not integers that rise
+    from 0 to N.
+    """
     n = stats.entropy.numel()
     if stats.entropy.dim() != 1:
         raise ValueError(

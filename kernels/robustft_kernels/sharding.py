@@ -24,7 +24,8 @@ def shard_target_logits(logits: Tensor, target_ids: Tensor, vocab_start: int = 0
     """This shard's share of the targets' logits: [...], -inf where another shard holds them.
 
     Reduce with `max` over the shards before `partial_token_stats`: no shard can rank a target
-    whose logit it does not know.
+    whose logit it does not know. float32, float64 of float64 logits. Raises TypeError or ValueError
+    where the targets are no integers shaped [...] or the logits no floats [..., V].
     """
     check_logits(logits, None)
     check_whole(vocab_start, "vocab_start")

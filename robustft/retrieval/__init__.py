@@ -187,6 +187,8 @@ class CosineKNN:
 
         `ids` [M] must be given if and only if the index was built with ids. With `copy=False` the
         rows are used in place, as those the index was built with; meant for few and large parts.
+        Raises TypeError where the dtype differs from the index's, ValueError where the width does,
+        a row is not finite, or ids are missing or not wanted; nothing is added then.
         """
         rows, dtype = _as_rows(embeddings, "embeddings")
         if dtype != self._dtype:
