@@ -98,6 +98,8 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("B) neutral, not C", "B", "B"),
         ("B) neutral, not clearly positive", "B", "B"),
         ("<answer> B </answer>", "B", "B"),
+        ("B) No change was reported.", "B", "B"),
+        ("It must be (B), as this is a non-profit company.", "B", "B"),
         ("\\fbox{B}", "B", "B"),
         ("答案是B", "B", "B"),
         ("答案：B", "B", "B"),

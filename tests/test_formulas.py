@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from robustft.answers import (
     parse_span,
 )
 from robustft.answers.formulas import formula, is_formula
+from robustft.answers.numerals import spell
 
 # Spellings of one answer stand in one line; no answer of a line is one of another line.
 LINES = [
@@ -163,6 +166,16 @@ def test_short_formulas_that_are_the_same() -> None:
         ("01/02/2020", "01/02/2020"),
         ("3.5.2", "3.5.2"),
         ("10-20", "10-20"),
+        ("2,000-3,000", "2,000-3,000"),
+        ("Answer: $20-$30", "$20-$30"),
+        ("Answer: 20%-30%", "20%-30%"),
+        ("Answer: -5 + 3", "-2"),
+        ("#### $5 + $3", "8"),
+        ("The answer is -\\sqrt{3}.", "-\\sqrt{3}"),
+        ("#### 18^{th}", "18"),
+        ("The answer is 18 (since 3 * 6 = 18)", "18"),
+        ("Answer: x = 5, y = 3", "5, y = 3"),
+        ("#### (-5)", "-5"),
         ("5 to 7", "5 to 7"),
         ("Answer: 5 or 7", "5 or 7"),
         ("x = 5 or x = 7", "5 or x = 7"),
@@ -209,3 +222,27 @@ def test_law_any_formula_is_read_and_equals_itself(text: str) -> None:
         assert agreement(text, text, kind=kind) == 1.0
         parsed = parse(text, kind=kind)
         assert 0 <= parsed.start <= parsed.stop <= len(text)
+
+
+def _spellings(parts: st.SearchStrategy[tuple[str, Fraction]]) -> st.SearchStrategy[Any]:
+    two = st.tuples(parts, parts)
+    return st.one_of(
+        two.map(lambda p: (f"({p[0][0]} + {p[1][0]})", p[0][1] + p[1][1])),
+        two.map(lambda p: (f"({p[0][0]}-({p[1][0]}))", p[0][1] - p[1][1])),
+        two.map(lambda p: (rf"({p[0][0]}) \cdot ({p[1][0]})", p[0][1] * p[1][1])),
+        two.filter(lambda p: p[1][1] != 0).map(
+            lambda p: (rf"\frac{{{p[0][0]}}}{{{p[1][0]}}}", p[0][1] / p[1][1])
+        ),
+        parts.map(lambda p: (f"({p[0]})^{{3}}", p[1] ** 3)),
+        parts.map(lambda p: (rf"\sqrt{{({p[0]})^2}}", abs(p[1]))),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(st.integers(0, 99).map(lambda n: (str(n), Fraction(n))), _spellings, max_leaves=5)
+)
+def test_law_what_is_rational_is_read_by_its_value(spelt: tuple[str, Fraction]) -> None:
+    text, worth = spelt
+    assert formula(text) == spell(worth)
+    assert parse_number(rf"\boxed{{{text}}}").answer == spell(worth)

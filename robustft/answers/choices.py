@@ -56,7 +56,7 @@ _EXPLICIT = re.compile(r"(?:\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b[Oo]ptio
 _NEGATION = re.compile(
     r"""\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b
         |n['’]t\b|\brul\w{1,3}\sout\b
-        |\b(?:nicht|kein\w{0,2}|falsch|non|pas|niet|incorrect\w|fals[ao]|fau(?:x|sse)|errat[ao]
+        |\b(?:nicht|kein\w{0,2}|falsch|non(?=\s)|pas|niet|incorrect\w|fals[ao]|fau(?:x|sse)|errat[ao]
           |sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b|[不错錯誤违違]|아니|아닙|틀""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -76,8 +76,8 @@ _LINE = re.compile(
 _SUBJECT = re.compile(
     r"(?:is|are|was|were|has|have|can|could|would|does|do|and|or|says|seems)(?:n['’]t)?\b"
     r"|(?:wrong|incorrect|false)\b"
-    r"|(?:ist|sind|kann|es|est|é|è|no|ne|non|не|неверн\w{1,3}|неправильн\w{1,3}|falsch)\b"
-    r"|[是不错錯はが은는이가]",
+    r"|(?:ist|sind|kann|es|est|é|è|no\ses|non\s[èe]|не|неверн\w{1,3}|неправильн\w{1,3}|falsch)\b"
+    r"|[是错錯はが은는]|不[是对對正]",
     re.IGNORECASE,
 )
 _PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation", "in", "it"))

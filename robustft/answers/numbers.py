@@ -37,19 +37,20 @@ _EXPLAINS = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _SENTENCE_ENDS = re.compile(r"[.!?]\s")
-_PIECE = r"""(?:\d(?:[\d.,:/]*\d)?|[(){}\[\]√∛∜π∞°²³¹⁰⁴-⁹⁻]|\^\s?(?=[\d{(\\-])[-−]?
+_PIECE = r"""(?:\d(?:[\d.,:/]*\d)?|[(){}\[\]√∛∜π∞°%²³¹⁰⁴-⁹⁻]|\^\s?(?=[\d{(\\-])[-−]?
     |(?<=\d)_(?=[\d{])
     |[ ]?\\(?:[dtc]?frac|sqrt|pi|infty|circ|overline|left|right)(?![A-Za-z])
     |\\(?:text|mathrm)\{[^{}\n]{0,40}\}|[a-z](?=\^))"""
 _OPERATOR = r"""(?:(?<=\d)\*\*(?=\d)
     |[ ]?(?:[-−–+*/×÷·±]|(?<=[ ])x(?=[ ])|\\(?:times|cdot|div|pm)(?![A-Za-z]))[ ]?
      (?=\\?[$€£¥]?[-−]?[.\d(√∛∜\\]))\\?[$€£¥]?[-−]?"""
-_RUN = re.compile(rf"(?:±\s?)?{_PIECE}(?:{_OPERATOR}|{_PIECE})*+", re.VERBOSE)
+_RUN = re.compile(rf"(?:±\s?|(?<![\w)\]}}.])[-−–])?{_PIECE}(?:{_OPERATOR}|{_PIECE})*+", re.VERBOSE)
 _STRUNG = re.compile(  # times, dates, ranges, lists without spaces: no sum, quotient or number
     r"\d+:\d.*|\d+(?:[-–/]\d+){2,}|\d[\d.]*(?:,\d[\d.]*)+|\d+(?:\.\d+){2,}|\d{3}(?:[ ]\d{3})+",
     re.DOTALL,
 )
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)\s?[-–]\s?(\d+(?:\.\d+)?)")
+_PLAINLY = re.compile(r"[$€£¥%]|(?<=\d),(?=\d{3}(?!\d))")
 _ITEM = r"[$€£¥(]?[-−]?\.?\d(?:[\d.,/]*\d)?\s?%?"
 _JOINS = r"(?:[,;&]|\b(?:or|and|to|through|oder|und|bis|ou|et|o|y|或|和)\b)"
 _NAMED = r"(?:[a-z]\s?=\s?)?"  # "x = 5 or x = 7"
@@ -146,7 +147,8 @@ def spelt(answer: str) -> str:
     bare = " ".join(answer.split())
     if whole := whole_number(bare):
         return canonical(whole)
-    return bare if _STRUNG.fullmatch(bare) or _RANGE.fullmatch(bare) else formula(answer)
+    plainly = _PLAINLY.sub("", bare)
+    return plainly if _STRUNG.fullmatch(bare) or _RANGE.fullmatch(plainly) else formula(answer)
 
 
 def _own(number: re.Match[str]) -> Parsed:
@@ -171,8 +173,9 @@ def _whole(reply: str, number: re.Match[str], low: int, high: int) -> Parsed:
     low, high = max(low, number.start() - _REACH), min(high, number.end() + _REACH)
     begin, stop = number.span()
     for run in _RUN.finditer(reply, low, high):
-        if run.start() <= begin < run.end():
+        if run.start() < stop and run.end() > begin:
             begin, stop = _balanced(reply, *run.span(), begin)
+            stop = begin + len(reply[begin:stop].rstrip("^_+-*/ "))
             break
     begin, stop = min(begin, number.start()), max(stop, number.end())
     text = reply[begin:stop]
@@ -186,7 +189,7 @@ def _whole(reply: str, number: re.Match[str], low: int, high: int) -> Parsed:
     bare = text.strip("()[]{}$ ")
     if (only := whole_number(bare)) and canonical(only) == canonical(number):
         return _own(number)
-    ends = _RANGE.fullmatch(bare)
+    ends = _RANGE.fullmatch(_PLAINLY.sub("", bare))
     if _STRUNG.fullmatch(bare) or (ends and float(ends[1]) < float(ends[2])):
         return Parsed(text, begin, stop)
     return _formula(reply, begin, stop)
