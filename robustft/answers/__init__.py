@@ -23,6 +23,8 @@ from robustft.answers.replies import (
     NOTHING,
     SPACED,
     SPAN_WORDS,
+    THOUGHT_BEGINS,
+    THOUGHT_ENDS,
     Parsed,
     body_start,
     is_refusal,
@@ -51,7 +53,7 @@ __all__ = [
 
 Kind = Literal["choice", "number", "span", "text"]
 
-_NO_THOUGHT = re.compile(r"\s*<think>\s*</think>[^\S ]*")
+_NO_THOUGHT = re.compile(rf"{THOUGHT_BEGINS.pattern}\s*(?:{THOUGHT_ENDS.pattern})[^\S ]*")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NEGATIONS = frozenset(("no", "not", "non", "never", "none", "neither", "nor", "without", "cannot"))
 _NEGATED = re.compile(

@@ -76,6 +76,9 @@ _LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf
 _IN_TEXT = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mathrm|mathbf)\{([^{}]*)\}\s*\Z")
 _CLOSERS = {"**": "**", "__": "__", "}$": "{", "}": "{", "</answer>": "<answer>"}
 _INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}\Z")  # "U.S."
+_THOUGHT = "think(?:ing)?|thought|reasoning"
+THOUGHT_BEGINS = re.compile(rf"\s*(?:<(?:{_THOUGHT})>|\[THINK\])")
+THOUGHT_ENDS = re.compile(rf"</(?:{_THOUGHT})>|\[/THINK\]")
 _BRACES = re.compile(r"\\.|[{}]")
 _BOXED = 400  # characters in a box
 _ASKS = re.compile(r"\?[ \t*_]*$", re.MULTILINE)
@@ -84,11 +87,13 @@ _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
 
 
 def body_start(reply: str) -> int:
-    """Where the reply proper begins: after a thinking block (the end, if it never closes)."""
-    closed = reply.rfind("</think>")
-    if closed >= 0:
-        return closed + len("</think>")
-    return len(reply) if reply.lstrip().startswith("<think>") else 0
+    """Where the reply proper begins: after a thinking block (the end, if it never closes).
+
+    Models write that as `<think>`, `<thinking>`, `<thought>`, `<reasoning>` or `[THINK]`, and may
+    leave the opening mark to their prompt.
+    """
+    open_ = len(reply) if THOUGHT_BEGINS.match(reply) else 0
+    return max((closed.end() for closed in THOUGHT_ENDS.finditer(reply)), default=open_)
 
 
 def same_width(reply: str) -> str:
