@@ -23,6 +23,7 @@ _ABLATION_NAMES = {
     "cer": "w/o CER",
     "rel": "w/o REL",
 }
+_OF_FIGURES = ("vanilla", "sft", "robustft-paper", "robustft")  # and of table 2
 BETAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 KS = (1, 2, 3, 4, 5)
 REPHRASINGS = Path(__file__).parent / "rephrasings.txt"
@@ -124,8 +125,7 @@ def table2(config: ReproduceConfig) -> Study:
     """Models x (vanilla, SFT, RobustFT) x tasks x noise."""
     rows = []
     models = config.models or ((config.engine.model,) if config.engine.model else TABLE2_MODELS)
-    usual = ("vanilla", "sft", "robustft-paper", "robustft")
-    methods = _methods(config, usual, lambda method: method.model is None)
+    methods = _methods(config, _OF_FIGURES, lambda method: method.model is None)
     for model, short in _last_parts(models).items():
         for method in methods:
             for task, noise in _grid(config, paper.TASK_ORDER, paper.NOISE):
@@ -162,7 +162,7 @@ def fig1(config: ReproduceConfig) -> Study:
             _seeds(config, task=task, noise=noise, method=method),
             paper.number(paper.TABLE1.get(method), task, noise),
         )
-        for method in _methods(config, ("vanilla", "sft", "robustft"))
+        for method in _methods(config, _OF_FIGURES)
         for task, noise in _grid(config, ("mmlu",), (0, *paper.NOISE))
     ]  # fmt: skip
     return Study("fig1", "Figure 1: accuracy against noise", tuple(rows))
@@ -195,7 +195,7 @@ def fig4(config: ReproduceConfig) -> Study:
             _seeds(config, task=task, noise=noise, method=method),
         )
         for task, noise in _grid(config, ("mmlu", "arc"), paper.NOISE)
-        for method in _methods(config, ("vanilla", "sft", "robustft"))
+        for method in _methods(config, _OF_FIGURES)
     ]  # fmt: skip
     note = (
         "Perplexity of a test record: exp of the mean nll (nats) of its right answer's tokens; in "
@@ -213,7 +213,7 @@ def fig5(config: ReproduceConfig) -> Study:
             _seeds(config, task=task, noise=noise, method=method),
         )
         for task, noise in _grid(config, ("mmlu",), paper.NOISE)
-        for method in _methods(config, ("vanilla", "sft", "robustft"))
+        for method in _methods(config, _OF_FIGURES)
     ]  # fmt: skip
     note = (
         "Categories: the subcategories that Hendrycks et al. publish with MMLU "
@@ -246,7 +246,7 @@ def fig6(config: ReproduceConfig) -> Study:
             ),
         )
         for method in _methods(
-            config, ("vanilla", "sft", "robustft"), lambda method: not method.demonstrations
+            config, _OF_FIGURES, lambda method: not method.demonstrations
         )
         for task, noise in _grid(config, ("mmlu", "arc"), paper.NOISE)
     ]  # fmt: skip

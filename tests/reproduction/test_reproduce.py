@@ -658,3 +658,17 @@ def test_a_study_of_every_table_and_figure() -> None:
         assert all(row.cells for row in rows)
     with pytest.raises(UserError):
         STUDIES["table1"](ReproduceConfig("table1", tasks=("x",)))
+
+
+@pytest.mark.parametrize("what", ["table1", "table2", "fig1", "fig3", "fig4", "fig5", "fig6"])
+def test_the_papers_own_detector_is_a_row_of_what_the_paper_shows(
+    what: str, tmp_path: Path
+) -> None:
+    plans = STUDIES[what](ReproduceConfig(what, tmp_path)).rows
+    assert {cell.method for plan in plans for cell in plan.cells} >= {"robustft-paper", "robustft"}
+
+
+def test_figure_1_has_the_papers_number_of_robustft_beside_ours(tmp_path: Path) -> None:
+    plans = STUDIES["fig1"](ReproduceConfig("fig1", tmp_path)).rows
+    found = {plan.noise: plan.paper for plan in plans if plan.name == "RobustFT (paper)"}
+    assert found == {0: None, 30: 68.2, 50: 68.0, 70: 67.6}
