@@ -629,7 +629,7 @@ def test_cancel_ends_what_another_thread_waits_for(server: FaultyServer, tiny_mo
 def test_a_client_leaves_no_thread_and_no_connection(server: FaultyServer, closed: bool) -> None:
     made = client(server)
     made.ask("/models", None, bytes)
-    thread = made._thread
+    thread = made._connection._thread
     assert server.open == 1
     if closed:
         made.close()
@@ -656,7 +656,7 @@ def test_a_client_dropped_by_a_slow_thread_leaves_no_thread(
 
     made = client(server)
     made.ask("/models", None, bytes)
-    thread = made._thread
+    thread = made._connection._thread
     monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", slow)
     del made
     gc.collect()

@@ -1,4 +1,4 @@
-"""JSON over HTTP to a server that is not trusted: bounded in number, size and time.
+"""JSON over HTTP to a server that is not trusted: when to ask again, and how many at a time.
 
 Every request is tried again after what may pass (no connection, 408, 5xx, a garbled reply), with
 exponential back-off, and given up for good on anything else. One that comes too soon (429) waits as
@@ -10,67 +10,37 @@ many in a row, and none answered in between, are a server lost. Requests refused
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import email.utils
 import logging
-import os
-import re
-import threading
 import time
-import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
-import httpx2
-import orjson
 import tenacity
 
-import robustft
 from robustft.engines import Failure
+from robustft.engines.connection import (
+    LARGEST_REPLY,
+    TOO_MANY,
+    Connection,
+    NoAnswer,
+    RequestError,
+    ServerAway,
+)
 from robustft.engines.throttle import Throttle
-from robustft.errors import EngineLost, UserError
+from robustft.errors import EngineLost
 
 _T = TypeVar("_T")
+# Whether a request has been tried enough: its last error, the tries so far and their seconds.
+_Enough: TypeAlias = Callable[[RequestError, int, float], bool]
 _log = logging.getLogger("robustft")
-_LARGEST_REPLY = 32 * 2**20  # bytes
-_LARGEST_ERROR = 64 * 2**10  # bytes of an error's body that are read
 _LOST_AFTER = 64  # requests given up in a row
 _REFUSED = {400, 413, 422}  # this request, too long for the model say, by a server that is there
 _SHORT = 16  # tokens or characters that no server finds too long
-_TOO_MANY = 429
-_PASSING = {408, 409, 425, _TOO_MANY, *range(500, 600)}
-_AWAY = {502, 503, 504}  # a proxy that finds no server behind it
-_CONNECTIONS = 32  # of one httpx2 client, which looks at all of them at every request
 _TRIES = 2  # of what only tells whether the server takes a request
-
-
-class RequestError(Exception):
-    """One try that failed. `status` is that of the HTTP reply, 0 without one."""
-
-    def __init__(
-        self, reason: str, *, status: int = 0, passing: bool = True, retry_after: float = 0.0
-    ) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.passing = passing  # worth another try
-        self.retry_after = retry_after  # seconds
 
 
 class _TooSoon(RequestError):
     """The server takes no more requests for now."""
-
-
-class ServerAway(RequestError):
-    """No connection, or a broken one, or a proxy that finds no server behind it."""
-
-
-class NoAnswer(RequestError):
-    """A sound reply that holds no answer, and would hold none if asked for again."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, status=200, passing=False)
 
 
 class JsonClient:
@@ -102,89 +72,38 @@ class JsonClient:
         retries: int = 5,
         backoff: float = 0.5,
         longest_wait: float = 60.0,
-        largest: int = _LARGEST_REPLY,
+        largest: int = LARGEST_REPLY,
     ) -> None:
-        self.base_url = checked_address(base_url)
-        self._key = _key(key_variable)
+        self._connection = Connection(
+            base_url,
+            key_variable=key_variable,
+            most=concurrency,
+            timeout=timeout,
+            largest=largest,
+        )
+        self.base_url = self._connection.base_url
+        self.concurrency = concurrency
+        self.waited_out = False  # whether a request of `ask` found it away at every try
         self._timeout = timeout
         self._tries = retries + 1
         self._backoff = backoff
         self._longest_wait = longest_wait
         self._patience = 2 * longest_wait  # with refusals for number alone
         self._told = False  # that it takes fewer requests
-        self._met = False  # whether anything has ever answered there
-        self.waited_out = False  # whether a request of `ask` found it away at every try
-        self._largest = largest
         self._given_up = 0  # in a row
         self._refused = 0  # in a row, none of them given up
         self._last_failure = ""
-        self.concurrency = concurrency
-        self._in_flight: set[Future[Any]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=_turn, args=(self._loop,), name="robustft-http", daemon=True
-        )
-        self._thread.start()
-        try:
-            clients = self._run(self._open())
-        except (ValueError, ImportError, OSError) as error:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            raise UserError(
-                f"the proxy or the certificates that the environment names cannot be used: {error}"
-            ) from None
-        # A client that is dropped takes its connections and its thread with it.
-        self._end = weakref.finalize(self, _end, self._loop, clients)
-        self._end.atexit = False
-
-    async def _open(self) -> list[httpx2.AsyncClient]:
         # How many texts the server takes is not learnt from questions for a letter.
         self._throttles: dict[int | None, Throttle] = {}
-        self._slots = asyncio.Semaphore(self.concurrency)
-        headers = {
-            "accept": "application/json",
-            "accept-encoding": "identity",
-            "content-type": "application/json",
-            "user-agent": f"robustft/{robustft.__version__}",
-        }
-        if self._key:
-            headers["authorization"] = f"Bearer {self._key}"
-        limits = httpx2.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
-        certificates = httpx2.create_ssl_context()  # which takes a while: once
-        clients = [
-            httpx2.AsyncClient(
-                headers=headers, limits=limits, timeout=self._timeout, follow_redirects=False,
-                verify=certificates,
-            )
-            for _ in range(0, self.concurrency, _CONNECTIONS)
-        ]  # fmt: skip
-        # A client for each request in flight, the last ones given back first: a few requests at a
-        # time share the connections of one.
-        self._free = [client for client in clients for _ in range(_CONNECTIONS)]
-        return clients
+        self._slots = asyncio.Semaphore(concurrency)
 
     def close(self) -> None:
-        """Close the connections and end the thread."""
-        self._end()
-        self._thread.join()
-
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """`work`, done on the client's own loop: the caller may be running one itself."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._in_flight.add(future)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-        finally:
-            self._in_flight.discard(future)
+        """Close the connections and end their thread."""
+        self._connection.close()
 
     def cancel(self) -> None:
         """Give up what other threads are waiting for: they get a CancelledError."""
-        for future in list(self._in_flight):
-            future.cancel()
-
-    # --- requests ----------------------------------------------------------------------------
+        self._connection.cancel()
 
     def ask(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T:
         """One request, `body` None for a GET; raises RequestError where it fails.
@@ -199,14 +118,14 @@ class JsonClient:
 
         def tries(error: BaseException) -> int:
             # Where nothing has ever answered nobody is there, rather than away.
-            away = isinstance(error, ServerAway) and self._met
+            away = isinstance(error, ServerAway) and self._connection.met
             late = time.monotonic() - began >= self._patience
             return _TRIES if not away or late or self.waited_out else max(_TRIES, self._tries)
 
         try:
-            return self._run(self._persist_in_slot(path, body, read, tries))
+            return self._connection.run(self._persist_in_slot(path, body, read, tries))
         except RequestError as error:
-            if error.status == _TOO_MANY:
+            if error.status == TOO_MANY:
                 raise EngineLost(
                     f"{self.base_url}: {error}, and nothing else for {self._patience:g} s"
                 ) from None
@@ -227,14 +146,14 @@ class JsonClient:
         """
         if self._given_up >= _LOST_AFTER:  # the batch before this one, whose answers are kept
             lost = self._given_up
-            if not self._in_flight:
+            if not self._connection.busy:
                 self._given_up = 0  # who asks once more finds out anew
             raise EngineLost(
                 f"{self.base_url}: the last {lost} requests failed: {self._last_failure}"
             )
         if self._refused >= _LOST_AFTER and bodies:
-            self._run(self._check_refusals(path, _cut_short(bodies[0])))
-        return self._run(self._ask_all(path, bodies, readers))
+            self._connection.run(self._check_refusals(path, _cut_short(bodies[0])))
+        return self._connection.run(self._ask_all(path, bodies, readers))
 
     async def _check_refusals(self, path: str, short: Any) -> None:
         """Raise EngineLost where a request is refused for more than its length."""
@@ -278,17 +197,17 @@ class JsonClient:
             asked = time.monotonic()
             try:
                 found: _T | Failure
-                found = await self._persist(path, body, read, lambda _: tries, apart=_TOO_MANY)
+                found = await self._persist(path, body, read, lambda _: tries, apart=TOO_MANY)
             except NoAnswer as error:
                 found = Failure(str(error))
             except RequestError as error:
-                if error.status == _TOO_MANY and self._come_back(throttle, began):
+                if error.status == TOO_MANY and self._come_back(throttle, began):
                     raise _TooSoon(str(error), retry_after=error.retry_after) from None
                 refused = error.status in _REFUSED
                 self._given_up = 0 if refused else self._given_up + 1
                 self._refused = self._refused + 1 if refused else 0
                 self._last_failure = str(error)
-                if error.status == _TOO_MANY:
+                if error.status == TOO_MANY:
                     return Failure(f"{error} (and nothing else for {self._patience:g} s)")
                 return Failure(f"{error} ({tries} tries)" if error.passing else str(error))
             self._given_up = self._refused = 0
@@ -330,7 +249,7 @@ class JsonClient:
 
         def enough(state: tenacity.RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
-            if isinstance(error, RequestError) and error.status == _TOO_MANY:
+            if isinstance(error, RequestError) and error.status == TOO_MANY:
                 return (state.seconds_since_start or 0.0) >= self._patience
             return error is None or state.attempt_number >= tries(error)
 
@@ -343,7 +262,7 @@ class JsonClient:
             retry=tenacity.retry_if_exception(again),
             reraise=True,
         )
-        found: _T = await patient(self._once, path, body, read)
+        found: _T = await patient(self._connection.exchange, path, body, read)
         return found
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
@@ -355,81 +274,6 @@ class JsonClient:
         asked = error.retry_after if isinstance(error, RequestError) else 0.0
         return min(max(asked, float(growing(state))), self._longest_wait)
 
-    async def _once(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T:
-        try:
-            async with asyncio.timeout(self._timeout):
-                payload = await self._exchange(path, body)
-        except (TimeoutError, httpx2.TimeoutException):
-            raise RequestError(f"no complete reply in {self._timeout:g} s") from None
-        except (httpx2.TransportError, OSError) as error:
-            raise ServerAway(self._said(_what_broke(error))) from None
-        except (httpx2.HTTPError, httpx2.StreamError) as error:
-            raise RequestError(self._said(_what_broke(error))) from None
-        try:
-            return read(payload)
-        except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            said = _server_message(payload) or f": {error}"
-            raise RequestError(self._said(f"unusable reply{said}")) from None
-
-    async def _exchange(self, path: str, body: Any) -> bytes:
-        url = self.base_url + path
-        content = None if body is None else orjson.dumps(body)
-        method = "GET" if body is None else "POST"
-        async with (
-            self._connected() as http,
-            http.stream(method, url, content=content) as reply,
-        ):
-            self._met = True
-            status = reply.status_code
-            if 300 <= status < 400:
-                target = self._said(reply.headers.get("location", "nowhere"))
-                raise RequestError(
-                    f"HTTP {status}: a redirect to {target} is refused; name the server's own "
-                    "address as --base-url",
-                    status=status,
-                    passing=False,
-                )
-            payload = await self._bounded(reply)
-        if status != 200:
-            kind = ServerAway if status in _AWAY else RequestError
-            raise kind(
-                self._said(f"HTTP {status}{_server_message(payload)}"),
-                status=status,
-                passing=status in _PASSING,
-                retry_after=_retry_after(reply.headers.get("retry-after", "")),
-            )
-        return payload
-
-    @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[httpx2.AsyncClient]:
-        """A client with a connection to spare: there are as many as requests in flight."""
-        http = self._free.pop()
-        try:
-            yield http
-        finally:
-            self._free.append(http)
-
-    async def _bounded(self, reply: httpx2.Response) -> bytes:
-        """The reply's body; of an error only its beginning."""
-        good = reply.status_code == 200
-        largest = self._largest if good else _LARGEST_ERROR
-        parts, size = [], 0
-        async for part in reply.aiter_bytes():
-            parts.append(part)
-            size += len(part)
-            if size > largest:
-                if good:
-                    raise RequestError(f"a reply of more than {largest} bytes")
-                break
-        return b"".join(parts)[:largest]
-
-    def _said(self, text: str) -> str:
-        """What the server or a library says, as one short line that cannot hold the key."""
-        if self._key:
-            text = text.replace(self._key, "[key]")
-        line = " ".join(text.split())[:300]
-        return "".join(c if c.isprintable() else "?" for c in line)
-
 
 def _cut_short(body: dict[str, Any]) -> dict[str, Any]:
     """The same request with the beginning alone of its prompt, or of each of its messages."""
@@ -437,82 +281,3 @@ def _cut_short(body: dict[str, Any]) -> dict[str, Any]:
         return body | {"prompt": body["prompt"][:_SHORT]}
     cut = [said | {"content": said["content"][:_SHORT]} for said in body["messages"]]
     return body | {"messages": cut}
-
-
-def _turn(loop: asyncio.AbstractEventLoop) -> None:
-    """What a client's thread does: turn the loop until it is stopped."""
-    loop.run_forever()
-    loop.close()
-
-
-def _end(loop: asyncio.AbstractEventLoop, clients: Sequence[httpx2.AsyncClient]) -> None:
-    """Close the connections, then stop the loop; waits for neither, as any thread may collect."""
-    closing = asyncio.run_coroutine_threadsafe(_close(clients), loop)
-    # Threadsafe: closing may be over already, this then runs here, and the loop has to wake up.
-    closing.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-
-
-async def _close(clients: Sequence[httpx2.AsyncClient]) -> None:
-    for client in clients:
-        await client.aclose()
-
-
-def checked_address(base_url: str) -> str:
-    """`base_url` without a trailing slash. Raises UserError, never repeating what may be secret."""
-    try:
-        urlsplit(base_url.strip())  # refuses a broken IPv6 address, which httpx2 would escape
-        url = httpx2.URL(base_url.strip())
-    except (httpx2.InvalidURL, ValueError, TypeError):
-        raise UserError(
-            "--base-url: expected an address such as http://localhost:8000/v1"
-        ) from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(
-            "--base-url: expected an http or https address such as http://localhost:8000/v1"
-        )
-    if url.userinfo or url.query or url.fragment:
-        raise UserError(
-            "--base-url: expected an address without user name, password, ? and #; keys belong in "
-            "the environment (see --key-variable)"
-        )
-    return str(url).rstrip("/")
-
-
-def _key(variable: str) -> str:
-    """The key in that variable, "" where it is not set."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-        raise UserError("--key-variable: expected the name of an environment variable, not a key")
-    key = os.environ.get(variable, "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise UserError(f"the key in ${variable} holds characters that no key has")
-    return key
-
-
-def _what_broke(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _server_message(payload: bytes) -> str:
-    """What the server says, after a colon, where its error is JSON in one of the usual forms."""
-    try:
-        found = orjson.loads(payload)
-    except ValueError:
-        return ""
-    for _ in range(4):  # {"error": {"message": …}}, FastAPI's {"detail": [{"msg": …}, …]}, …
-        if isinstance(found, list):
-            found = found[0] if found else None
-        elif isinstance(found, dict):
-            names = ("error", "message", "msg", "detail")
-            found = next((found[name] for name in names if found.get(name)), None)
-    return f": {found}" if isinstance(found, str) and found else ""
-
-
-def _retry_after(text: str) -> float:
-    """Seconds, from a number or a date; 0 where it is neither."""
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text.strip()):
-        return float(text)
-    try:
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError, OverflowError):
-        return 0.0

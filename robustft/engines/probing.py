@@ -17,8 +17,9 @@ import numpy as np
 
 from robustft.config import EngineConfig
 from robustft.engines import Engine, Message, Prompt
+from robustft.engines.connection import RequestError
 from robustft.engines.encoding import PromptEncoder
-from robustft.engines.http import JsonClient, RequestError
+from robustft.engines.http import JsonClient
 from robustft.engines.openai import ChatEngine, CompletionsEngine
 from robustft.engines.wire import (
     Models,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from robustft.engines.http import NoAnswer
+from robustft.engines.connection import NoAnswer
 
 _SLACK = 0.02  # nats: greedy choices are the likeliest up to what a server rounds to
 _LONGEST_NAME = 512
