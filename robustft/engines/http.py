@@ -114,16 +114,18 @@ class JsonClient:
 
         Raises EngineLost where it comes too soon for minutes: that tells nothing of the request.
         """
-        began = time.monotonic()
 
-        def tries(error: BaseException) -> int:
+        def enough(error: RequestError, tried: int, seconds: float) -> bool:
+            late = seconds >= self._patience
+            if error.status == TOO_MANY:
+                return late
             # Where nothing has ever answered nobody is there, rather than away.
             away = isinstance(error, ServerAway) and self._connection.met
-            late = time.monotonic() - began >= self._patience
-            return _TRIES if not away or late or self.waited_out else max(_TRIES, self._tries)
+            waited_for = away and not late and not self.waited_out
+            return tried >= (max(_TRIES, self._tries) if waited_for else _TRIES)
 
         try:
-            return self._connection.run(self._persist_in_slot(path, body, read, tries))
+            return self._connection.run(self._persist_in_slot(path, body, read, enough))
         except RequestError as error:
             if error.status == TOO_MANY:
                 raise EngineLost(
@@ -157,8 +159,12 @@ class JsonClient:
 
     async def _check_refusals(self, path: str, short: Any) -> None:
         """Raise EngineLost where a request is refused for more than its length."""
+
+        def enough(error: RequestError, tried: int, seconds: float) -> bool:
+            return seconds >= self._patience if error.status == TOO_MANY else tried >= self._tries
+
         try:
-            await self._persist_in_slot(path, short, bytes, lambda _: self._tries)
+            await self._persist_in_slot(path, short, bytes, enough)
         except RequestError as error:
             if error.passing:  # a broken connection, say, which tells nothing of a request's length
                 return
@@ -194,10 +200,14 @@ class JsonClient:
         async with throttle.slot() as began, self._slots:
             # A server that is gone is not worth the full patience for every request in the batch.
             tries = 1 if self._given_up >= _LOST_AFTER else self._tries
+
+            def enough(error: RequestError, tried: int, seconds: float) -> bool:
+                return error.status == TOO_MANY or tried >= tries  # too many: out of the slot
+
             asked = time.monotonic()
             try:
                 found: _T | Failure
-                found = await self._persist(path, body, read, lambda _: tries, apart=TOO_MANY)
+                found = await self._persist(path, body, read, enough)
             except NoAnswer as error:
                 found = Failure(str(error))
             except RequestError as error:
@@ -225,41 +235,29 @@ class JsonClient:
         return throttle.refused(began)
 
     async def _persist_in_slot(
-        self,
-        path: str,
-        body: Any,
-        read: Callable[[bytes], _T],
-        tries: Callable[[BaseException], int],
+        self, path: str, body: Any, read: Callable[[bytes], _T], enough: _Enough
     ) -> _T:
         async with self._slots:
-            return await self._persist(path, body, read, tries)
+            return await self._persist(path, body, read, enough)
 
     async def _persist(
-        self,
-        path: str,
-        body: Any,
-        read: Callable[[bytes], _T],
-        tries: Callable[[BaseException], int],
-        apart: int | None = None,
+        self, path: str, body: Any, read: Callable[[bytes], _T], enough: _Enough
     ) -> _T:
-        """As many tries of one request as `tries` says of an error, more while it comes too soon.
+        """One request, tried again after what may pass until it was tried `enough`."""
 
-        Replies of the status `apart` end them at once.
-        """
-
-        def enough(state: tenacity.RetryCallState) -> bool:
+        def stop(state: tenacity.RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
-            if isinstance(error, RequestError) and error.status == TOO_MANY:
-                return (state.seconds_since_start or 0.0) >= self._patience
-            return error is None or state.attempt_number >= tries(error)
-
-        def again(error: BaseException) -> bool:
-            return isinstance(error, RequestError) and error.passing and error.status != apart
+            seconds = state.seconds_since_start or 0.0
+            return not isinstance(error, RequestError) or enough(
+                error, state.attempt_number, seconds
+            )
 
         patient = tenacity.AsyncRetrying(
-            stop=enough,
+            stop=stop,
             wait=self._wait,
-            retry=tenacity.retry_if_exception(again),
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, RequestError) and error.passing
+            ),
             reraise=True,
         )
         found: _T = await patient(self._connection.exchange, path, body, read)
