@@ -31,7 +31,16 @@ from scripted import LetterEmbedder
 
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
-from robustft.engines import Choice, Engine, Failure, Generation, Message, Prompt, ResponseScore
+from robustft.engines import (
+    Choice,
+    Engine,
+    Failure,
+    Generation,
+    Message,
+    Prompt,
+    ResponseScore,
+    connection,
+)
 from robustft.engines.factory import load_engine
 from robustft.engines.http import JsonClient
 from robustft.engines.probing import connect
@@ -664,6 +673,21 @@ def test_a_client_dropped_by_a_slow_thread_leaves_no_thread(
     assert not thread.is_alive()
 
 
+def test_a_connection_that_cannot_be_closed_leaves_no_other_open() -> None:
+    closed = []
+
+    class Client:
+        async def aclose(self) -> None:
+            if not closed:
+                closed.append("")
+                raise OSError("broken pipe")
+            closed.append("closed")
+
+    made: Any = [Client() for _ in range(3)]
+    asyncio.run(connection._close(made))
+    assert closed == ["", "closed", "closed"]
+
+
 # --- faults ---------------------------------------------------------------------------------------
 
 
@@ -836,6 +860,16 @@ def test_a_client_asks_again_after_its_server_was_lost(server: FaultyServer) -> 
         made.choose(*questions(1))
     server.fault = None
     assert isinstance(made.choose(*questions(1))[0], Choice)
+
+
+def test_who_comes_later_does_not_inherit_a_lost_server(server: FaultyServer) -> None:
+    made = engine(server, None, retries=0)
+    server.fault, server.strikes = "connection_reset", lambda digest, tries: True
+    assert all(isinstance(said, Failure) for said in made.choose(*questions(70)))  # a run's last
+    server.fault = None
+    before = server.requests
+    assert all(isinstance(said, Choice) for said in made.choose(*questions(3)))
+    assert server.requests == before + 3
 
 
 @pytest.mark.parametrize(

@@ -146,11 +146,6 @@ class Connection:
         for future in list(self._in_flight):
             future.cancel()
 
-    @property
-    def busy(self) -> bool:
-        """Whether a thread is waiting for an answer."""
-        return bool(self._in_flight)
-
     async def exchange(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T:
         """What `read` makes of the reply to one request, `body` None for a GET.
 
@@ -245,8 +240,8 @@ def _end(loop: asyncio.AbstractEventLoop, clients: Sequence[httpx2.AsyncClient])
 
 
 async def _close(clients: Sequence[httpx2.AsyncClient]) -> None:
-    for client in clients:
-        await client.aclose()
+    # All of them, whatever becomes of one.
+    await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
 
 
 def checked_address(base_url: str) -> str:

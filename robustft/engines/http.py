@@ -10,6 +10,7 @@ many in a row, and none answered in between, are a server lost. Requests refused
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -143,16 +144,9 @@ class JsonClient:
         at: it is not asked for again, and no server is lost by it.
 
         Raises:
-            EngineLost: dozens of requests in a row got no usable reply, or were refused, and a
-                short one as well.
+            EngineLost: dozens of requests in a row got no usable reply, nor does the first of
+                these; or they were refused, and a short one as well.
         """
-        if self._given_up >= _LOST_AFTER:  # the batch before this one, whose answers are kept
-            lost = self._given_up
-            if not self._connection.busy:
-                self._given_up = 0  # who asks once more finds out anew
-            raise EngineLost(
-                f"{self.base_url}: the last {lost} requests failed: {self._last_failure}"
-            )
         if self._refused >= _LOST_AFTER and bodies:
             self._connection.run(self._check_refusals(path, _cut_short(bodies[0])))
         return self._connection.run(self._ask_all(path, bodies, readers))
@@ -177,12 +171,19 @@ class JsonClient:
     async def _ask_all(
         self, path: str, bodies: Sequence[Any], readers: Sequence[Callable[[bytes], _T]]
     ) -> list[_T | Failure]:
-        return await asyncio.gather(
-            *(
-                self._ask_or_fail(path, body, read)
-                for body, read in zip(bodies, readers, strict=True)
-            )
-        )
+        rest = zip(bodies, readers, strict=True)
+        found: list[_T | Failure] = []
+        lost = self._given_up  # in the batches before this one, whose answers are kept
+        if lost >= _LOST_AFTER:
+            # Is it there again, as for who asks long after? One request tells.
+            found += [await self._ask_or_fail(path, *first) for first in itertools.islice(rest, 1)]
+            if self._given_up > lost:
+                raise EngineLost(
+                    f"{self.base_url}: the last {lost} requests failed, and so does one more: "
+                    f"{self._last_failure}"
+                )
+        found += await asyncio.gather(*(self._ask_or_fail(path, *one) for one in rest))
+        return found
 
     async def _ask_or_fail(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T | Failure:
         too_soon = tenacity.AsyncRetrying(
