@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import time
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import orjson
@@ -22,13 +21,11 @@ from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
 from robustft.files import spare
 from robustft.metrics import Tally, macro_f1
-from robustft.overlap import asked
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, answer_prompt, letters, opening
 from robustft.records import Record, RecordSource, Reject, count_records, leave_out, open_records
 from robustft.records.formats import BadRowError, hash_files
-from robustft.resumable import ResumableLines, spare_other_lines
-from robustft.store import UNIT_ROWS
+from robustft.resumable import ResumableLines, answer_in_units, spare_other_lines
 from robustft.terminal import counted, plural_of, printable
 
 _log = logging.getLogger("robustft")
@@ -122,8 +119,6 @@ class EvalResult:
         return "\n".join(lines)
 
 
-# Of some records in a row: their number, what is known of them by row, and the rows not known.
-_Chunk: TypeAlias = tuple[int, dict[int, Prediction], list[int]]
 Ask = Callable[[Sequence[Record]], Sequence[Prompt]]
 Judge = Callable[[Record, str], tuple[str | None, bool, float]]
 
@@ -191,24 +186,13 @@ def evaluate(
             limit = config.answer_tokens
             return predict(records, ask(records), engine, limit, judge, shown.update)
 
-        def questions() -> Iterator[tuple[_Chunk, Callable[[], list[Prediction]]]]:
-            for number, records in enumerate(_chunks(source, result)):
-                kept = [] if out is None else map(_read, records, out.take(number, len(records)))
-                # What failed in the session that was killed is asked again.
-                found = {row: one for row, one in enumerate(kept) if not one.failure}
-                shown.skip(len(found))
-                missing = [row for row in range(len(records)) if row not in found]
-                left = [records[row] for row in missing]
-                yield (number, found, missing), functools.partial(answer, left) if left else list
-
-        with asked(engine, questions()) as answered:
-            for (number, found, missing), fresh in answered:
-                found.update(zip(missing, fresh, strict=True))
-                predictions = [found[row] for row in range(len(found))]
-                if missing and out is not None:
-                    out.add(number, list(map(_line, predictions)))
-                for prediction in predictions:
-                    scores.add(prediction)
+        with answer_in_units(
+            _records(source, result), engine, out, ask=answer, write=_line, read=_unless_failed
+        ) as answered:
+            for prediction, known in answered:
+                scores.add(prediction)
+                if known:
+                    shown.skip(1)
     scores.finish()
     result.truncated = getattr(engine, "truncated", 0) - truncated
     result.seconds = time.monotonic() - started
@@ -230,18 +214,13 @@ def _output(
     return ResumableLines(config.out, identity)
 
 
-def _chunks(source: RecordSource, result: EvalResult) -> Iterator[list[Record]]:
-    chunk: list[Record] = []
+def _records(source: RecordSource, result: EvalResult) -> Iterator[Record]:
+    """The records that can be read."""
     for item in map(_checked, source):
         if isinstance(item, Reject):
             result.rejected = leave_out(item, source, result.rejected)
-            continue
-        chunk.append(item)
-        if len(chunk) == UNIT_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        else:
+            yield item
 
 
 def _checked(item: Record | Reject) -> Record | Reject:
@@ -424,3 +403,9 @@ def _read(record: Record, line: bytes) -> Prediction:
         fields.get("failed", ""),
         fields.get("score"),
     )
+
+
+def _unless_failed(record: Record, line: bytes) -> Prediction | None:
+    """What an earlier session found; None where it had got no reply."""
+    found = _read(record, line)
+    return None if found.failure else found

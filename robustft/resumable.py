@@ -3,23 +3,33 @@
 The lines stand in a hidden file beside the output, `.NAME.DIGEST.partial`, chunk by chunk as they
 come, each behind a line that tells its number; when the last one is there, the newest of each make
 up the output. DIGEST tells what the lines depend on, so that another run never goes on with them.
+`answer_in_units` asks an engine for them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 import orjson
 
+from robustft.engines import Engine
 from robustft.errors import UserError
 from robustft.files import replacing, spare_others
+from robustft.overlap import asked
+from robustft.store import UNIT_ROWS
+
+_I = TypeVar("_I")
+_R = TypeVar("_R")
 
 
 def spare_other_lines(path: Path, fields: Sequence[str]) -> None:
@@ -42,6 +52,8 @@ def _digest(body: bytes) -> str:
 class ResumableLines:
     """Lines of `path`, which appears when the `with` block ends well; else they are kept.
 
+    Chunks may be taken and added from any thread.
+
     Parameters
     ----------
     path: the output; one that is there already stays until then.
@@ -58,6 +70,7 @@ class ResumableLines:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{digest}.partial")
         self._file: IO[bytes]
+        self._lock = threading.Lock()  # its position is one
         self._places: dict[int, tuple[int, int]] = {}  # chunk -> where its lines begin, their bytes
         self._chunks = 0  # taken so far
 
@@ -67,20 +80,20 @@ class ResumableLines:
         Every chunk is taken, from 0 on; `add` writes others in their place.
         """
         self._chunks = max(self._chunks, chunk + 1)
-        with self._telling():
+        with self._lock, self._telling():
             lines = self._lines(chunk).splitlines(keepends=True)
         return lines if len(lines) == count else []
 
     def add(self, chunk: int, lines: Sequence[bytes]) -> None:
         """Write the lines of a chunk that was taken, and bring them to the disk."""
         body = b"".join(lines)
-        head = {"chunk": chunk, "bytes": len(body), "blake2b": _digest(body)}
-        with self._telling():
-            self._file.seek(0, os.SEEK_END)
-            self._file.write(orjson.dumps(head) + b"\n")
-            self._places[chunk] = self._file.tell(), len(body)
-            self._file.write(body)
+        told = {"chunk": chunk, "bytes": len(body), "blake2b": _digest(body)}
+        head = orjson.dumps(told) + b"\n"
+        with self._lock, self._telling():
+            end = self._file.seek(0, os.SEEK_END)
+            self._file.write(head + body)  # at once: an interrupt in between would cost the chunk
             self._file.flush()
+            self._places[chunk] = end + len(head), len(body)
             os.fsync(self._file.fileno())
 
     def _lines(self, chunk: int) -> bytes:
@@ -146,3 +159,60 @@ class ResumableLines:
             raise UserError(
                 f"{self._path}: cannot be written: {error.strerror or error}"
             ) from error
+
+
+def answer_in_units(
+    items: Iterable[_I],
+    engine: Engine,
+    lines: ResumableLines | None,
+    *,
+    ask: Callable[[Sequence[_I]], Sequence[_R]],
+    write: Callable[[_R], bytes],
+    read: Callable[[_I, bytes], _R | None],
+) -> contextlib.closing[Generator[tuple[_R, bool]]]:
+    """The result of every item, in order, and whether an earlier session had it; a `with` block's.
+
+    A unit of items is asked about together, several units at a time where the engine waits for a
+    server, and kept in `lines`, where there are any, as soon as it is done.
+
+    Parameters
+    ----------
+    ask: the results of some items; called in any thread.
+    write, read: a result as one line and back; `read` gives None for one to be asked for again,
+        such as a failure.
+    """
+    return contextlib.closing(_in_units(items, engine, lines, ask, write, read))
+
+
+def _in_units(
+    items: Iterable[_I],
+    engine: Engine,
+    lines: ResumableLines | None,
+    ask: Callable[[Sequence[_I]], Sequence[_R]],
+    write: Callable[[_R], bytes],
+    read: Callable[[_I, bytes], _R | None],
+) -> Generator[tuple[_R, bool]]:
+    def completed(number: int, unit: Sequence[_I], known: Mapping[int, _R]) -> list[_R]:
+        missing = [row for row in range(len(unit)) if row not in known]
+        if not missing:
+            return [known[row] for row in range(len(unit))]
+        fresh = zip(missing, ask([unit[row] for row in missing]), strict=True)
+        found = {**known, **dict(fresh)}
+        results = [found[row] for row in range(len(unit))]
+        if lines is not None:
+            lines.add(number, list(map(write, results)))
+        return results
+
+    def jobs() -> Iterator[tuple[Mapping[int, _R], Callable[[], list[_R]]]]:
+        stream = iter(items)
+        for number in itertools.count():
+            unit = list(itertools.islice(stream, UNIT_ROWS))
+            if not unit:
+                return
+            kept = [] if lines is None else map(read, unit, lines.take(number, len(unit)))
+            known = {row: one for row, one in enumerate(kept) if one is not None}
+            yield known, functools.partial(completed, number, unit, known)
+
+    with asked(engine, jobs()) as answered:
+        for known, results in answered:
+            yield from ((one, row in known) for row, one in enumerate(results))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import orjson
 
@@ -19,16 +17,13 @@ from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.experts import record_kind
 from robustft.files import spare
-from robustft.overlap import asked
 from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
-from robustft.resumable import ResumableLines, spare_other_lines
-from robustft.store import UNIT_ROWS, Stopwatch
+from robustft.resumable import ResumableLines, answer_in_units, spare_other_lines
+from robustft.store import Stopwatch
 from robustft.terminal import counted, printable
 
 _NAMED = 5  # truncated records that the summary names
-# Of some items in a row: their number, the lines known of them by row, and the rows without one.
-_Chunk: TypeAlias = tuple[int, dict[int, bytes], list[int]]
 
 
 @dataclass(slots=True)
@@ -51,22 +46,22 @@ class ScoreSummary:
         """Mean over records, nats per token; NaN without any."""
         return self.total_nll / self.records if self.records else float("nan")
 
-    def add(self, lines: Iterable[bytes], *, resumed: bool) -> None:
-        """Add lines of the output up."""
-        for body in map(orjson.loads, lines):
-            if "rejected" in body:
-                self.rejects += 1
-            elif "failed" in body:
-                self.failures += 1
-            else:
-                self.records += 1
-                if body.get("truncated"):
-                    self.truncated += 1
-                    if self.truncated <= _NAMED:
-                        self.truncated_ids.append(body["id"])
-                self.tokens += body["tokens"]
-                self.total_nll += body["nll"] if body["tokens"] else 0.0
-                self.resumed += body["tokens"] if resumed else 0
+    def add(self, line: bytes, *, resumed: bool) -> None:
+        """Add a line of the output up."""
+        body = orjson.loads(line)
+        if "rejected" in body:
+            self.rejects += 1
+        elif "failed" in body:
+            self.failures += 1
+        else:
+            self.records += 1
+            if body.get("truncated"):
+                self.truncated += 1
+                if self.truncated <= _NAMED:
+                    self.truncated_ids.append(body["id"])
+            self.tokens += body["tokens"]
+            self.total_nll += body["nll"] if body["tokens"] else 0.0
+            self.resumed += body["tokens"] if resumed else 0
 
     def __str__(self) -> str:
         fresh = self.tokens - self.resumed
@@ -134,31 +129,21 @@ def score_file(
     summary = ScoreSummary(out)
     watch = Stopwatch()
     with ResumableLines(out, identity) as lines, Progress("score", total, unit="records") as shown:
-
-        def questions() -> Iterator[tuple[_Chunk, Callable[[], list[bytes]]]]:
-            stream = iter(source)
-            for number in itertools.count():
-                items = list(itertools.islice(stream, UNIT_ROWS))
-                if not items:
-                    return
-                kept = enumerate(lines.take(number, len(items)))
-                # What failed in the session that was killed is asked again.
-                found = {row: line for row, line in kept if "failed" not in orjson.loads(line)}
-                shown.skip(sum(isinstance(items[row], Record) for row in found))
-                missing = [row for row in range(len(items)) if row not in found]
-                left = [items[row] for row in missing]
-                job = functools.partial(_scored, left, engine, shown.update)
-                yield (number, found, missing), job
-
-        with asked(engine, questions()) as answered:
-            for (number, found, missing), fresh in answered:
-                summary.add(found.values(), resumed=True)
-                summary.add(fresh, resumed=False)
-                found.update(zip(missing, fresh, strict=True))
-                if missing:
-                    lines.add(number, [found[row] for row in range(len(found))])
+        ask = functools.partial(_scored, engine=engine, progress=shown.update)
+        with answer_in_units(
+            source, engine, lines, ask=ask, write=bytes, read=_unless_failed
+        ) as answered:
+            for line, known in answered:
+                summary.add(line, resumed=known)
+                if known and "rejected" not in orjson.loads(line):
+                    shown.skip(1)
     summary.seconds = watch.seconds()
     return summary
+
+
+def _unless_failed(item: Record | Reject, line: bytes) -> bytes | None:
+    """A line that an earlier session wrote; None where its request had failed."""
+    return None if "failed" in orjson.loads(line) else line
 
 
 def _scored(

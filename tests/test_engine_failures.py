@@ -8,7 +8,7 @@ import pytest
 from commandline import quiz, read, write
 from scripted import REASON, FlakyEngine, LetterEmbedder, ScriptedEngine, digest
 
-from robustft import evaluation, pipeline, scoring
+from robustft import pipeline, resumable
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, EvalConfig, ExpertConfig
 from robustft.engines import Abilities, Prompt
@@ -133,8 +133,7 @@ def test_where_nothing_got_a_reply_no_figure_is_made_up(tmp_path: Path, command:
 def test_what_failed_in_a_killed_session_is_asked_again(
     tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (evaluation, scoring):
-        monkeypatch.setattr(module, "UNIT_ROWS", 16)
+    monkeypatch.setattr(resumable, "UNIT_ROWS", 16)
     source = str(write(tmp_path / "in.jsonl", [*quiz(20), b"{broken", *quiz(20, seed=1)]))
 
     def call(out: str, engine: ScriptedEngine) -> str:

@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from commandline import SMALL_MODEL, CommandLine, quiz, read, write
 
+from robustft import resumable
 from robustft.errors import UserError
-from robustft.resumable import ResumableLines
+from robustft.resumable import ResumableLines, answer_in_units
 
 CHUNKS = [[b'{"n":%d}\n' % n for n in range(low, low + 3)] for low in range(0, 12, 3)]
 WHOLE = b"".join(line for chunk in CHUNKS for line in chunk)
@@ -131,13 +135,40 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(tmp_path: Path) ->
     assert out.read_bytes() == WHOLE
 
 
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_a_unit_is_kept_as_soon_as_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    monkeypatch.setattr(resumable, "UNIT_ROWS", 3)
+    patience = time.monotonic() + 60
+    kept_meanwhile = at_a_time == 1
+
+    def ask(items: Sequence[int]) -> list[int]:
+        nonlocal kept_meanwhile
+        while items[0] == 0 and not kept_meanwhile and time.monotonic() < patience:
+            kept_meanwhile = CHUNKS[-1][0] in hidden(tmp_path)[0].read_bytes()
+            time.sleep(0.01)
+        return list(items)
+
+    engine: Any = SimpleNamespace(at_a_time=at_a_time)
+    with (
+        ResumableLines(tmp_path / "out.jsonl", {}) as lines,
+        answer_in_units(
+            range(12), engine, lines, ask=ask, write=b'{"n":%d}\n'.__mod__, read=lambda _, __: None
+        ) as answered,
+    ):
+        assert list(answered) == [(n, False) for n in range(12)]
+    assert kept_meanwhile
+    assert (tmp_path / "out.jsonl").read_bytes() == WHOLE
+
+
 # --- score and eval, killed ----------------------------------------------------------------------
 
 SLOW = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import robustft.evaluation, robustft.scoring
+import robustft.evaluation, robustft.resumable, robustft.scoring
 from scripted import ScriptedEngine, slowly
-robustft.scoring.UNIT_ROWS = robustft.evaluation.UNIT_ROWS = 8
+robustft.resumable.UNIT_ROWS = 8
 seconds = float(sys.argv.pop(1))
 engine = ScriptedEngine(before_batch=slowly(seconds))
 robustft.scoring.load_engine = lambda config: engine
