@@ -16,6 +16,7 @@ import torch
 
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig, experts_for
 from robustft.corpus import Corpus
+from robustft.decisions import conclude, judge_again, reopen
 from robustft.detection import Conclusion, is_free_text
 from robustft.embedding import Embedder, TextEmbedder
 from robustft.engines import Engine
@@ -26,7 +27,7 @@ from robustft.finishing import Models, finish, seconds_before
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.models import DEFAULT_EMBEDDER, find_embedder, find_model, is_small
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
-from robustft.pipeline import ShardRun, conclude, judge_again, long_lived, reopen
+from robustft.pipeline import ShardRun, long_lived
 from robustft.records import RecordSource, open_records, output_name
 from robustft.records.formats import dump_json
 from robustft.remote import local_path, output_folder

@@ -14,13 +14,13 @@ from typing import Any
 import robustft
 from robustft.config import CleanConfig
 from robustft.corpus import Corpus
+from robustft.decisions import select
 from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.exchange import exchange
 from robustft.next_steps import to_train_and_evaluate
 from robustft.outputs import METHOD, command, identity, read_manifest, write_manifest
-from robustft.pipeline import select
 from robustft.records import RecordSource
 from robustft.report.run import write_run_report
 from robustft.second_opinions import SecondOpinions

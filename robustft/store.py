@@ -83,6 +83,12 @@ def first_failure(opinions: Iterable[Opinion]) -> str:
     return next((said.failure for said in opinions if said.failure), "")
 
 
+def opinion_of(said: Mapping[int, Opinion], row: int, failures: Mapping[int, str]) -> Opinion:
+    """An expert's stored opinion on a row of a unit, or why there is none."""
+    found = said.get(row)
+    return Opinion(None, failure=failures.get(row, "was not asked")) if found is None else found
+
+
 class Said(NamedTuple):
     """An opinion as it is stored.
 

@@ -12,7 +12,7 @@ import pytest
 from scripted import REASON, FlakyEngine, ScriptedEngine, hashed
 from test_pipeline import read_jsonl, run, worded_rows, write_jsonl
 
-from robustft import cleaning, pipeline
+from robustft import cleaning, decisions
 from robustft.engines import Prompt
 from robustft.pipeline import ShardRun
 from robustft.shards import withdraw
@@ -123,7 +123,7 @@ def test_killed_while_the_detector_changes(
         return step_or_end
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "withdraw", killed(withdraw))
+        patch.setattr(decisions, "withdraw", killed(withdraw))
         patch.setattr(Store, "judge_again", killed(Store.judge_again))
         patch.setattr(cleaning, "reopen", killed(cleaning.reopen))
         with pytest.raises(KeyboardInterrupt):

@@ -43,6 +43,7 @@ LAYERS = (
     {"detection"},
     {"relabeling"},
     {"selection"},
+    {"decisions"},
     {"pipeline"},
     {"confusions", "verdicts"},
     {"finishing"},

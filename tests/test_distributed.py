@@ -19,7 +19,7 @@ import pytest
 from commandline import CommandLine, quiz, write
 from scripted import FlakyEngine, LetterEmbedder, ScriptedEngine
 
-from robustft import pipeline
+from robustft import decisions
 from robustft.cleaning import run_clean
 from robustft.cli.settings import parse
 from robustft.config import CleanConfig, EngineConfig
@@ -230,7 +230,7 @@ def test_a_shard_run_again_while_another_splits_the_corpus(
     with pytest.raises(UnfinishedError):
         shard(source, out, 1, 2, FlakyEngine(every=40))
     again = threading.Thread(target=lambda: left.append(shard(source, out, 1, 2, wait=60)))
-    publish = pipeline.publish
+    publish = decisions.publish
 
     def late(folder: Path, *rest: Any) -> None:
         if folder.name == "conclusion":
@@ -238,7 +238,7 @@ def test_a_shard_run_again_while_another_splits_the_corpus(
             again.join(1.0)  # long enough to have withdrawn something
         publish(folder, *rest)
 
-    monkeypatch.setattr(pipeline, "publish", late)
+    monkeypatch.setattr(decisions, "publish", late)
     shard(source, out, 0, 2)
     again.join()
     assert left in ([[]], [[0]])

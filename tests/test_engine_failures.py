@@ -8,7 +8,7 @@ import pytest
 from commandline import quiz, read, write
 from scripted import REASON, FlakyEngine, LetterEmbedder, ScriptedEngine, digest
 
-from robustft import pipeline, resumable
+from robustft import decisions, resumable
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, EvalConfig, ExpertConfig
 from robustft.engines import Abilities, Prompt
@@ -65,7 +65,7 @@ def test_killed_while_failures_are_opened_again(
         withdraw(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "withdraw", killed)
+        patch.setattr(decisions, "withdraw", killed)
         with pytest.raises(KeyboardInterrupt):
             clean(source, tmp_path / "out", ScriptedEngine())
     assert clean(source, tmp_path / "out", ScriptedEngine()).unanswered == 0

@@ -27,6 +27,7 @@ from robustft.cleaning import (
 )
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig, TunedConfig
 from robustft.corpus import Corpus
+from robustft.decisions import conclude, reopen
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
 from robustft.errors import UnfinishedError, UserError
@@ -34,7 +35,7 @@ from robustft.files import locked, remove_leftovers
 from robustft.finishing import Models, finish
 from robustft.intake import Intake, intake_folder, take_in
 from robustft.outputs import METHOD, claim, identity, made_by
-from robustft.pipeline import ShardRun, conclude, long_lived, reopen
+from robustft.pipeline import ShardRun, long_lived
 from robustft.records import RecordSource
 from robustft.second_opinions import found_again, full_paths
 from robustft.shards import Published, Shard, conclusion_folder, plan_folder, publish, split

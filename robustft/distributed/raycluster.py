@@ -21,6 +21,7 @@ from typing import Any
 from robustft.cleaning import Announcement, load, open_source
 from robustft.config import CleanConfig
 from robustft.corpus import Corpus
+from robustft.decisions import conclude, reopen
 from robustft.distributed import Plan, make_plan, merge, opened
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
@@ -28,7 +29,7 @@ from robustft.errors import UserError
 from robustft.files import BusyError
 from robustft.finishing import Models
 from robustft.intake import Intake
-from robustft.pipeline import Effort, ShardRun, conclude, long_lived, reopen
+from robustft.pipeline import Effort, ShardRun, long_lived
 from robustft.progress import Progress
 from robustft.second_opinions import full_paths
 from robustft.shards import Shard, conclusion_folder, plan_folder
