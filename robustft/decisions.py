@@ -194,20 +194,25 @@ def reopen(shard: Shard, store: Store, target: Path, *, alone: bool) -> None:
         if target.is_dir() and not alone:
             return
         # What rests on the failures goes first: killed in between, the next session begins here.
-        _withdraw_verdicts(shard, target)
+        _withdraw_verdicts(shard, store, target)
         store.forgive()
 
 
 def judge_again(shard: Shard, store: Store, target: Path) -> None:
     """Leave the verdicts on the only shard to another detector; nobody is asked the same again."""
     with _deciding(target):
-        _withdraw_verdicts(shard, target)
+        _withdraw_verdicts(shard, store, target)
         store.judge_again()
 
 
-def _withdraw_verdicts(shard: Shard, target: Path) -> None:
+def _withdraw_verdicts(shard: Shard, store: Store, target: Path) -> None:
+    """Take back the split and what each phase has published; the time of it all stays known."""
+    spent = Published(target).facts.get("stage_seconds", {}) if target.is_dir() else {}
     phases = shard.phase("relabeled"), shard.phase("detected")
-    for folder in (target, first_conclusion(target), *phases):
+    withdraw(target)
+    for stage, seconds in spent.items():
+        store.keep_seconds(stage, store.seconds(stage) + seconds)
+    for folder in (first_conclusion(target), *phases):
         withdraw(folder)
 
 

@@ -31,7 +31,9 @@ from robustft.verdicts import CleanResult, write_outputs
 
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetensors")
 
-_STAGES = {"detected": "detect", "relabeled": "relabel"}  # what is published -> its stage
+_PHASES = ("detected", "relabeled")
+# Stages whose time the store has; of the split, that of those which were taken back.
+_KEPT = ("detect", "split", "folds", "relabel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +59,15 @@ class Models:
         return {"model": f"{self.model}@{self.revision}", "embedder": self.embedder}
 
 
-def seconds_before(shard: Shard, store: Store, target: Path) -> dict[str, float]:
+def seconds_before(store: Store, target: Path) -> dict[str, float]:
     """What earlier sessions of a run have spent, by stage; `target`: where its split is published.
 
     To be asked for once the models are loaded, before a phase begins.
     """
-    spent = {"load": float(store.get_meta("load seconds") or 0.0)}
-    for phase, stage in _STAGES.items():
-        found = shard.phase(phase)
-        kept = store.get_meta(f"{stage} seconds") or 0.0
-        spent[stage] = Published(found).facts["seconds"] if found.is_dir() else kept
-    return spent | (Published(target).facts.get("stage_seconds", {}) if target.is_dir() else {})
+    spent = Counter({stage: store.seconds(stage) for stage in ("load", *_KEPT)})
+    if target.is_dir():
+        spent.update(Published(target).facts.get("stage_seconds", {}))
+    return dict(spent)
 
 
 def finish(
@@ -88,23 +88,21 @@ def finish(
     writing = Stopwatch()
     shards: list[Shard] = []
     totals: dict[str, Counter[str]] = {}
+    seconds = Counter({"detect": 0.0, **conclusion.stage_seconds, "relabel": 0.0})
 
     def noted() -> Iterator[tuple[Shard, Store]]:
         for shard, store in parts:
             shards.append(shard)
             for expert, cost in store.totals().items():
                 totals.setdefault(expert, Counter()).update(cost)
+            seconds.update({stage: kept for stage in _KEPT if (kept := store.seconds(stage))})
             yield shard, store
 
     selection = select(config, corpus.shards, conclusion)
     result = write_outputs(config, source, noted(), corpus, conclusion, selection)
-    seconds = Counter({"detect": 0.0, **conclusion.stage_seconds, "relabel": 0.0})
-    truncated = 0
-    for shard in shards:
-        for phase in _STAGES:
-            facts = Published(shard.phase(phase)).facts
-            seconds[_STAGES[phase]] += facts["seconds"]
-            truncated += facts["truncated"]
+    truncated = sum(
+        Published(shard.phase(phase)).facts["truncated"] for shard in shards for phase in _PHASES
+    )
     stages: dict[str, float] = {**seconds, "write": writing.seconds()}
     result.counts["rejected"] = corpus.intake.rejects
     result.counts["input"] = corpus.intake.records + corpus.intake.rejects

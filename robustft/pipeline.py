@@ -125,7 +125,7 @@ class ShardRun:
         target = self.shard.phase("detected")
         if target.is_dir():
             return
-        watch = self._watch("detect")
+        self._watch("detect")
         detector = make_detector(self.config)
         done = set(self.store.finished("detect"))
         held = min(len(self.store.finished("corpus")) * UNIT_ROWS, self.shard.rows)
@@ -150,7 +150,8 @@ class ShardRun:
                     judged = list(map(Asked, chunk, *said, self._others.unit(unit, chunk)))
                     marks.add("detect", unit, detector.evidence(judged))
             marks.flush()
-        publish(target, stacked(list(self.store.arrays("detect"))), self._facts(watch))
+        publish(target, stacked(list(self.store.arrays("detect"))), self._facts())
+        self._keep_time()
 
     def _ask_panel(self, unit: int, chunk: Sequence[Record]) -> _Panel:
         """What base, reasoning expert and checker say about each record."""
@@ -177,7 +178,7 @@ class ShardRun:
         target = self.shard.phase("relabeled")
         if target.is_dir():
             return
-        watch = self._watch("relabel")
+        self._watch("relabel")
         done = set(self.store.finished("relabel"))
         noisy = np.flatnonzero(conclusion.noisy[self.shard.start : self.shard.stop])
         noisy += self.shard.start
@@ -198,18 +199,18 @@ class ShardRun:
                 for unit, found in answered:
                     marks.add("relabel", unit, found)
             marks.flush()
-        publish(target, stacked(list(self.store.arrays("relabel"))), self._facts(watch))
+        publish(target, stacked(list(self.store.arrays("relabel"))), self._facts())
+        self._keep_time()
 
-    def _watch(self, phase: str) -> Stopwatch:
-        """The time a phase takes, that of killed sessions included up to their last answers."""
-        watch = Stopwatch(float(self.store.get_meta(f"{phase} seconds") or 0.0))
-        self._keep_time = lambda: self.store.set_meta(f"{phase} seconds", watch.seconds())
-        return watch
+    def _watch(self, phase: str) -> None:
+        """Keep a phase's time, that of killed sessions included up to their last answers."""
+        watch = Stopwatch(self.store.seconds(phase))
+        self._keep_time = lambda: self.store.keep_seconds(phase, watch.seconds())
 
-    def _facts(self, watch: Stopwatch) -> dict[str, Any]:
-        """What a phase says of itself: its seconds, and the prompts it cut in this session."""
+    def _facts(self) -> dict[str, Any]:
+        """What a phase says of itself: the prompts it cut in this session."""
         truncated = getattr(self.engine, "truncated", 0)
-        facts = {"seconds": watch.seconds(), "truncated": truncated - self._truncated}
+        facts = {"truncated": truncated - self._truncated}
         self._truncated = truncated
         return facts
 

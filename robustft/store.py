@@ -273,6 +273,14 @@ class Store:
                 (name, orjson.dumps(value)),
             )
 
+    def seconds(self, stage: str) -> float:
+        """What a stage has taken in all sessions, 0 where it was not begun."""
+        return float(self.get_meta(f"{stage} seconds") or 0.0)
+
+    def keep_seconds(self, stage: str, seconds: float) -> None:
+        """Keep what a stage has taken so far."""
+        self.set_meta(f"{stage} seconds", seconds)
+
     # --- opinions ---------------------------------------------------------------------------
 
     def opinions(self, unit: int, expert: str, round_: int = 0) -> dict[tuple[int, str], Opinion]:

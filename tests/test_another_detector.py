@@ -133,6 +133,26 @@ def test_killed_while_the_detector_changes(
     assert same_outputs(tmp_path / "out", tmp_path / "fresh")
 
 
+def test_the_time_of_a_split_that_was_taken_back_counts(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    make = decisions.make_detector
+
+    def slow(config: Any) -> Any:
+        nonlocal now
+        now += 5.0
+        return make(config)
+
+    monkeypatch.setattr("robustft.store.time.perf_counter", lambda: now)
+    monkeypatch.setattr(decisions, "make_detector", slow)
+    first = run(source, tmp_path / "out", expert(), detector="paper")
+    second = run(source, tmp_path / "out", expert(), detector="panel")
+    third = run(source, tmp_path / "out", expert(), detector="panel")
+    assert [one.seconds["split"] for one in (first, second, third)] == [5.0, 10.0, 10.0]
+    assert [one.seconds["total"] + one.earlier for one in (first, second, third)] == [5, 10, 10]
+
+
 def test_a_panel_has_no_learners(tmp_path: Path, source: Path) -> None:
     result = run(source, tmp_path / "out", expert(), detector="panel")
     assert set(result.weights) == {"base", "reasoned"}

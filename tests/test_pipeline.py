@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from scripted import LetterEmbedder, ScriptedEngine
 
+from robustft import shards
 from robustft.cleaning import clean, run_clean
 from robustft.config import ABLATIONS, CleanConfig, ExpertConfig
 from robustft.detection.rule import Asked, paper_rule
@@ -664,6 +665,25 @@ def test_the_times_of_the_stages_are_those_of_all_sessions(
     for one in (first, second):
         stages = sum(value for name, value in one.seconds.items() if name != "total")
         assert stages == pytest.approx(one.seconds["total"] + one.earlier)
+
+
+def test_the_time_of_publishing_is_that_of_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    publish = shards.publish
+
+    def slow(folder: Path, *rest: Any) -> None:
+        nonlocal now
+        publish(folder, *rest)
+        now += 3.0
+
+    monkeypatch.setattr("robustft.store.time.perf_counter", lambda: now)
+    monkeypatch.setattr("robustft.pipeline.publish", slow)
+    result = run(write_jsonl(tmp_path / "in.jsonl", choice_rows(4)), tmp_path / "out")
+    assert {stage: result.seconds[stage] for stage in ("detect", "relabel", "load")} == {
+        "detect": 3.0, "relabel": 3.0, "load": 0.0,
+    }  # fmt: skip
 
 
 def test_sets_of_options_are_judged_apart(tmp_path: Path) -> None:
