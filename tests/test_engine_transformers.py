@@ -37,9 +37,10 @@ from transformers.cache_utils import DynamicLayer
 from robustft.config import EngineConfig, EvalConfig
 from robustft.engines import Engine, Failure, Generation, Message, Prompt
 from robustft.engines.cache import GrowingLayer
+from robustft.engines.decoding import Sampler
 from robustft.engines.encoding import PromptEncoder
 from robustft.engines.tokens import piece_offsets
-from robustft.engines.transformers import TransformersEngine, _Sampler
+from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
 from robustft.evaluation import evaluate
 from robustft.models import ModelSource, content_digest, find_model, load_tokenizer
@@ -250,7 +251,7 @@ def test_sampling_is_seeded_and_belongs_to_the_record(tiny_model: Path) -> None:
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     scores = torch.tensor([[2.0, -torch.inf, 0.5, 1.0, -torch.inf]])
     rows = 20_000
-    drawn = _Sampler(0.7, range(rows))(torch.zeros(rows, 1), scores.expand(rows, 5)).argmax(-1)
+    drawn = Sampler(0.7, range(rows))(torch.zeros(rows, 1), scores.expand(rows, 5)).argmax(-1)
     found = torch.bincount(drawn, minlength=5) / rows
     torch.testing.assert_close(found, torch.softmax(scores[0] / 0.7, -1), atol=0.015, rtol=0)
     assert found[[1, 4]].tolist() == [0, 0]
@@ -258,7 +259,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 def test_one_number_is_drawn_for_a_token() -> None:
     """As many as the vocabulary has tokens took four times as long as the model's own step."""
-    sampler = _Sampler(1.0, [7])
+    sampler = Sampler(1.0, [7])
     sampler(torch.zeros(1, 1), torch.zeros(1, 50_000))
     once = torch.Generator().manual_seed(7)
     torch.rand(1, generator=once, dtype=torch.float64)
@@ -347,7 +348,9 @@ def test_who_encodes_many_prompts_lets_others_in_between(
         steps.append("encodes")
         if len(steps) == 1:
             other.start()
+            patience = time.monotonic() + 60
             while not encoder._next.locked():  # until it waits for its turn
+                assert time.monotonic() < patience
                 time.sleep(0.001)
         return encode(prompts)
 
