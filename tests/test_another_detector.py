@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commandline import read, write
+from runs import run, worded_rows
 from scripted import REASON, FlakyEngine, ScriptedEngine, hashed
-from test_pipeline import read_jsonl, run, worded_rows, write_jsonl
 
 from robustft import cleaning, decisions
 from robustft.engines import Prompt
@@ -48,7 +49,7 @@ class LateFailures(FlakyEngine):
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "in.jsonl", worded_rows(200, wrong=0.3)[0])
+    return write(tmp_path / "in.jsonl", worded_rows(200, wrong=0.3)[0])
 
 
 def same_outputs(one: Path, other: Path) -> bool:
@@ -98,7 +99,7 @@ def test_where_a_question_fails_an_answer_to_another_one_does_not_stand_for_it(
     with monkeypatch.context() as patch:
         patch.setattr(ShardRun, "relabel", failing)
         result = run(source, tmp_path / "out", engine, detector="panel")
-    lost = [v for v in read_jsonl(tmp_path / "out/verdicts.jsonl") if REASON in v["reason"]]
+    lost = [v for v in read(tmp_path / "out/verdicts.jsonl") if REASON in v["reason"]]
     assert len(lost) == result.unanswered == engine.failed
     assert all(verdict["action"] == "drop" for verdict in lost)
     run(source, tmp_path / "out", expert(), detector="panel")

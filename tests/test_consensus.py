@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import pytest
+from commandline import read, write
+from runs import choice_rows
 from scripted import LetterEmbedder, ScriptedEngine
-from test_pipeline import choice_rows, read_jsonl, write_jsonl
 
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
@@ -58,7 +59,7 @@ def test_samples_of_a_greedy_engine_are_refused() -> None:
 
 
 def test_every_sample_is_asked_once_and_resuming_asks_nothing(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(20))
+    source = write(tmp_path / "in.jsonl", choice_rows(20))
 
     def run(out: str, samples: int) -> ScriptedEngine:
         engine = ScriptedEngine()
@@ -71,8 +72,8 @@ def test_every_sample_is_asked_once_and_resuming_asks_nothing(tmp_path: Path) ->
 
     one, three = run("one", 1), run("three", 3)
     # The scripted engine answers alike every time: three samples say what one does.
-    assert [(v["verdict"], v["answer"]) for v in read_jsonl(tmp_path / "one/verdicts.jsonl")] == [
-        (v["verdict"], v["answer"]) for v in read_jsonl(tmp_path / "three/verdicts.jsonl")
+    assert [(v["verdict"], v["answer"]) for v in read(tmp_path / "one/verdicts.jsonl")] == [
+        (v["verdict"], v["answer"]) for v in read(tmp_path / "three/verdicts.jsonl")
     ]
     assert len(three.asked) - len(one.asked) == 2 * 20 * (2 * 2 + 1)
     (tmp_path / "three/phases").rename(tmp_path / "gone")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_pipeline import write_jsonl
+from commandline import write
 
 from robustft import crowd
 from robustft.crowd import Estimate, Judgement
@@ -29,7 +29,7 @@ LONG = "one two three four five six seven eight"
 
 def warned(folder: Path, given: list[str], said: list[str], **options: Any) -> tuple[str, ...]:
     rows = [{"question": f"q {n}?", "answer": answer, **options} for n, answer in enumerate(given)]
-    records = list(open_records(str(write_jsonl(folder / "in.jsonl", rows))))
+    records = list(open_records(str(write(folder / "in.jsonl", rows))))
     asked = [
         Asked(record, Opinion(answer, answer), None, None)
         for record, answer in zip(records, said, strict=True)

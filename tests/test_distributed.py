@@ -295,7 +295,7 @@ sys.exit(main())
 def test_shards_killed_at_random_moments_lose_and_repeat_nothing(
     tmp_path: Path, source: Path
 ) -> None:
-    from test_pipeline import assert_asked_once
+    from runs import assert_asked_once
 
     whole(source, tmp_path / "whole")
     out = tmp_path / "out"

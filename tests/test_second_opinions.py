@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commandline import read, write
+from runs import choice_rows
 from scripted import LetterEmbedder, ScriptedEngine
-from test_pipeline import choice_rows, read_jsonl, write_jsonl
 
 from robustft import crowd
 from robustft.cleaning import clean, run_clean
@@ -58,7 +59,7 @@ def run(source: Path, out: Path, engine: ScriptedEngine, **settings: Any) -> Any
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "in.jsonl", ["{broken", *sums()])
+    return write(tmp_path / "in.jsonl", [b"{broken", *sums()])
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_with_a_second_opinion_wrong_answers_are_found(source: Path, other: Path
     assert "--second-opinion" in alone.warnings[0]
     both = run(source, out, Adder("own", 0.7, 2), second_opinion=(str(other),))
     wrong = [int(row["answer"]) != n + 1 for n, row in enumerate(sums())]
-    verdicts = read_jsonl(out / "verdicts.jsonl")
+    verdicts = read(out / "verdicts.jsonl")
     noisy = [one["verdict"] == "noisy" for one in verdicts]
     hits = sum(a and b for a, b in zip(wrong, noisy, strict=True))
     assert hits / sum(noisy) > 0.8
@@ -82,7 +83,7 @@ def test_with_a_second_opinion_wrong_answers_are_found(source: Path, other: Path
     assert both.noise_rate.low < 0.3 < both.noise_rate.high
     assert both.weights.keys() == {"model", "other"}
     assert not both.warnings
-    heard = read_jsonl(other / "verdicts.jsonl")
+    heard = read(other / "verdicts.jsonl")
     for one, before in zip(verdicts, heard, strict=True):
         assert one["experts"]["other"]["answer"] == before["experts"]["base"]["answer"]
     manifest = json.loads((out / "manifest.json").read_text())
@@ -124,7 +125,7 @@ def test_shards_hear_what_one_process_hears(source: Path, other: Path) -> None:
 
 def test_letters_are_heard_with_their_probabilities(tmp_path: Path) -> None:
     rows = choice_rows(60)
-    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    source = write(tmp_path / "in.jsonl", rows)
 
     def knowing(share: float) -> Callable[..., list[float]]:
         def choose(prompt: Prompt, candidates: Any) -> list[float]:
@@ -141,8 +142,8 @@ def test_letters_are_heard_with_their_probabilities(tmp_path: Path) -> None:
     weak = ScriptedEngine(choose=lambda prompt, candidates: [1 / len(candidates)] * len(candidates))
     found = run(source, tmp_path / "both", weak, second_opinion=(str(tmp_path / "other"),))
     assert found.weights["base 2"] > 0.5  # "base" is one of its own experts
-    verdicts = read_jsonl(tmp_path / "both/verdicts.jsonl")
-    before = read_jsonl(tmp_path / "other/verdicts.jsonl")
+    verdicts = read(tmp_path / "both/verdicts.jsonl")
+    before = read(tmp_path / "other/verdicts.jsonl")
     for one, alone in zip(verdicts, before, strict=True):
         assert one["noise_score"] == pytest.approx(alone["noise_score"], abs=1e-3)
         said = one["experts"]["base 2"]["probabilities"]
@@ -160,7 +161,7 @@ def test_free_texts_are_not_compared_with_other_models(tmp_path: Path) -> None:
         {"question": f"Tell me about {n}.", "answer": f"people write of {n} in another way {n * 7}"}
         for n in range(60)
     ]
-    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    source = write(tmp_path / "in.jsonl", rows)
 
     def model(name: str) -> ScriptedEngine:
         engine = ScriptedEngine(reply=lambda prompt: f"{words}, {name} {len(str(prompt)) % 3}")
@@ -186,7 +187,7 @@ def test_missing_verdicts_are_told_before_anybody_is_asked(
 
 def test_one_free_text_is_told_of_as_one(tmp_path: Path) -> None:
     text = {"id": "t", "question": "Tell me of the sea.", "answer": "It is wide and blue and deep."}
-    source = write_jsonl(tmp_path / "in.jsonl", [*sums(60), text])
+    source = write(tmp_path / "in.jsonl", [*sums(60), text])
 
     def model(name: str, seed: int) -> ScriptedEngine:
         adder = Adder(name, 0.8, seed)
@@ -339,7 +340,7 @@ def line(folder: Path, number: int, text: str | None) -> None:
     "shares", ["[0.5, 0.5]", "[-1, 1, 1]", "[0, 0, 0]", '"abc"', '["a", 1, 1]']
 )
 def test_probabilities_of_a_damaged_run_are_not_believed(shares: str, tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", choice_rows(5))
+    source = write(tmp_path / "in.jsonl", choice_rows(5))
     engine = ScriptedEngine()
     engine.model_id = "other"
     run(source, tmp_path / "other", engine)
@@ -434,7 +435,7 @@ def test_the_cost_is_estimated_and_a_wrong_run_is_told_then(source: Path, other:
 @pytest.mark.data
 def test_real_solutions_beside_one_model_and_beside_two(real_data: Path, tmp_path: Path) -> None:
     """Solutions of the weakest model, 78 % of them wrong, judged by two others."""
-    solved = read_jsonl(real_data / "gsm8k_solutions/solutions.jsonl")
+    solved = read(real_data / "gsm8k_solutions/solutions.jsonl")
 
     def solver(name: str) -> ScriptedEngine:
         def reply(prompt: Prompt) -> str:
@@ -447,12 +448,12 @@ def test_real_solutions_beside_one_model_and_beside_two(real_data: Path, tmp_pat
 
     given = "6b_finetuning"
     rows = [{"question": one["question"], "answer": one[given]["solution"]} for one in solved]
-    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    source = write(tmp_path / "in.jsonl", rows)
     alone = run(source, tmp_path / "a", solver("6b_verification"))
     assert alone.counts["noisy"] == 0
     run(source, tmp_path / "b", solver("175b_verification"),
         second_opinion=(str(tmp_path / "a"),))  # fmt: skip
-    verdicts = read_jsonl(tmp_path / "b/verdicts.jsonl")
+    verdicts = read(tmp_path / "b/verdicts.jsonl")
     wrong = [not one[given]["is_correct"] for one in solved]
     noisy = [one["verdict"] == "noisy" for one in verdicts]
     hits = sum(a and b for a, b in zip(wrong, noisy, strict=True))
