@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,7 @@ ARC = {"text": ["up", "down"], "label": ["1", "2"]}
         (ARC, "2", "B", "A", "1"),
         (ARC, 2, "B", "A", 1),
         ({"text": ["up", "down"], "label": ["x", "2"]}, 2, "B", "A", "x"),
+        (ARC, 2.0, "B", "A", 1.0),
         ({"A": "up", "B": "down"}, "B", "B", "A", "A"),
         ({"A": "up", "B": "down"}, "down", "B", "A", "up"),
         ({"A": "up", "B": "down", "C": None}, "B", "B", "A", "A"),
@@ -300,12 +302,14 @@ def test_options_may_stand_in_columns_of_their_own(tmp_path: Path) -> None:
     [
         ("012", ["7", "8", "9"], "ABC"),
         ("123", ["7", "8", "9"], "ABC"),
+        (("0.0", "1.0", "2.0"), ["7", "8", "9"], "ABC"),
+        (("7.0", "8.0", "2.0"), ["7.0", "8.0", "2.0"], "ABC"),
         ("789", ["7", "8", "9"], "ABC"),
         ("201", ["2", "1", "0"], "CAB"),
     ],
 )
 def test_digits_in_text_are_read_alike_in_the_whole_file(
-    tmp_path: Path, answers: str, options: list[str], letters: str
+    tmp_path: Path, answers: Sequence[str], options: list[str], letters: str
 ) -> None:
     lines = [f'q,{answer},"{json.dumps(options)}"'.replace('"', '""') for answer in answers]
     lines = [line.replace('""[', '"[', 1)[:-1] for line in lines]
@@ -315,6 +319,35 @@ def test_digits_in_text_are_read_alike_in_the_whole_file(
     rewrite(source, tmp_path / "o.csv", {0: letters[1]})
     again = records(open_records(str(tmp_path / "o.csv")))
     assert again[0].row["answer"] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "in.parquet"])
+def test_indexes_beside_missing_answers(tmp_path: Path, name: str) -> None:
+    """pandas makes floats of a column of whole numbers that has a null."""
+    answers = [0.0, None, 2.0]
+    rows = [{"question": "?", "options": '["7", "8", "9"]', "answer": one} for one in answers]
+    path = tmp_path / name
+    if name == "in.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif name == "in.csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([rows[0].keys(), *(row.values() for row in rows)])
+    else:
+        path.write_bytes(jsonl(rows))
+    source = open_records(str(path))
+    first, missing, last = source
+    assert isinstance(first, Record)
+    assert isinstance(missing, Reject)
+    assert isinstance(last, Record)
+    assert (first.answer, last.answer) == ("A", "C")
+    with RecordWriter(tmp_path / f"out{path.suffix}", source) as writer:
+        writer.write(first, "C")
+        writer.write(last, "A")
+    again = [
+        one.row["answer"] for one in records(open_records(str(tmp_path / f"out{path.suffix}")))
+    ]
+    assert again == (["2.0", "0.0"] if name == "in.csv" else [2.0, 0.0])
+    assert {type(one) for one in again} == {str if name == "in.csv" else float}
 
 
 def test_keys_tell_content_apart(tmp_path: Path) -> None:

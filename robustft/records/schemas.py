@@ -154,10 +154,14 @@ def _json_list(value: str, name: str) -> Any:
         ) from None
 
 
+_INDEX = re.compile(r"\s*([0-9]{1,3})(\.0+)?\s*")  # "1.0": what pandas makes of 1 beside nulls
+
+
 def _integer(value: Any) -> int | None:
-    """Return an index given as a whole number or as at most three digits in text, else None."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}", value.strip(), re.ASCII):
-        return int(value)
+    """Return an index given as a whole number or as one of at most three digits in text."""
+    if isinstance(value, (str, float, Decimal)):
+        found = _INDEX.fullmatch(str(value))
+        return int(found[1]) if found else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -181,7 +185,7 @@ class ChoiceSchema:
     question: str = "question"
     name: str = "choice"
     base: int = 0  # the first option's index, where answers are numbers
-    digits: bool = False  # whether an answer of digits in text is an index, not an option's text
+    digits: bool = False  # whether "1" and 1.0 are indexes, not an option's text; 1 always is
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -213,7 +217,11 @@ class ChoiceSchema:
         given = row[self.answer]
         _, form = self._position(given, labels, options)
         if form == "index":
-            value: Any = type(given)(new + self.base)
+            number = str(new + self.base)
+            if isinstance(given, str):
+                _, point, zeros = given.strip().partition(".")
+                number += point + zeros
+            value: Any = type(given)(number)
         elif form == "label":
             value = _like(given, labels[new])
         elif form == "text":
@@ -234,10 +242,12 @@ class ChoiceSchema:
         for row in rows:
             try:
                 _, options = self._offered(row)
-                number = _integer(field(row, self.answer))
+                value = field(row, self.answer)
+                _filled(text(value, self.answer), "answer", self.answer)
             except BadRowError:
                 continue
             total += 1
+            number = _integer(value)
             if number is not None and 0 <= number <= len(options):
                 digits += 1
                 low += number == 0
@@ -300,7 +310,9 @@ class ChoiceSchema:
         if answer in labels:
             return labels.index(answer), "label"
         number = _integer(value)
-        if number is not None and (self.digits or not isinstance(value, str)):
+        if str(number) in labels:
+            return labels.index(str(number)), "label"
+        if number is not None and (self.digits or isinstance(value, int)):
             if 0 <= number - self.base < len(options):
                 return number - self.base, "index"
             expected = f"an index from {self.base} to {len(options) - 1 + self.base}"
