@@ -263,6 +263,7 @@ ARC = {"text": ["up", "down"], "label": ["1", "2"]}
         (ARC, 2, "B", "A", 1),
         ({"text": ["up", "down"], "label": ["x", "2"]}, 2, "B", "A", "x"),
         (ARC, 2.0, "B", "A", 1.0),
+        ([{"label": "1", "text": "up"}, {"label": "2", "text": "down"}], "2", "B", "A", "1"),
         ({"A": "up", "B": "down"}, "B", "B", "A", "A"),
         ({"A": "up", "B": "down"}, "down", "B", "A", "up"),
         ({"A": "up", "B": "down", "C": None}, "B", "B", "A", "A"),

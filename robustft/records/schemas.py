@@ -165,6 +165,11 @@ def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _labelled(option: Any) -> bool:
+    """Whether this is an option with its label, or all of them with theirs, as ARC has them."""
+    return isinstance(option, Mapping) and set(option) == {"text", "label"}
+
+
 _CAPITALS = {letter: at for at, letter in enumerate(LETTERS)}
 # "b", "B.", "(B)", "B)": one letter and nothing but brackets and stops around it.
 _LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]*\s*")
@@ -279,8 +284,10 @@ class ChoiceSchema:
         if isinstance(value, str):
             value = _json_list(value, name)
         labels: Sequence[Any] = ()
+        if isinstance(value, (list, tuple)) and value and all(map(_labelled, value)):
+            value = {key: [one[key] for one in value] for key in ("text", "label")}
         if isinstance(value, Mapping):
-            if set(value) == {"text", "label"}:
+            if _labelled(value):
                 labels, value = value["label"], value["text"]
             else:  # Arrow gives every row the keys of all, with null where it has none
                 value = {label: option for label, option in value.items() if option is not None}
