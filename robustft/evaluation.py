@@ -101,7 +101,9 @@ class EvalResult:
             )
         if self.rejected:
             were = plural_of(self.rejected, "was", "were")
-            lines.append(f"{counted(self.rejected, 'line')} could not be read and {were} left out.")
+            lines.append(
+                f"{counted(self.rejected, 'record')} could not be read and {were} left out."
+            )
         if self.truncated:
             lines.append(
                 f"{counted(self.truncated, 'prompt')} exceeded the model's window and lost "

@@ -82,7 +82,7 @@ class ScoreSummary:
             mean = f"mean nll    {self.mean_nll:.4f} nats a token (mean over responses)\n"
         return (
             f"{counted(self.records, 'response')} scored, "
-            f"{counted(self.rejects, 'unreadable line')}{failed}\n{cut}{mean}"
+            f"{counted(self.rejects, 'unreadable record')}{failed}\n{cut}{mean}"
             f"took        {self.seconds:.1f} s, {counted(fresh, 'response token')}{rate}{before}\n"
             f"statistics  {self.path}"
         )

@@ -467,7 +467,7 @@ def test_score_writes_one_line_a_record(run: CommandLine, tmp_path: Path) -> Non
     source = write(tmp_path / "in.jsonl", [*quiz(5), b"{broken"])
     done = run("score", source, "--out", tmp_path / "s.jsonl")
     assert (done.status, done.err) == (0, SMALL_MODEL)
-    assert "5 responses scored, 1 unreadable line\n" in done.out
+    assert "5 responses scored, 1 unreadable record\n" in done.out
     assert str(tmp_path / "s.jsonl") in done.out
     lines = read(tmp_path / "s.jsonl")
     assert [line.get("id") for line in lines] == ["r0", "r1", "r2", "r3", "r4", None]

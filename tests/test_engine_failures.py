@@ -124,7 +124,9 @@ def test_where_nothing_got_a_reply_no_figure_is_made_up(tmp_path: Path, command:
         assert "3 questions got no reply from the engine and were left out." in said
     else:
         said = str(score_file(source, out, EngineConfig(), engine=engine))
-        assert said.startswith("0 responses scored, 0 unreadable lines, 3 not answered by the engi")
+        assert said.startswith(
+            "0 responses scored, 0 unreadable records, 3 not answered by the engi"
+        )
         assert "mean nll" not in said
     assert "nan" not in said
 

@@ -128,7 +128,7 @@ def test_unreadable_lines_are_left_out_and_said(
     path.write_text(json.dumps(choice("A", "A")) + "\n{broken\n")
     result = evaluate(EvalConfig(str(path)), engine=oracle())
     assert (result.overall.total, result.rejected) == (1, 1)
-    assert "1 line could not be read and was left out" in str(result)
+    assert "1 record could not be read and was left out" in str(result)
     (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert said.startswith(f"{path}, line 2: ")
 

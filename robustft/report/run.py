@@ -27,7 +27,7 @@ _SMALL = "a small model that the package carries: good for a first look, not for
 _FILES = {
     "cleaned": "the training set: same schema and field order as the input",
     "verdicts.jsonl": "one line a record: verdict, score, action, experts, neighbours, reason",
-    "rejects.jsonl": "input lines that could not be read, with the reason",
+    "rejects.jsonl": "input records that could not be read, with the reason",
     "manifest.json": "command, versions, models, counts, seconds, tokens",
     "run.sqlite": "every opinion of every expert; a resumed run asks nothing twice",
 }

@@ -64,7 +64,7 @@ class TrainResult:
             f"{self.history.tokens:,} tokens"
         ]
         if self.rejected:
-            lines.append(f"left out      {counted(self.rejected, 'line')} that could not be read")
+            lines.append(f"left out      {counted(self.rejected, 'record')} that could not be read")
         if self.shortened:
             lines.append(f"cut           {counted(self.shortened, 'record')}, to the cutoff")
         model = None if self.model == DEFAULT_MODEL else self.model
@@ -217,7 +217,7 @@ rendered as in training: `robustft eval TEST_FILE --model MODEL --adapter {confi
 
 
 def _read(source: RecordSource, tokenizer: Any, cutoff: int) -> tuple[TrainingSet, int]:
-    """The tokenised training set and the number of lines that could not be read."""
+    """The tokenised training set and the number of records that could not be read."""
     rejected = 0
 
     def readable() -> Iterator[Record]:
