@@ -362,6 +362,15 @@ def test_a_run_that_could_not_judge_says_so() -> None:
     assert "could not judge" in page
     assert "looked noisy" not in page
     assert "no expert &lt;b&gt;knows&lt;/b&gt;" in page
+    nothing_judged = sample(
+        powerless=True, suspects=(), scores_clean=None, scores_noisy=None,
+        reasons={"keep: not judged": 3}, reject_reasons={"empty answer": 1},
+    )  # fmt: skip
+    text = Page(render(nothing_judged)).text
+    assert "keep: not judged" in text
+    assert "empty answer" in text
+    for empty in ("Noise score", "Confidence", "before and after", "suspicious", "No record"):
+        assert empty not in text
 
 
 def test_the_vote_is_shown() -> None:

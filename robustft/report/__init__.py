@@ -56,10 +56,11 @@ def write_report(path: Path, summary: ReportData) -> None:
 def render(summary: ReportData) -> str:
     """The report's HTML, a complete document in UTF-8."""
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    suspects = suspects_section(summary.suspects, summary.counts.noisy)
     sections = (
         _outcome(summary),
         _figures(summary),
-        suspects_section(summary.suspects, summary.counts.noisy),
+        "" if summary.powerless else suspects,
         _experts(summary),
         _run(summary),
     )
@@ -142,8 +143,19 @@ def _notes(summary: ReportData) -> str:
 
 
 def _figures(summary: ReportData) -> str:
-    """The drawn figures, each in a card, each with what it says when it is empty."""
+    """The drawn figures, each in a card, each with what it says when it is empty.
+
+    Without verdicts, the reasons alone.
+    """
     counts = summary.counts
+    why = _card(
+        "Why records went where they did",
+        "",
+        _counted(summary.reasons) + _counted(summary.reject_reasons),
+        "No reason was recorded.",
+    )
+    if summary.powerless:
+        return _seen(why)
     cards = [
         _card(
             "Noise score",
@@ -178,12 +190,7 @@ def _figures(summary: ReportData) -> str:
             else "",
             "Only lettered answers are counted here, and there is none.",
         ),
-        _card(
-            "Why records went where they did",
-            "",
-            _counted(summary.reasons) + _counted(summary.reject_reasons),
-            "No reason was recorded.",
-        ),
+        why,
     ]
     if table := confusions_table(summary.confusions):
         cards.append(
@@ -195,6 +202,10 @@ def _figures(summary: ReportData) -> str:
                 "",
             )
         )
+    return _seen(*cards)
+
+
+def _seen(*cards: str) -> str:
     return f"<section><h2>What the run saw</h2><div class='cards'>{''.join(cards)}</div></section>"
 
 
