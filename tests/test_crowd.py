@@ -15,6 +15,7 @@ from robustft.crowd import labels as crowd_of_labels
 from robustft.crowd import learners, open_answers, pool
 from robustft.crowd.judgement import Floats
 from robustft.crowd.pool import Given, Noise, skill, transition
+from robustft.detection.detectors import NO_BETTER_THAN_CHANCE
 
 
 def auroc(wrong: np.ndarray, score: np.ndarray) -> float:
@@ -151,6 +152,24 @@ def test_a_fine_tuned_expert_is_heard_for_what_it_knows() -> None:
     muted = crowd.judge_labels({}, labels, 3, taught, guessing)
     assert muted.weights["tuned"] == 0.0
     np.testing.assert_array_equal(muted.wrong, alone.wrong)
+
+
+@pytest.mark.parametrize(("accuracy", "count"), [(0.9, 24), (0.5, 150)])
+def test_so_many_records_are_needed_to_stand_out(accuracy: float, count: int) -> None:
+    """What the warning of a run in which nobody does tells its user."""
+    told = f"right in {accuracy:.0%}".replace("%", " %")
+    assert told in NO_BETTER_THAN_CHANCE
+    assert f"from {count} " in NO_BETTER_THAN_CHANCE
+    rng = np.random.default_rng(0)
+    heard = {count: 0, count // 3: 0}
+    for records in heard:
+        for _ in range(100):
+            truth = rng.integers(4, size=records)
+            said = np.log(opinions(truth, accuracy, 4, rng))
+            labels = flipped(truth, 0.3, 4, rng)
+            heard[records] += skill(said, Given(labels, 4)) > crowd_of_labels._SIGNIFICANT
+    assert heard[count] >= 85
+    assert heard[count // 3] <= 60
 
 
 def test_a_liking_for_one_option_is_no_skill() -> None:

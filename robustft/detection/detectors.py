@@ -26,8 +26,9 @@ from robustft.terminal import counted, plural_of
 
 NO_BETTER_THAN_CHANCE = (
     "agreement with the given answers is no more than chance would give: nothing was changed. "
-    "More records (a few dozen tell little) or a stronger model (--model) may help; "
-    "--detector paper trusts the model's word regardless"
+    "More records or a stronger model (--model) may help (with four options and 30 % of the "
+    "answers wrong, a model right in 90 % stands out from 24 records on, one right in 50 % from "
+    "150 on); --detector paper trusts the model's word regardless"
 )
 TEXTS_DIFFER = (
     "free texts are compared by their words, and two good answers may share few: "
