@@ -10,6 +10,8 @@ class UserError(ValueError):
     found: `data.csv, line 7, field 'options': expected a JSON list, found 'a|b|c'`.
     """
 
+    told = False  # whether that line stands on stderr already
+
 
 class EngineLost(RuntimeError):
     """The engine stopped answering in the middle of a run; what is finished is kept."""

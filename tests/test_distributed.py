@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import CommandLine, quiz, write
+from commandline import CommandLine, call, quiz, write
 from scripted import FlakyEngine, LetterEmbedder, ScriptedEngine
 
 from robustft import decisions
@@ -354,6 +354,15 @@ def test_a_process_that_fails_ends_the_others_with_its_own_words() -> None:
     with pytest.raises(UnfinishedError, match=r"^shard 0/2: is late$"):
         run_children([named])
     assert slow.process.returncode is not None
+
+
+def test_a_mistake_is_told_once_however_many_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write(tmp_path / "bad.jsonl", [{"x": 1}])
+    done = call(capsys, "clean", bad, "--out", tmp_path / "o", "--processes", "2")
+    assert done.status == 2
+    assert "no known schema has these fields: x" in done.complaint
 
 
 def test_a_process_may_say_a_line_again_but_not_after_another(

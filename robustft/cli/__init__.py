@@ -173,10 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said.flush()
         if said.lost is not None and not isinstance(said.lost, BrokenPipeError):
             return _fail(OTHER, f"stdout: {said.lost.strerror}; all but the words is done")
-    except UnfinishedError as error:
-        return _fail(UNFINISHED, str(error))
     except UserError as error:
-        return _fail(USER, str(error))
+        status = UNFINISHED if isinstance(error, UnfinishedError) else USER
+        return status if error.told else _fail(status, str(error))
     except KeyboardInterrupt as error:
         after = "run the same command again to resume" if resumable else "no output was written"
         if isinstance(error, _TerminatedError):

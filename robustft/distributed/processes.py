@@ -127,9 +127,13 @@ def _finished(child: _Child) -> bool:
         raise UserError(f"shard {child.name}: killed {_TRIES} times (by {-status}); out of memory?")
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
-    kind = {_WRONG: UserError, _UNFINISHED: UnfinishedError}.get(status, RuntimeError)
     said = child.last.removeprefix("robustft: ").removeprefix(f"shard {child.name}: ")
-    raise kind(f"shard {child.name}: {said}")
+    kind = {_WRONG: UserError, _UNFINISHED: UnfinishedError}.get(status)
+    if kind is None:
+        raise RuntimeError(f"shard {child.name}: {said}")
+    error = kind(f"shard {child.name}: {said}")
+    error.told = True  # by the child, in the same words
+    raise error
 
 
 def _environment(index: int, count: int, *, pinned: bool) -> dict[str, str]:
