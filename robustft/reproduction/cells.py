@@ -37,6 +37,11 @@ class Cell:
     instruction: str | None = None  # in place of the usual one, at test time
     variant: str = ""  # what tells this row from others of its method
 
+    def named(self, row: str) -> str:
+        """What a line calls it that belongs to the row of this name."""
+        worded = "" if self.instruction is None else f', "{self.instruction}"'
+        return f"{row} on {self.task} at {self.noise} %, seed {self.seed}{worded}"
+
 
 @dataclass(slots=True)
 class Outcome:

@@ -40,9 +40,6 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
     speeds: dict[str, float] = {}
     lacking: defaultdict[str, list[Cell]] = defaultdict(list)
     for cell, row in cells.items():
-        name = f"{row} on {cell.task} at {cell.noise} %, seed {cell.seed}"
-        if cell.instruction is not None:
-            name += f', "{cell.instruction}"'
         try:
             work = _work(bench, cell, perplexity=study.perplexity)
             speeds = speeds or bench.shop(cell.model).speeds()
@@ -51,7 +48,7 @@ def estimate(study: Study, config: ReproduceConfig) -> str:
             continue
         total.update(dataclasses.asdict(work))
         lines.append(
-            f"  {name}: {work.read:,} tokens read, {work.written:,} written, "
+            f"  {cell.named(row)}: {work.read:,} tokens read, {work.written:,} written, "
             f"{work.trained:,} trained on"
         )
     lines += [f"  not run: {_named(some)}: {why}" for why, some in lacking.items()]

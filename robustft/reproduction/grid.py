@@ -85,8 +85,8 @@ def _run(study: Study, config: ReproduceConfig, *, alone: bool) -> dict[Cell, Ou
     with Progress(study.name, len(cells), unit="cells") as progress:
         for index, cell in enumerate(cells):
             if index % of == number:
-                print(f"robustft: {study.name}, cell {index + 1} of {len(cells)}: {names[cell]} on "
-                      f"{cell.task} at {cell.noise} %", file=sys.stderr, flush=True)  # fmt: skip
+                which = f"cell {index + 1} of {len(cells)}: {cell.named(names[cell])}"
+                print(f"robustft: {study.name}, {which}", file=sys.stderr, flush=True)
                 done[cell] = bench.run(cell, perplexity=study.perplexity)
                 if done[cell].reason and alone:
                     print(f"robustft: {done[cell].reason}", file=sys.stderr, flush=True)

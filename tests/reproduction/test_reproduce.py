@@ -481,7 +481,7 @@ def written_table(
 
 
 def test_a_table_over_seeds_against_hand_computed_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = {"vanilla": (50, 50, 50), "sft": (60, 62, 64), "robustft": (72, 75, 78)}
     config = ReproduceConfig(
@@ -490,6 +490,8 @@ def test_a_table_over_seeds_against_hand_computed_numbers(
     table, notes = written_table(
         config, lambda cell: {"all": (right[cell.method][cell.seed], 100)}, monkeypatch
     )
+    said = capsys.readouterr().err
+    assert "robustft: table1, cell 9 of 9: RobustFT (ours) on fpb at 30 %, seed 2\n" in said
     # Student's t with two degrees of freedom, 4.303, times 2 / sqrt(3) and 3 / sqrt(3); Wilson's
     # interval of 50 of 100 where the seeds agree.
     assert table == [
