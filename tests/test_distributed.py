@@ -430,3 +430,12 @@ def test_the_commands(run: CommandLine, tmp_path: Path, source: Path) -> None:
     assert told.index("truth  ") < told.index("next:")
     for wrong in ("2/2", "x", "1", "a/2", "0/0"):
         assert "expected I/N" in run.refused(*arguments, "--shard", wrong)
+
+
+def test_merge_reads_a_truth_in_the_schema_of_the_shards(run: CommandLine, tmp_path: Path) -> None:
+    names = {"question": "Q", "options": "O", "answer": "L"}
+    renamed = [{names.get(key, key): value for key, value in row.items()} for row in quiz(20)]
+    source, out = write(tmp_path / "in.jsonl", renamed), tmp_path / "out"
+    options = ("--detector", "paper", "--schema", "choice:Q,O,L", "--shard", "0/1")
+    assert run("clean", source, "--out", out, *options).status == 0
+    assert "0 of 20 given answers are wrong" in run("merge", out, "--truth", source).out

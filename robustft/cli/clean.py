@@ -139,14 +139,16 @@ def _run_ray(options: argparse.Namespace, config: CleanConfig) -> int:
 
 def run_merge(options: argparse.Namespace) -> int:
     """`robustft merge`; the exit status."""
-    from robustft.distributed import merge
+    from robustft.distributed import config_of_shards, merge
 
+    folders = list(map(Path, options.folders))
     if options.truth:
         from robustft.truth import check
 
-        check(options.truth)
+        options.schema = config_of_shards(folders[0]).schema
+        check(options.truth, schema=options.schema)
     result = merge(
-        list(map(Path, options.folders)), optional_path(options.out), data=options.input,
+        folders, optional_path(options.out), data=options.input,
         second_opinion=options.second_opinion,
     )  # fmt: skip
     return _conclude(result, options)

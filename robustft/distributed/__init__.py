@@ -302,6 +302,11 @@ def merge(
         return finish(config, source, parts(), corpus, conclusion, plan.models, watch)
 
 
+def config_of_shards(folder: Path) -> CleanConfig:
+    """What the shards in an output folder, or in the one that holds it, were started with."""
+    return read_plan(_root(folder)).config
+
+
 def _root(folder: Path) -> Path:
     """The output folder that holds this one, or this one."""
     for root in (folder, folder.parent.parent):
