@@ -455,6 +455,10 @@ def test_schema_by_majority_and_by_name(tmp_path: Path) -> None:
         ("qa:Frage,Antwort", {"Frage": "a?", "Antwort": "b"}, ("a?", None, "b"), "c", "Antwort"),
         ("qa:Frage, Antwort", {"Frage": "a?", "Antwort": "b"}, ("a?", None, "b"), "c", "Antwort"),
         ("qa:Q, A ", {"Q": "a?", " A ": "b"}, ("a?", None, "b"), "c", " A "),
+        (
+            "qa:Question, in full, Label,s", {"Question, in full": "a?", "Label,s": "b"},
+            ("a?", None, "b"), "c", "Label,s",
+        ),
         ("prompt-completion:x,y", {"x": "a?", "y": 1}, ("a?", None, "1"), "2", "y"),
         ("alpaca:do,say", {"do": "a?", "input": "i", "say": "b"}, ("a?", None, "b"), "c", "say"),
         ("alpaca:do,on,to", {"do": "a?", "on": "i", "to": "b"}, ("a?\n\ni", None, "b"), "c", "to"),

@@ -12,7 +12,7 @@ import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import isfinite
@@ -447,6 +447,18 @@ def kind_of(name: str) -> str:
     return name.partition(":")[0]
 
 
+def _between_commas(listed: str, known: Container[str]) -> list[str]:
+    """The fields that are listed; a comma may belong to the name of a known one."""
+    parts, fields = listed.split(","), []
+    while parts:
+        several = (",".join(parts[:count]) for count in range(1, len(parts) + 1))
+        found = ((one, name) for one in several for name in (one, one.strip()) if name in known)
+        taken, name = next(found, (parts[0], parts[0].strip()))
+        fields.append(name)
+        parts = parts[taken.count(",") + 1 :]
+    return fields
+
+
 def _with_fields(name: str, found: Iterable[str]) -> Schema:
     """The schema "KIND:FIELD,FIELD"; `found` are the fields of the input.
 
@@ -456,8 +468,7 @@ def _with_fields(name: str, found: Iterable[str]) -> Schema:
     too many.
     """
     kind, _, listed = name.partition(":")
-    known = set(found)
-    fields = [one if one in known else one.strip() for one in listed.split(",")]
+    fields = _between_commas(listed, set(found))
     name = f"{kind}:{','.join(fields)}"
     expected = {"choice": (2, 3), "alpaca": (2, 3), "messages": (1,), "sharegpt": (1,)}
     numbers = expected.get(kind, (2,))
