@@ -192,7 +192,7 @@ class Announcement:
 
     records: int
     rejects: int
-    schema: str  # and the fields it reads
+    schema: str  # and the fields it reads, and what answers are called that are no letters
     models: Models
     resumed: bool
     limit: int | None = None  # at most so many records are read
@@ -212,6 +212,7 @@ class Announcement:
     ) -> Announcement:
         """What is known of an input that was read."""
         schema = f"{source.schema} ({', '.join(source.layout.fields)})"
+        schema += f"; answers {source.called}" * bool(source.called)
         some = intake.unit(0)
         free = config.detector != "paper" and 2 * sum(map(is_free_text, some)) > len(some)
         return cls(

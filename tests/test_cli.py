@@ -333,6 +333,25 @@ def test_an_input_that_may_go_on_is_told(
     assert f"robustft: {told}, read as choice (" in done.err
 
 
+@pytest.mark.parametrize(
+    ("options", "answer", "called"),
+    [
+        (["red", "green", "blue"], 1, "; answers 0, 1, 2 are called A, B, C"),
+        ({"label": ["1", "2"], "text": ["x", "y"]}, "2", "; answers 1, 2 are called A, B"),
+        ({"label": ["A", "B"], "text": ["x", "y"]}, "B", ""),
+        (["red", "green"], "green", ""),
+    ],
+)
+def test_clean_says_what_it_calls_answers_that_are_no_letters(
+    run: CommandLine, tmp_path: Path, options: object, answer: object, called: str
+) -> None:
+    rows = [{"question": f"{n}?", "options": options, "answer": answer} for n in range(8)]
+    rows[0]["answer"] = 0 if answer == 1 else answer  # counted from 0
+    source = write(tmp_path / "in.jsonl", rows)
+    done = run("clean", source, "--out", tmp_path / "out", "--detector", "paper")
+    assert f"robustft: 8 records, read as choice (question, options, answer){called}\n" in done.err
+
+
 def test_another_detector_is_told(run: CommandLine, source: Path, tmp_path: Path) -> None:
     again = ("clean", source, "--out", tmp_path / "out", "--detector")
     resuming = "robustft: resuming; what was asked before is not asked again"

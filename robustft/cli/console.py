@@ -21,7 +21,7 @@ def print_announcement(known: Announcement) -> None:
     read = counted(known.records + known.rejects, "record")
     if known.limit == known.records:
         read = f"the first {read}, by --limit {known.limit}"
-    print(f"robustft: {read}{bad}, read as {known.schema}", file=sys.stderr)
+    print(printable(f"robustft: {read}{bad}, read as {known.schema}"), file=sys.stderr)
     print(
         printable(f"robustft: experts: {known.models.model}; embeddings: {known.models.embedder}"),
         file=sys.stderr,

@@ -19,7 +19,14 @@ from robustft.progress import Progress
 from robustft.records.columnar import ColumnReader
 from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
 from robustft.records.framing import MAX_LINE_BYTES, Place, Reject, reject, short
-from robustft.records.schemas import LETTERS, Context, Schema, find_schema, kind_of
+from robustft.records.schemas import (
+    LETTERS,
+    ChoiceSchema,
+    Context,
+    Schema,
+    find_schema,
+    kind_of,
+)
 from robustft.records.sources import open_reader
 from robustft.terminal import printable
 
@@ -118,7 +125,7 @@ class RecordSource:
     "hub"; `schema` names the schema in use, `kind` the same without fields of other names; `fields`
     are the columns, or the fields of the first rows where rows may differ; `suffix` ends the name
     of an output of the same format, such as ".jsonl.gz"; `limit` is how many records it stops
-    after, None where it does not.
+    after, None where it does not; `called` tells the letters of answers that are none in the file.
     """
 
     def __init__(
@@ -133,6 +140,7 @@ class RecordSource:
         self.reader = reader
         self.layout = schema
         self.limit = limit
+        self.called = ""
         self._hash: str | None = None
 
     def __iter__(self) -> Iterator[Record | Reject]:
@@ -309,6 +317,8 @@ def open_records(
     first: Reject | None = None
     for item in source if layout else reader.rows():
         if isinstance(item, Record):
+            if isinstance(layout, ChoiceSchema):
+                source.called = layout.called(item.row)
             return source
         if isinstance(item, Reject):
             rejected, first = rejected + 1, first or item

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from robustft.errors import UserError
 from robustft.records.formats import BadRowError, dump_json, has_nan, load_json, type_name
 from robustft.records.framing import MAX_LINE_BYTES, field_names, short
-from robustft.terminal import printable
+from robustft.terminal import listed, printable
 
 _log = logging.getLogger("robustft")
 LETTERS = string.ascii_uppercase
@@ -237,6 +237,16 @@ class ChoiceSchema:
                 given[:at] + (letter if given[at].isupper() else letter.lower()) + given[at + 1 :]
             )
         return {self.answer: value}
+
+    def called(self, row: Mapping[str, Any]) -> str:
+        """`1, 2, 3 are called A, B, C`, where the answers of a row are such; else nothing."""
+        labels, options = self._offered(row)
+        letters = LETTERS[: len(options)]
+        _, form = self._position(row[self.answer], labels, options)
+        written = [str(self.changes(row, letter)[self.answer]) for letter in letters]
+        if form not in ("label", "index") or written == list(letters):
+            return ""
+        return f"{listed([short(one, 10) for one in written])} are called {listed(letters)}"
 
     def tuned(self, rows: Iterable[Mapping[str, Any]], where: str) -> ChoiceSchema:
         """Return this schema with `base` and `digits` as a sample of rows, from `where`, suggests.
