@@ -289,11 +289,13 @@ def settle(judged: Judged, selection: Selection, refusal: Callable[[str], str | 
         else:
             judged.action, judged.answer = "relabel", label.answer
             judged.cause = "new label"
-    parts = [judged.detection.reason, refused or judged.cause]
+    parts = [judged.detection.reason]
+    if not judged.detection.reason.startswith(judged.cause):  # "not judged: base: no reply"
+        parts.append(refused or judged.cause)
     if label is not None and label.answer is not None:
         parts.append(f"{label.reason}: {label.answer}{_confidence(judged, label, selection)}")
     elif label is not None:
-        parts[1] = label.reason
+        parts[1:] = [label.reason]
     judged.reason = "; ".join(parts)
 
 

@@ -41,6 +41,7 @@ def test_a_resumed_run_is_the_run_that_never_failed(
     assert [line["id"] for line in lines] == [f"r{i}" for i in range(80)]
     unjudged = [line for line in lines if line["reason"].startswith("not judged")]
     assert all(line["action"] == "keep" and REASON in line["reason"] for line in unjudged)
+    assert all(line["reason"].count("not judged") == 1 for line in unjudged)
     assert sum(result.counts[a] for a in ("keep", "relabel", "drop")) == 80
 
     clean(source, tmp_path / "out", ScriptedEngine(), detector)
