@@ -34,9 +34,12 @@ _TOKEN = re.compile(
       |(?P<word>[^\W\d_]+)|(?P<raised>⁻?[⁰¹²³⁴-⁹]+)|(?P<power>\*\*)|(?P<other>\S)""",
     re.VERBOSE | re.ASCII,
 )
-_DEGREES = re.compile(r"°|\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])")
+_DEGREES = re.compile(
+    r"°|\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])|\^\{(?:st|nd|rd|th)\}"
+)
 _TIMES = re.compile(r"(?<=\d)\s[xX]\s(?=\d)")
 _SUM = re.compile(r"[-+±=<>≤≥≠,]")
+_HELD = re.compile(r"\(([^()]*)\)")
 _THOUSANDS = re.compile(r"(?<![\d.])([1-9]\d{0,2})((?:(?:,|\{,\}|\\,|,?\\!)\d{3})+)(?![\d,])")
 _SAME = {
     "times": "*", "cdot": "*", "ast": "*", "×": "*", "·": "*", "⋅": "*", "div": "/", "÷": "/",
@@ -48,7 +51,7 @@ _SAME = {
 _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
 _RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _CLOSES = {"{": ("}",), "(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",)}
-_UNIT_WORD = r"(?!(?:or|and|to)\b)(?:[A-Za-z]{2,}|[mgsLhJNWVKCF])(?:\^\{?-?\d\}?|[²³])?\.?"
+_UNIT_WORD = r"(?!(?:or|and|to|pi)\b)(?:[A-Za-z]{2,}|[mgsLhJNWVKCF])(?:\^\{?-?\d\}?|[²³])?\.?"
 _UNIT = re.compile(
     rf"""(?:\\[,;:!\s]|\s|~)*(?:\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox)\s*
         \{{(?!\s*(?:or|and|to)\b)[^{{}}\d]*\}}(?:\^\{{?-?\d\}}?|[²³])?|(?<=[\s~\d]){_UNIT_WORD}
@@ -57,7 +60,10 @@ _UNIT = re.compile(
 )
 _WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}\Z")
 _MEASURED = re.compile(r"\d|√|π|\\(?:pi|sqrt)")
-_SIGNS = re.compile(r"\\(?:[A-Za-z]|\{)|\d\s*(?:\^|\*\*)|\^\s*[\d({]|[√∛∜∞±∪∩²³⁴-⁹]")
+_SIGNS = re.compile(
+    r"(?<![A-Za-z])(?:sqrt|log|ln|sin|cos|tan)\s?[(\d]|\dpi\b|\\(?:[A-Za-z]|\{)|\d\s*(?:\^|\*\*)"
+    r"|\^\s*[\d({]|[√∛∜∞±∪∩²³⁴-⁹]"
+)
 _ALGEBRA = re.compile(r"(?:[^\W\d_](?![^\W\d_])|\d|[-−+*/=<>≤≥≠^()\[\],.\s|])+")
 _HALF_OPEN = re.compile(r"\s*(?:\[[^\[\](),]+,[^\[\](),]+\)|\([^\[\](),]+,[^\[\](),]+\])\s*")
 _VARIABLE = re.compile(r"[=<>≤≥≠^].*[^\W\d_]|[^\W\d_].*[=<>≤≥≠^]|[a-zα-ω]")
@@ -160,7 +166,8 @@ def _tokens(text: str) -> Iterable[str]:
         elif match["command"]:
             yield _SAME.get(match["command"], f"\\{match['command']}")
         elif match["word"]:
-            yield from [match[0]] if len(match[0]) == 1 else [match[0].casefold()]
+            word = match[0] if len(match[0]) == 1 else match[0].casefold()
+            yield _SAME[word] if word in ("sqrt", "pi") else word
         else:
             yield _SAME.get(match[0], match[0])
 
@@ -216,6 +223,8 @@ class _Reader:
                 self.position += 1
                 index = self._bracket("[").text
             inner = self._one()
+            if (held := _HELD.fullmatch(inner.text)) and not _SUM.search(held[1]):
+                inner = inner._replace(text=held[1])  # "√(2)" is "√2"
             worth = _root(inner.worth) if not index else None
             return _Node(f"√{index}{_bound(inner)}" if worth is None else spell(worth), worth)
         if _PLAIN.fullmatch(token):

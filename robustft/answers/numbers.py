@@ -53,22 +53,29 @@ _RANGE = re.compile(r"(\d+(?:\.\d+)?)\s?[-–]\s?(\d+(?:\.\d+)?)")
 _PLAINLY = re.compile(r"[$€£¥%]|(?<=\d),(?=\d{3}(?!\d))")
 _ITEM = r"[$€£¥(]?[-−]?\.?\d(?:[\d.,/]*\d)?\s?%?"
 _JOINS = r"(?:[,;&]|\b(?:or|and|to|through|oder|und|bis|ou|et|o|y|或|和)\b)"
-_NAMED = r"(?:[a-z]\s?=\s?)?"  # "x = 5 or x = 7"
+_NAMED = r"(?:\$?[a-z]\s?=\s?)?"  # "x = 5 or x = 7"
+_UNIT = r"\s?[^\W\d_]{1,12}"
+_MEASURE = r"""\s?(?:hours?|h|minutes?|mins?|seconds?|days?|weeks?|months?|years?|feet|foot|ft
+    |inch(?:es)?|yards?|miles?|pounds?|lbs?|ounces?|oz|dollars?|cents?|euros?|km|cm|mm|kg|[mg])\b"""
 _AND_MORE = re.compile(
-    rf"""(?:\s?[^\W\d_]{{1,12}})?\s?{_JOINS}\s{_NAMED}{_ITEM}
-        (?:\s?,?\s{_JOINS}?\s?{_ITEM})*(?=[^\w=+*/^]{{0,4}}(?:\n|\Z))
+    rf"""\$?(?:(?:{_UNIT})?\s?{_JOINS}\s{_NAMED}{_ITEM}(?:\s?,?\s{_JOINS}?\s?{_ITEM})*
+          |{_MEASURE},?\s(?:and\s)?{_ITEM}{_MEASURE})(?=[^\w=+*/^]{{0,4}}(?:\n|\Z))
         |(?<=\b\d\d\d)(?:[ ]\d{{3}}\b)+""",
     re.VERBOSE,
 )
 _MORE_BEFORE = re.compile(
-    rf"""(?<![\w.])(?:{_ITEM},\s){{0,9}}{_ITEM}\s?(?:[,;]\s)?{_JOINS}\s{_NAMED}[$€£¥]?\Z
+    rf"""(?<![\w.])(?:{_ITEM},\s){{0,9}}{_ITEM}\$?
+        (?:{_MEASURE},?\s(?:and\s)?|\s?(?:[,;]\s)?{_JOINS}\s{_NAMED}[$€£¥]?)\Z
         |(?:\b\d{{3}}[ ])+\Z""",
     re.VERBOSE,
 )
 _DENIED = re.compile(r"\b(?:not|nicht|pas|niet|не)\s[$€£¥]?\Z", re.IGNORECASE)
 _MATHS = re.compile(r"[\s*_:]*(?:\$\$?|\\\(|\\\[)\s*([^\n$]+?)\s*(?:\$|\\\)|\\\])(?!\d)")
+_CLAUSE_ENDS = re.compile(r"[.,;](?:\s|\Z)")
 _TUPLE = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
-_PROSE = re.compile(r"(?<![\\A-Za-z{])[^\W\d_]{2,}")
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z{])(?!(?:sqrt|pi|log|ln|sin|cos|tan|exp)(?![A-Za-z]))[^\W\d_]{2,}"
+)
 _LOW = "one|two|three|four|five|six|seven|eight|nine"
 _TEENS = "ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen"
 _TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
@@ -132,6 +139,11 @@ def parse_final_number(reply: str) -> Parsed:
         maths = None if boxed else _MATHS.match(reply, begin, stop)
         if maths and "boxed" not in maths[1] and is_formula(maths[1]):
             return _formula(reply, *maths.span(1))
+        clause = _CLAUSE_ENDS.search(reply, begin, stop)
+        end = begin + len(reply[begin : clause.start() if clause else stop].rstrip(" *_$"))
+        said = reply[begin:end]
+        if "=" not in said and is_formula(said) and not _PROSE.search(said):
+            return _formula(reply, begin, end)
         number = next(find_numbers(reply, begin, stop), None)
         if number is not None:
             return _whole(reply, _result(reply, begin, stop, number), begin, stop)
@@ -183,7 +195,11 @@ def _whole(reply: str, number: re.Match[str], low: int, high: int) -> Parsed:
     more = _AND_MORE.match(reply, stop, high)
     if before or more:
         begin, stop = low + before.start() if before else begin, more.end() if more else stop
-        return Parsed(reply[begin:stop].rstrip(), begin, begin + len(reply[begin:stop].rstrip()))
+        listed = reply[begin:stop].rstrip()
+        told = [_own(one) for one in find_numbers(listed)]
+        if len({one.answer for one in told}) == 1:  # "18 or 18.0"
+            return told[0].moved(begin)
+        return Parsed(listed, begin, begin + len(listed))
     if text == number[0]:
         return _own(number)
     bare = text.strip("()[]{}$ ")
