@@ -69,7 +69,7 @@ _DENIED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LINE = re.compile(
-    r"""[\s*_>\#"'`“‘-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{]?)(?P<letter>[A-Za-z])(?![\w'’])
+    r"""[\s*_>\#"'`“‘-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{]{0,2})(?P<letter>[A-Za-z])(?![\w'’])
         (?P<close>[)\]}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
     re.VERBOSE,
 )

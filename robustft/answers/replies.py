@@ -37,11 +37,11 @@ QUOTES = "\"'`“”‘’"
 # "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####",
 # and "answer" in other languages that models reply in.
 MARKER = re.compile(
-    r"""\b(?<!</)(?:answers?|(?:correct|right|best|final|my)\s(?:option|choice|letter))\b
+    r"""\b(?<!</)(?:answers?|(?:correct|right|best|final|my|selected|chosen)\s(?:option|choice|letter))\b
         (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
         [ \t*_"'`)\]]{0,8}
         (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
-      |\\(?:boxed|fbox)\{|\#\#\#\#|\bI\s(?:would\s)?(?:choose|pick|select|go\swith)\b
+      |\\(?:boxed|fbox)\{|\#\#\#\#|\bI(?:\swould|['’]d)?\s(?:choose|pick|select|say|go\swith)\b
       |\b(?:antwort|respuesta|réponse|resposta|risposta|antwoord|odpowiedź|svar|cevap|jawaban
         |đáp\sán|ответ|відповідь|الإجابة|الجواب|उत्तर)\b
         (?:\s(?:correct[ae]|corretta|correta|exacte|juste|finale?)\b)?
