@@ -198,13 +198,22 @@ class CleanConfig:
         named = isinstance(runs, tuple) and all(isinstance(run, str) for run in runs)
         _require(named, "second_opinion", "a tuple of strings", runs)
         heard = "crowd or panel where there are second opinions: the paper's rule hears none"
-        _require(not self.second_opinion or self.detector != "paper", "detector", heard,
-                 self.detector)  # fmt: skip
+        _require(not self.second_opinion or self.votes, "detector", heard, self.detector)
         if self.tuned.folds:
             here = "transformers where folds are fine-tuned, which happens in this process"
             _require(self.engine.engine == "transformers", "engine", here, self.engine.engine)
             heard = "crowd where folds are fine-tuned, which learn from the given answers"
-            _require(self.detector == "crowd", "detector", heard, self.detector)
+            _require(self.learners, "detector", heard, self.detector)
+
+    @property
+    def votes(self) -> bool:
+        """Whether everyone who was heard has a vote, as by every detector but the paper's rule."""
+        return self.detector != "paper"
+
+    @property
+    def learners(self) -> bool:
+        """Whether learners, fitted to the given answers, are among the voters."""
+        return self.detector == "crowd"
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it resumes, as flat JSON values."""

@@ -41,10 +41,10 @@ _CERTAIN = 0.7  # an answer found clean is kept at any rate where it is right wi
 
 def make_detector(config: CleanConfig) -> Detector:
     """The detector that a configuration names."""
-    if config.detector == "paper":
+    if not config.votes:
         return PaperDetector()
     others = SecondOpinions(config.second_opinion).names
-    return CrowdDetector(others, learners=config.detector == "crowd")
+    return CrowdDetector(others, learners=config.learners)
 
 
 def conclude(

@@ -118,9 +118,9 @@ def estimate(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Beside the models: noisy, selected, wrong, nll, evidence and opinions, and the index's codes.
     memory = records * (256 + embedder.dimensions)
-    if config.detector == "crowd":  # the learners' copies of the embeddings, in float64
+    if config.learners:  # their copies of the embeddings, in float64
         memory += min(records, _LEARNT_AT_ONCE) * 12 * embedder.dimensions
-    alike = config.detector == "crowd" and len(result.options) == 1
+    alike = config.learners and len(result.options) == 1
     pair = _seconds_a_pair(embedder.dimensions, config.threads) / 3600
     search = pair * _pairs(config, records, noisy, alike=alike)
     vote = pair * _pairs(config, records, 0.0, alike=alike)
@@ -134,7 +134,7 @@ def estimate(
         hours=share * seconds / 3600 + search,
         least_hours=(
             share * (seconds - result.seconds["relabel"]) / 3600 + vote
-            if config.detector != "paper"
+            if config.votes
             else share * seconds / 3600 + search
         ),
         search_hours=search,

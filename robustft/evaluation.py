@@ -18,6 +18,7 @@ import orjson
 from robustft.answers import answer_kind, matches, parse
 from robustft.config import EvalConfig
 from robustft.engines import Engine, Failure, Prompt
+from robustft.engines.encoding import cuts_told
 from robustft.engines.factory import load_engine
 from robustft.files import spare
 from robustft.metrics import Tally, macro_f1
@@ -105,10 +106,7 @@ class EvalResult:
                 f"{counted(self.rejected, 'record')} could not be read and {were} left out."
             )
         if self.truncated:
-            lines.append(
-                f"{counted(self.truncated, 'prompt')} exceeded the model's window and lost "
-                f"{plural_of(self.truncated, 'its', 'their')} middle."
-            )
+            lines.append(f"{cuts_told(self.truncated)}.")
         largest = sorted(self.categories.items(), key=lambda one: (-one[1].total, one[0]))
         for name, tally in sorted(largest[:_SHOWN]):
             low, high = tally.interval

@@ -18,6 +18,7 @@ from robustft.decisions import select
 from robustft.detection import Conclusion
 from robustft.embedding import TextEmbedder
 from robustft.engines import Abilities, Engine
+from robustft.engines.encoding import cuts_told
 from robustft.exchange import exchange
 from robustft.next_steps import to_train_and_evaluate
 from robustft.outputs import METHOD, command, identity, read_manifest, write_manifest
@@ -123,10 +124,7 @@ def finish(
             "no answer; raise it"
         )
     if truncated:
-        result.warn(
-            f"{counted(truncated, 'prompt')} exceeded the model's window and lost "
-            f"{plural_of(truncated, 'its', 'their')} middle"
-        )
+        result.warn(cuts_told(truncated))
     if result.unanswered:
         # What shards have built on together stays.
         again = "; the same command asks those questions again" if shards[0].of == 1 else ""

@@ -64,7 +64,7 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
         print(estimate(config))
         if config.tuned.folds:
             print("not counted   the training of --folds")
-        if config.detector == "crowd":
+        if config.learners:
             print("not counted   fitting the crowd's learners, where records share their options: "
                   "about 3 s for every 1,000 records, 2 minutes at most")  # fmt: skip
         return DONE

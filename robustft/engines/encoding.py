@@ -16,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from robustft.engines import Prompt
 from robustft.errors import UserError
+from robustft.terminal import counted, plural_of
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -26,6 +27,14 @@ _REPLY = -1  # stands for the reply where others are messages' numbers
 # Prompts encoded in one turn, and their characters: some milliseconds, in which others wait.
 _MOST_PROMPTS = 16
 _MOST_CHARACTERS = 50_000
+
+
+def cuts_told(count: int) -> str:
+    """What is said of prompts whose middle was cut out to fit the window."""
+    return (
+        f"{counted(count, 'prompt')} exceeded the model's window and lost "
+        f"{plural_of(count, 'its', 'their')} middle"
+    )
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
