@@ -17,15 +17,6 @@ from robustft_kernels.token_stats import native
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.fixture(params=[False, True], ids=["logits made again", "logits kept"])
-def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the backward pass finds the logits that the forward pass made."""
-    if not request.param:
-        module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
-        monkeypatch.setattr(module, "CPU_KEPT", 0)
-    return bool(request.param)
-
-
 def problem(dtype: torch.dtype, n: int = 700, vocab: int = 9001) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(n, 16, generator=generator).to(dtype)
@@ -123,7 +114,6 @@ def test_vocab_size_and_sequences() -> None:
     assert found.sequences.tokens.tolist() == [4, 15]
 
 
-@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
 def test_gradcheck(needs: tuple[bool, bool, bool]) -> None:
     torch.manual_seed(1)
@@ -142,7 +132,6 @@ def test_gradcheck(needs: tuple[bool, bool, bool]) -> None:
     assert torch.autograd.gradcheck(outputs, (h, w, b))
 
 
-@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("rows", [3, 100])
 @pytest.mark.parametrize("n", [8, 0])
 def test_gradient_in_one_piece_and_in_chunks(
@@ -162,9 +151,7 @@ def test_gradient_in_one_piece_and_in_chunks(
         torch.testing.assert_close(one, two.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_the_gradient_of_a_whole_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
-    monkeypatch.setattr(module, "CPU_KEPT", 0)
+def test_the_gradient_of_a_whole_weight_is_not_copied() -> None:
     hidden, weight, bias, target = problem(torch.float32, n=5, vocab=11)
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
     s = linear_token_stats(inputs[0], inputs[1], target, bias=inputs[2])
@@ -172,33 +159,6 @@ def test_the_gradient_of_a_whole_weight_is_not_copied(monkeypatch: pytest.Monkey
     _, *before = (str(node) for node, _ in s.entropy.grad_fn.next_functions if node is not None)
     assert len(before) == 2  # weight and bias
     assert all("AccumulateGrad" in node for node in before), before
-
-
-def test_a_few_logits_are_made_once(kept: bool) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Products(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            Products.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-            return func(*args, **(kwargs or {}))
-
-    hidden, weight, bias, target = problem(torch.float32, n=20, vocab=10_000)
-    inputs = [x.requires_grad_() for x in (hidden, weight)]
-    with Products():
-        s = linear_token_stats(hidden, weight, target, bias=bias)
-        loss = (s.entropy - s.logprob.nan_to_num()).sum()
-        found = torch.autograd.grad(loss, inputs, retain_graph=True)
-    assert (Products.count == 3) == kept
-    for one, two in zip(found, torch.autograd.grad(loss, inputs), strict=True):
-        assert torch.equal(one, two)  # what was kept is still there
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    log_p = (wide[0] @ wide[1].T + bias.double()).log_softmax(-1)
-    chosen = log_p.gather(1, target.clamp_min(0)[:, None])[target >= 0]
-    loss = -(log_p.exp() * log_p).sum() - chosen.sum()
-    for one, two in zip(found, torch.autograd.grad(loss, wide), strict=True):
-        torch.testing.assert_close(one, two.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_opcheck() -> None:

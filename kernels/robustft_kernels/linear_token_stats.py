@@ -31,7 +31,6 @@ from robustft_kernels.token_stats import (
     forward,
     native,
     to_numpy,
-    token_stats_op,
     triton_module,
 )
 
@@ -42,9 +41,6 @@ CPU_ROWS, CPU_COLUMNS = 2048, 3072
 CPU_FEW = 1 << 17
 # Bytes of logits at a time where whole rows are made: on a GPU, and in the backward pass.
 WORKSPACE = 256 << 20
-# Bytes of logits that a CPU keeps for the backward pass instead of making them again, the fourth of
-# four products: with their gradient they take no more than the workspace.
-CPU_KEPT = WORKSPACE // 2
 
 
 # ---- forward -----------------------------------------------------------------------------------
@@ -427,16 +423,6 @@ def _checked_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tu
     return hidden, weight
 
 
-def _keeps_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a gradient may be asked for, on a CPU, of logits that are few enough to keep."""
-    # What is compiled for one number of rows is to hold for others.
-    if not torch.is_grad_enabled() or hidden.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    size = hidden.shape[0] * weight.shape[0] * hidden.element_size()
-    return differentiable and size <= CPU_KEPT and product_dtype(hidden.dtype) == hidden.dtype
-
-
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -470,8 +456,7 @@ def linear_token_stats(
             then the logits kernel) or "fused" (one kernel; CUDA and ROCm only).
 
     Returns:
-        TokenStats, each field shaped [...]. Extra memory does not grow with N times V; for a
-        gradient a CPU keeps logits of 128 MiB at most, and none under torch.compile. On a CPU
+        TokenStats, each field shaped [...]. Extra memory does not grow with N times V. On a CPU
         with instructions for 16-bit products, and on any by "chunked", 16-bit logits are rounded
         to 16 bits as `hidden @ weight.T` would be; elsewhere they keep the float32 sums.
 
@@ -496,15 +481,16 @@ def linear_token_stats(
     if vocab_size is not None:  # even of the whole, the gradient of a slice is a copy
         weight = weight[:vocab_size]
         bias = None if bias is None else bias[:vocab_size]
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    bias = None if bias is None else bias.to(hidden.dtype)
-    ids = None if target_ids is None else target_ids.reshape(-1)
-    scale = temperature / logit_scale, cap / logit_scale
-    if design == "auto" and _keeps_logits(hidden, weight, bias):
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        found = token_stats_op(logits, ids, *scale, ignore_index, weight.shape[0])
-    else:
-        found = linear_token_stats_op(hidden, weight, ids, bias, *scale, ignore_index, design)
+    found = linear_token_stats_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        None if target_ids is None else target_ids.reshape(-1),
+        None if bias is None else bias.to(hidden.dtype),
+        temperature / logit_scale,
+        cap / logit_scale,
+        ignore_index,
+        design,
+    )
     if len(shape) != 1:
         found = tuple(column.view(shape) for column in found)
     return assemble(found, target_ids, cu_seqlens, ignore_index)
