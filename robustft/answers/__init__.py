@@ -53,7 +53,7 @@ __all__ = [
 
 Kind = Literal["choice", "number", "span", "text"]
 
-_NO_THOUGHT = re.compile(rf"{THOUGHT_BEGINS.pattern}\s*(?:{THOUGHT_ENDS.pattern})[^\S ]*")
+_NO_THOUGHT = re.compile(rf"(?:{THOUGHT_BEGINS.pattern}\s*(?:{THOUGHT_ENDS.pattern})[^\S ]*)+")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NEGATIONS = frozenset(("no", "not", "non", "never", "none", "neither", "nor", "without", "cannot"))
 _NEGATED = re.compile(
