@@ -198,6 +198,7 @@ def test_another_header_is_told_in_a_short_line(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"options": "x|y"}, "field 'options': expected a JSON list, found 'x|y'"),
+        ({"options": "['x', 'y']"}, "which is Python's notation: json.dumps writes JSON"),
         ({"options": "3"}, "field 'options': expected a list, found a number"),
         ({"options": None}, "field 'options': expected a list, found nothing (null)"),
         ({"options": ["x", None]}, "field 'options': expected text, found nothing (null)"),

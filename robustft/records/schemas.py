@@ -149,6 +149,8 @@ def _json_list(value: str, name: str) -> Any:
         return load_json(value.encode())
     except ValueError:
         hint = " with NaN, which is no JSON" if has_nan(value.encode()) else ""
+        if re.match(r"\s*[\[{]\s*'", value):
+            hint = ", which is Python's notation: json.dumps writes JSON"
         raise BadRowError(
             f"field {name!r}: expected a JSON list, found {short(value)!r}{hint}"
         ) from None
