@@ -24,7 +24,7 @@ from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.files import drafted, rename_synced, spare_input_folder, spare_others
 from robustft.finishing import Models, finish, seconds_before
-from robustft.intake import Intake, intake_folder, take_in
+from robustft.intake import Intake, intake_folder, remove_others, take_in
 from robustft.models import DEFAULT_EMBEDDER, find_embedder, find_model, is_small
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, long_lived
@@ -262,6 +262,7 @@ def run_clean(
             judged_by = config.detector
             judge_again(shard, store, target)
         store.claim(identity, free=_FREE)
+        remove_others(intake.folder)
         stack.enter_context(long_lived())
         announce(
             Announcement.of(config, source, intake, models, resumed=resumed, judged_by=judged_by)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,16 @@ def take_in(source: RecordSource, folder: Path) -> Intake:
                 facts.update(_read(source, temporary))
                 source.require_unchanged()  # what `folder` is named by
     return Intake(folder)
+
+
+def remove_others(folder: Path) -> None:
+    """Remove the intakes beside this one: of inputs with which a run was tried and did not begin.
+
+    Only for who holds the output folder.
+    """
+    for other in folder.parent.glob("input-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _read(source: RecordSource, folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from robustft.cli.settings import parse
 from robustft.config import CleanConfig
 from robustft.engines import Abilities
 from robustft.engines.factory import load_engine
+from robustft.errors import UserError
 from robustft.finishing import Models
 from robustft.models import hub_answers
 from robustft.verdicts import CleanResult
@@ -428,6 +429,23 @@ def test_a_run_that_never_began_leaves_the_folder_free(
     assert "./no" in run.refused("clean", source, "--out", out, "--model", "./no", *PAPER)
     run = CommandLine(monkeypatch, capsys)
     assert run("clean", source, "--out", out, *PAPER).status == 0
+
+
+def test_of_a_run_that_never_began_the_next_one_leaves_nothing(
+    source: Path, tmp_path: Path, run: CommandLine, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def no_engine(*_: object) -> None:
+        raise UserError("no such GPU")
+
+    clean = ("clean", source, "--out", tmp_path / "out", *PAPER)
+    monkeypatch.setattr("robustft.cleaning.load_engine", no_engine)
+    assert "no such GPU" in run.refused(*clean)
+    (read,) = (tmp_path / "out" / "phases").glob("input-*")
+    run = CommandLine(monkeypatch, capsys)
+    assert run(*clean, "--limit", 7).status == 0
+    (kept,) = (tmp_path / "out" / "phases").glob("input-*")
+    assert kept != read
 
 
 def test_a_second_run_on_a_busy_folder(run: CommandLine, source: Path, tmp_path: Path) -> None:
