@@ -668,21 +668,31 @@ def test_real_corpora(tmp_path: Path) -> None:
         ([1, 2, 3, 3], "ABCC", None),
         ([0, 2, 1], "ACB", None),
         ([0, 3, 1], "AB", "counted from 0, but both 0 and the number of options occur"),
+        ([1.0, 2.0], "BC", "counted from 0, but neither 0 nor the number of options occurs"),
+        (["x", 2.0, "1"], "A", None),  # a text; none of them is an index
     ],
 )
 def test_numbers_that_may_count_from_0_or_1(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    answers: list[int],
+    answers: list[Any],
     read: str,
     says: str | None,
 ) -> None:
     rows = [{"question": "?", "options": ["x", "y", "z"], "answer": one} for one in answers]
     source = open_records(save(tmp_path / "in.jsonl", jsonl(rows)))
     assert "".join(one.answer for one in source if isinstance(one, Record)) == read
-    assert [says in r.message for r in caplog.records if says] == [True] * bool(says)
+    assert [says is not None and says in r.message for r in caplog.records] == [True] * bool(says)
     where = f"{tmp_path / 'in.jsonl'}, field 'answer': "
     assert all(record.message.startswith(where) for record in caplog.records)
+
+
+def test_labels_are_not_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"label": ["1", "2", "3"], "text": ["x", "y", "z"]}
+    rows = [{"question": "?", "choices": options, "answerKey": one} for one in ("1", 2, "2")]
+    source = open_records(save(tmp_path / "in.jsonl", jsonl(rows)))
+    assert [one.answer for one in records(source)] == ["A", "B", "B"]
+    assert caplog.records == []
 
 
 def test_content_parts_go_in_and_come_out_as_parts(tmp_path: Path) -> None:

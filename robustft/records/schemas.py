@@ -255,22 +255,25 @@ class ChoiceSchema:
 
         The log says where it is open.
         """
-        low = high = digits = total = 0
+        low = high = digits = total = whole = 0
         for row in rows:
             try:
-                _, options = self._offered(row)
+                labels, options = self._offered(row)
                 value = field(row, self.answer)
-                _filled(text(value, self.answer), "answer", self.answer)
+                answer = _filled(text(value, self.answer), "answer", self.answer).strip()
             except BadRowError:
                 continue
-            total += 1
             number = _integer(value)
+            if answer in labels or str(number) in labels:
+                continue
+            total += 1
             if number is not None and 0 <= number <= len(options):
                 digits += 1
                 low += number == 0
                 high += number == len(options)
+                whole += isinstance(value, int)
         one_based = high > low and 2 * digits > total
-        if digits and bool(low) == bool(high):
+        if (whole or 0 < digits == total) and bool(low) == bool(high):
             both, neither = "both 0 and", "neither 0 nor"
             why = f"{both if low else neither} the number of options occur{'' if low else 's'}"
             _log.warning(
