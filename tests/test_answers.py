@@ -436,6 +436,7 @@ def test_refusals_and_empty_replies_are_no_answer(reply: str) -> None:
         ("Sure!\n\nIt is big.\nAnswer: Paris", "span", "Paris"),
         ("<think>\nIt could be Paris", "span", None),
         ("<think></think> 18. She sold 3 a day.", "number", "18"),
+        ("<think></think>\n" * 5000 + "18", "number", "18"),
         ("<think>\n\n</think>\n\n 18. She sold 3 a day.", "number", "18"),
         ("<think>\n\n</think>\n\nB because profits fell", "choice", "B"),
         ("<think>\n\n</think>\n\n Paris\n\nCapital of Spain?\n\nAnswer: Madrid", "span", "Paris"),

@@ -229,24 +229,6 @@ def test_skill_is_standard_normal_under_chance() -> None:
     assert abs(np.std(scores) - 1) < 0.15
 
 
-@pytest.mark.parametrize(("accuracy", "count"), [(0.9, 24), (0.5, 150)])
-def test_so_many_records_are_needed_to_stand_out(accuracy: float, count: int) -> None:
-    """What the warning of a run in which nobody does tells its user."""
-    told = f"right in {accuracy:.0%}".replace("%", " %")
-    assert told in NO_BETTER_THAN_CHANCE
-    assert f"from {count} " in NO_BETTER_THAN_CHANCE
-    rng = np.random.default_rng(0)
-    heard = {count: 0, count // 3: 0}
-    for records in heard:
-        for _ in range(100):
-            truth = rng.integers(4, size=records)
-            said = np.log(opinions(truth, accuracy, 4, rng))
-            labels = flipped(truth, 0.3, 4, rng)
-            heard[records] += skill(said, Given(labels, 4)) > crowd_of_labels._SIGNIFICANT
-    assert heard[count] >= 85
-    assert heard[count // 3] <= 60
-
-
 def test_a_liking_for_one_option_neither_proves_nor_hides_what_an_expert_knows() -> None:
     """Rows that lean to option 0 by 5 nats and know a little: seen; the leaning alone: not."""
     rng = np.random.default_rng(3)
