@@ -90,7 +90,8 @@ else
     say "pipeline: not run (the embedded models are not installed: requirements-models.txt)"
 fi
 
-grep -hE '^(N=|not run)' "$out"/*.log 2>/dev/null | sort -u | tee -a "$out/summary.txt"
+# Of the lines that begin with a case, those that say more than its name.
+grep -hE '^(N=.*(: |  )|not run)' "$out"/*.log 2>/dev/null | sort -u | tee -a "$out/summary.txt"
 say "took $SECONDS s; CSV files and logs in $out"
 if ((${#failed[@]})); then
     say "failed: ${failed[*]}"
