@@ -18,6 +18,10 @@
 #include <thread>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace robustft {
 
 // Thrown inside a worker when another one has failed; the caller never sees it.
@@ -77,16 +81,26 @@ class Monitor {
 // it.
 class DefaultArithmetic {
   public:
+    DefaultArithmetic(const DefaultArithmetic&) = delete;
+    DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
+
+#if defined(__x86_64__)
+    // The x87's part, which nothing here computes with, would take 18 times as long.
+    DefaultArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+    ~DefaultArithmetic() { _mm_setcsr(before_); }
+
+  private:
+    unsigned before_;
+#else
     DefaultArithmetic() {
         std::fegetenv(&before_);
         std::fesetenv(FE_DFL_ENV);
     }
     ~DefaultArithmetic() { std::fesetenv(&before_); }
-    DefaultArithmetic(const DefaultArithmetic&) = delete;
-    DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
 
   private:
     std::fenv_t before_;
+#endif
 };
 
 inline unsigned hardware_threads() { return std::max(1U, std::thread::hardware_concurrency()); }
