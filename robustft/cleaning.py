@@ -214,7 +214,7 @@ class Announcement:
         schema = f"{source.schema} ({', '.join(source.layout.fields)})"
         schema += f"; answers {source.called}" * bool(source.called)
         some = intake.unit(0)
-        free = config.detector != "paper" and 2 * sum(map(is_free_text, some)) > len(some)
+        free = config.votes and 2 * sum(map(is_free_text, some)) > len(some)
         return cls(
             intake.records, intake.rejects, schema, models, resumed, source.limit, judged_by, free
         )

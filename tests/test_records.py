@@ -264,6 +264,8 @@ ARC = {"text": ["up", "down"], "label": ["1", "2"]}
         ({"text": ["up", "down"], "label": ["x", "2"]}, 2, "B", "A", "x"),
         (ARC, 2.0, "B", "A", 1.0),
         ([{"label": "1", "text": "up"}, {"label": "2", "text": "down"}], "2", "B", "A", "1"),
+        ({"None": "up", "Some": "down"}, "down", "B", "A", "up"),
+        ({"None": "up", "Some": "down"}, "None", "A", "B", "Some"),
         ({"A": "up", "B": "down"}, "B", "B", "A", "A"),
         ({"A": "up", "B": "down"}, "down", "B", "A", "up"),
         ({"A": "up", "B": "down", "C": None}, "B", "B", "A", "A"),
@@ -279,6 +281,18 @@ def test_choice_answers_keep_their_form(
     out = json.loads(rewrite(source, tmp_path / "o.jsonl", {0: other}))
     assert out == row | {"answerKey": written}
     assert type(out["answerKey"]) is type(written)
+
+
+def test_no_answer_is_the_option_called_none_but_its_own(tmp_path: Path) -> None:
+    rows = [
+        {"question": "?", "options": {"None": "up", "Some": "down"}, "answer": answer}
+        for answer in ("sideways", "None")
+    ]
+    found = list(open_records(save(tmp_path / "d.jsonl", jsonl(rows))))
+    assert isinstance(found[0], Reject)
+    assert "found 'sideways'" in found[0].reason
+    assert isinstance(found[1], Record)
+    assert found[1].answer == "A"
 
 
 def test_options_may_stand_in_columns_of_their_own(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ class ChoiceSchema:
             except BadRowError:
                 continue
             number = _integer(value)
-            if answer in labels or str(number) in labels:
+            if answer in labels or (number is not None and str(number) in labels):
                 continue
             total += 1
             if number is not None and 0 <= number <= len(options):
@@ -332,7 +332,7 @@ class ChoiceSchema:
         if answer in labels:
             return labels.index(answer), "label"
         number = _integer(value)
-        if str(number) in labels:
+        if number is not None and str(number) in labels:
             return labels.index(str(number)), "label"
         if number is not None and (self.digits or isinstance(value, int)):
             if 0 <= number - self.base < len(options):
