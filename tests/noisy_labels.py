@@ -13,6 +13,10 @@ def auroc(wrong: np.ndarray, score: np.ndarray) -> float:
     return float(roc_auc_score(wrong, score))
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
 def corpus(
     seed: int, count: int = 400, rate: float = 0.3, classes: int = 3
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -20,9 +24,8 @@ def corpus(
     rng = np.random.default_rng(seed)
     truth = rng.integers(classes, size=count)
     centres = rng.normal(size=(classes, 16))
-    rows = centres[truth] + 0.6 * rng.normal(size=(count, 16))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows.astype(np.float32), truth, flipped(truth, rate, classes, rng)
+    rows = unit(centres[truth] + 0.6 * rng.normal(size=(count, 16)))
+    return rows, truth, flipped(truth, rate, classes, rng)
 
 
 def flipped(truth: np.ndarray, rate: float, classes: int, rng: np.random.Generator) -> np.ndarray:

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from noisy_labels import unit
 
 from robustft import crowd
 from robustft.crowd.learners import near_copies
 from robustft.crowd.pool import Noise
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
 
 def corpus(count: int, rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
