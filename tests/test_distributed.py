@@ -356,6 +356,12 @@ def test_a_process_that_fails_ends_the_others_with_its_own_words() -> None:
     assert slow.process.returncode is not None
 
 
+def test_a_shard_that_fails_without_a_word_is_told() -> None:
+    with pytest.raises(UserError, match="status 2 and said nothing") as caught:
+        run_children([child("sys.exit(2)")])
+    assert not caught.value.told
+
+
 def test_a_mistake_is_told_once_however_many_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,11 +128,12 @@ def _finished(child: _Child) -> bool:
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     said = child.last.removeprefix("robustft: ").removeprefix(f"shard {child.name}: ")
+    said = said or f"ended with status {status} and said nothing"
     kind = {_WRONG: UserError, _UNFINISHED: UnfinishedError}.get(status)
     if kind is None:
         raise RuntimeError(f"shard {child.name}: {said}")
     error = kind(f"shard {child.name}: {said}")
-    error.told = True  # by the child, in the same words
+    error.told = bool(child.last)  # by the child, in the same words
     raise error
 
 
