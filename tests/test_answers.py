@@ -136,6 +136,20 @@ def test_choice_found(reply: str, answer: str, characters: str) -> None:
     assert reply[parsed.start : parsed.stop] == characters
 
 
+def test_words_of_other_languages_deny_nothing_in_english() -> None:
+    options = ["P > MC", "P < MC.", "Recognition of self and non self", "a faux pas"]
+    for reply, letter in [
+        ("The correct answer is P < MC.", "B"),
+        ("I think it is recognition of self and non self", "C"),
+        ("A) is wrong. (C) Recognition of self and non self is correct.", "C"),
+        ("It is a faux pas.", "D"),
+        ("La (B) non è corretta", None),
+        ("(B) n'est pas correcte", None),
+        ("(B) est faux", None),
+    ]:
+        assert parse_choice(reply, options).answer == letter
+
+
 @pytest.mark.parametrize(
     "reply",
     [

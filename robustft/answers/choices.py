@@ -56,15 +56,15 @@ _EXPLICIT = re.compile(r"(?:\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b[Oo]ptio
 _NEGATION = re.compile(
     r"""\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b
         |n['’]t\b|\brul\w{1,3}\sout\b
-        |\b(?:nicht|kein\w{0,2}|falsch|non(?=\s)|pas|niet|incorrect\w|fals[ao]|fau(?:x|sse)|errat[ao]
-          |sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b|[不错錯誤违違]|아니|아닙|틀""",
+        |\b(?:nicht|kein\w{0,2}|falsch|non\s(?:è|é|sono|può)|est\s(?:pas|faux)|niet|incorrect\w
+          |fals[ao]|fausse|errat[ao]|sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b|[不错錯誤违違]|아니|아닙|틀""",
     re.VERBOSE | re.IGNORECASE,
 )
 _DENIED = re.compile(
     r"""(?:[^\S\n]|[*_)\]"'`”’:–—-]){0,8}(?:(?:is|was|are|were|can|could|would|should|does|did|seems)\s?)?
         (?:be\s)?(?:n['’]t|not|cannot|never|wrong|incorrect|false|unlikely)\b
-        |[ *_)"']{0,4}(?:(?:ist|es|est|é|è)\s)?(?:nicht|falsch|no\ses|pas|non|incorrect\w|fals[ao]
-          |fausse|errat[ao]|sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b
+        |[ *_)"']{0,4}(?:(?:ist|es|est|é|è)\s)?(?:nicht|falsch|no\ses|pas|non\s(?:è|é|sono|può)
+          |incorrect\w|fals[ao]|fausse|errat[ao]|sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b
         |[ *_)"']{0,4}(?:是?[不错錯]|아니|틀)""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -76,7 +76,7 @@ _LINE = re.compile(
 _SUBJECT = re.compile(
     r"(?:is|are|was|were|has|have|can|could|would|does|do|and|or|says|seems)(?:n['’]t)?\b"
     r"|(?:wrong|incorrect|false)\b"
-    r"|(?:ist|sind|kann|es|est|é|è|no\ses|non\s[èe]|не|неверн\w{1,3}|неправильн\w{1,3}|falsch)\b"
+    r"|(?:ist|sind|kann|es|(?:n['’])?est|é|è|no\ses|non\s[èe]|не|неверн\w{1,3}|неправильн\w{1,3}|falsch)\b"
     r"|[是错錯はが은는]|不[是对對正]",
     re.IGNORECASE,
 )
@@ -222,7 +222,7 @@ def _is_letter(text: str, begin: int, position: int, choices: _Options) -> bool:
         return True
     if _FOLLOWS.match(text, begin + 1):
         return True
-    if re.match(r"\s+(?:[-–—(\n<]|and\b|or\b)|\s*$", text[begin + 1 : begin + 6]):
+    if re.match(r"\s+(?:[-–—(\n]|</|and\b|or\b)|\s*$", text[begin + 1 : begin + 6]):
         return True
     if _REASON_FOLLOWS.match(text, begin + 1):
         return True
