@@ -205,12 +205,53 @@ def test_short_formulas_that_are_the_same() -> None:
         ("so it is prime, as 7 is. \\boxed{\\text{prime}}", "\\text{prime}"),
         ("\\boxed{5}, so x = 7", "5"),
         ("\\boxed{\\frac{1}{2", "\\frac{1}{2"),
+        ("\\boxed{approximately 18}", "18"),
+        ("\\boxed{\\approx 18}", "18"),
+        ("\\boxed{\\text{Janet makes } \\$18}", "18"),
+        ("\\boxed{Total: 18}", "18"),
+        ("\\boxed{USD 18}", "18"),
+        ("\\boxed{18 (dollars)}", "18"),
+        ("\\boxed{$1.8 million}", "1800000"),
+        ("\\boxed{18 thousand dollars}", "18000"),
+        ("\\boxed{18\\text{ million}}", "18000000"),
+        ("\\boxed{}", None),
+        ("log_2(8)", "log_2(8)"),
+        ("2. 9 x 2 = 18", "18"),
+        ("5x3=15", "15"),
+        ("In 2020, 18 people came.", "18"),
+        ("So in 7 days, 28 eggs are laid", "28"),
+        ("He has 3,990 5 dollar bills", "5"),
+        ("She works from 9 to 17, 8 hours.", "8"),
+        ("They cost 5, 6 and 7 dollars.", "5, 6 and 7"),
     ],
 )
 def test_what_is_read_where_a_number_is_part_of_more(reply: str, answer: str | None) -> None:
     for found in (parse_number(reply), parse(f" {reply}", kind="number", begun="Answer:")):
         assert found.answer == answer
     assert normalise(normalise(reply, "number"), "number") == normalise(reply, "number")
+
+
+def test_lines_of_work_are_no_formula_and_equations_are() -> None:
+    assert parse_number("9 x 2 = 18\n18 x 3 = 54").answer == "54"
+    assert parse_number("2x + 1 = 5").answer == "2x + 1 = 5"
+    assert parse_number("\\boxed{> 18}").answer == "> 18"
+    assert parse_number("\\boxed{She sells 16 - 3 = 13 eggs}").answer == "13"
+
+
+def test_scales_are_no_units() -> None:
+    for text in ("18 million", "18 million dollars", r"18\text{ million}", "18 thousand"):
+        assert not matches(rf"\boxed{{{text}}}", r"\boxed{18}", kind="number")
+        assert formula(text) != "18"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["100 ", "100,", "1,1", "1.111,", "111,", "\u202f100", "1,11,", "100 100\u202f", "100.1"],
+)
+def test_groups_of_digits_without_end_take_no_time(text: str) -> None:
+    begin = time.process_time()
+    parse_number(text * (100_000 // len(text)))
+    assert time.process_time() - begin < 2
 
 
 def test_kinds() -> None:

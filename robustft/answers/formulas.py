@@ -51,17 +51,18 @@ _SAME = {
 _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
 _RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _CLOSES = {"{": ("}",), "(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",)}
-_UNIT_WORD = r"(?!(?:or|and|to|pi)\b)(?:[A-Za-z]{2,}|[mgsLhJNWVKCF])(?:\^\{?-?\d\}?|[²³])?\.?"
+_NO_UNIT = r"(?:or|and|to|pi|hundred|thousand|(?:m|b|tr)illion|dozen)\b"
+_UNIT_WORD = rf"(?!{_NO_UNIT})(?:[A-Za-z]{{2,}}|[mgsLhJNWVKCF])(?:\^\{{?-?\d\}}?|[²³])?\.?"
 _UNIT = re.compile(
     rf"""(?:\\[,;:!\s]|\s|~)*(?:\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox)\s*
-        \{{(?!\s*(?:or|and|to)\b)[^{{}}\d]*\}}(?:\^\{{?-?\d\}}?|[²³])?|(?<=[\s~\d]){_UNIT_WORD}
+        \{{(?!\s*{_NO_UNIT})[^{{}}\d]*\}}(?:\^\{{?-?\d\}}?|[²³])?|(?<=[\s~\d]){_UNIT_WORD}
         (?:\s?/\s?{_UNIT_WORD}|\s{_UNIT_WORD})*)\s*\Z""",
     re.VERBOSE,
 )
 _WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}\Z")
 _MEASURED = re.compile(r"\d|√|π|\\(?:pi|sqrt)")
 _SIGNS = re.compile(
-    r"(?<![A-Za-z])(?:sqrt|log|ln|sin|cos|tan)\s?[(\d]|\dpi\b|\\(?:[A-Za-z]|\{)|\d\s*(?:\^|\*\*)"
+    r"(?<![A-Za-z])(?:sqrt|log|ln|sin|cos|tan)\s?[(\d_]|\dpi\b|\\(?:[A-Za-z]|\{)|\d\s*(?:\^|\*\*)"
     r"|\^\s*[\d({]|[√∛∜∞±∪∩²³⁴-⁹]"
 )
 _ALGEBRA = re.compile(r"(?:[^\W\d_](?![^\W\d_])|\d|[-−+*/=<>≤≥≠^()\[\],.\s|])+")

@@ -57,6 +57,7 @@ _NAMED = r"(?:\$?[a-z]\s?=\s?)?"  # "x = 5 or x = 7"
 _UNIT = r"\s?[^\W\d_]{1,12}"
 _MEASURE = r"""\s?(?:hours?|h|minutes?|mins?|seconds?|days?|weeks?|months?|years?|feet|foot|ft
     |inch(?:es)?|yards?|miles?|pounds?|lbs?|ounces?|oz|dollars?|cents?|euros?|km|cm|mm|kg|[mg])\b"""
+_MEASURED = re.compile(_MEASURE, re.VERBOSE)
 _AND_MORE = re.compile(
     rf"""\$?(?:(?:{_UNIT})?\s?{_JOINS}\s{_NAMED}{_ITEM}(?:\s?,?\s{_JOINS}?\s?{_ITEM})*
           |{_MEASURE},?\s(?:and\s)?{_ITEM}{_MEASURE})(?=[^\w=+*/^]{{0,4}}(?:\n|\Z))
@@ -65,16 +66,27 @@ _AND_MORE = re.compile(
 )
 _MORE_BEFORE = re.compile(
     rf"""(?<![\w.])(?:{_ITEM},\s){{0,9}}{_ITEM}\$?
-        (?:{_MEASURE},?\s(?:and\s)?|\s?(?:[,;]\s)?{_JOINS}\s{_NAMED}[$€£¥]?)\Z
-        |(?:\b\d{{3}}[ ])+\Z""",
+        (?:(?P<measure>{_MEASURE}),?\s(?:and\s)?|\s?(?:[,;]\s)?{_JOINS}\s{_NAMED}[$€£¥]?)\Z
+        |(?P<groups>(?<![\w.,])\d{{3}}[ ](?:\d{{3}}[ ])*)\Z""",
     re.VERBOSE,
 )
+_COMMA_ENDS = re.compile(r"[,;]\s[$€£¥]?\Z")
 _DENIED = re.compile(r"\b(?:not|nicht|pas|niet|не)\s[$€£¥]?\Z", re.IGNORECASE)
 _MATHS = re.compile(r"[\s*_:]*(?:\$\$?|\\\(|\\\[)\s*([^\n$]+?)\s*(?:\$|\\\)|\\\])(?!\d)")
 _CLAUSE_ENDS = re.compile(r"[.,;](?:\s|\Z)")
 _TUPLE = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
 _PROSE = re.compile(
     r"(?<![\\A-Za-z{])(?!(?:sqrt|pi|log|ln|sin|cos|tan|exp)(?![A-Za-z]))[^\W\d_]{2,}"
+)
+_WORDS = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{[^{}\d]*\}|\\(?:approx|textdollar)|≈")
+_SIGNS = re.compile(r"(?:[\s,;:.=~()→$\\]|[-=]>)*")
+_CHANGES = re.compile(
+    r"(?<![^\W\d_])(?:not?|hundred|thousand|(?:m|b|tr)illion|dozen|half|third|quarter)(?![^\W\d_])",
+    re.IGNORECASE,
+)
+# "9 x 2 = 18" comes to a number; "2x + 1 = 5" and "x=5,y=6" do not.
+_COMES_TO = re.compile(
+    r"(?:[^A-Za-z\\]|(?<=\d)[xX](?=[\d($])|(?<=\s)[xX](?=\s))+=\s*[-−]?[$€£¥]?\d[\d.,]*%?"
 )
 _LOW = "one|two|three|four|five|six|seven|eight|nine"
 _TEENS = "ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen"
@@ -108,7 +120,8 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
         return opening
     start = body_start(reply)
     whole = reply[start:].strip().strip("$").strip()
-    if (is_formula(whole) or _TUPLE.fullmatch(whole)) and not _PROSE.search(whole):
+    one = "\n" not in whole and not whole.startswith("\\boxed") and not _COMES_TO.fullmatch(whole)
+    if one and (is_formula(whole) or _TUPLE.fullmatch(whole)) and not _PROSE.search(whole):
         begin = reply.index(whole, start)
         return _formula(reply, begin, begin + len(whole))
     last = next(iter(deque(find_numbers(reply, start), maxlen=1)), None)
@@ -135,7 +148,7 @@ def parse_final_number(reply: str) -> Parsed:
         stop = reply.find("\n", begin)
         stop = min(len(reply) if stop < 0 else stop, begin + 400)
         if boxed and (end := closing(reply, begin)) is not None and reply[begin:end].strip():
-            return _formula(reply, begin, end)
+            return _boxed(reply, begin, end)
         maths = None if boxed else _MATHS.match(reply, begin, stop)
         if maths and "boxed" not in maths[1] and is_formula(maths[1]):
             return _formula(reply, *maths.span(1))
@@ -148,6 +161,21 @@ def parse_final_number(reply: str) -> Parsed:
         if number is not None:
             return _whole(reply, _result(reply, begin, stop, number), begin, stop)
     return NOTHING
+
+
+def _boxed(reply: str, begin: int, stop: int) -> Parsed:
+    """What a box holds: a formula, or a number and words that tell what it is."""
+    found = _formula(reply, begin, stop)
+    text = found.answer or ""
+    if whole_number(text) is None and (number := next(find_numbers(text), None)):
+        said = text[: number.start()] + text[number.end() :]
+        signs = _PROSE.sub("", _WORDS.sub("", said))
+        if signs != said and _SIGNS.fullmatch(signs) and not _CHANGES.search(said):
+            return _own(number).moved(found.start)
+        if _PROSE.search(text) and not is_formula(text):
+            told = parse_number(text)
+            return told.moved(found.start) if told.answer is not None else found
+    return found
 
 
 def _plain(reply: str) -> str:
@@ -173,9 +201,10 @@ def _formula(reply: str, begin: int, stop: int) -> Parsed:
         begin += 1
     while stop > begin and reply[stop - 1].isspace():
         stop -= 1
-    worth = formula(reply[begin:stop])
-    if whole_number(worth) is None:
+    whole = whole_number(formula(reply[begin:stop]))
+    if whole is None:
         return Parsed(reply[begin:stop], begin, stop)
+    worth = canonical(whole)
     told = [_own(number) for number in find_numbers(reply, begin, stop)]
     return next((one for one in reversed(told) if one.answer == worth), Parsed(worth, begin, stop))
 
@@ -192,6 +221,8 @@ def _whole(reply: str, number: re.Match[str], low: int, high: int) -> Parsed:
     begin, stop = min(begin, number.start()), max(stop, number.end())
     text = reply[begin:stop]
     before = _MORE_BEFORE.search(reply[low:begin])
+    if before and not _belongs(before, reply, stop):
+        before = None
     more = _AND_MORE.match(reply, stop, high)
     if before or more:
         begin, stop = low + before.start() if before else begin, more.end() if more else stop
@@ -209,6 +240,18 @@ def _whole(reply: str, number: re.Match[str], low: int, high: int) -> Parsed:
     if _STRUNG.fullmatch(bare) or (ends and float(ends[1]) < float(ends[2])):
         return Parsed(text, begin, stop)
     return _formula(reply, begin, stop)
+
+
+def _belongs(before: re.Match[str], reply: str, stop: int) -> bool:
+    """Whether a number that ends at `stop` goes on with what is `before` it.
+
+    In "In 2020, 5 were left", "in 7 days 28 eggs" and "100 5 dollar bills" it does not.
+    """
+    if before["measure"]:
+        return _MEASURED.match(reply, stop) is not None or not reply[stop:].strip(" .")
+    if before["groups"]:
+        return reply[stop - 4 : stop - 3] == " " and reply[stop - 3 : stop].isdigit()
+    return not (_COMMA_ENDS.search(before[0]) and _PROSE.search(before.string, 0, before.start()))
 
 
 def _balanced(reply: str, begin: int, stop: int, inside: int) -> tuple[int, int]:
