@@ -215,6 +215,7 @@ def test_short_formulas_that_are_the_same() -> None:
         ("\\boxed{18 thousand dollars}", "18000"),
         ("\\boxed{18\\text{ million}}", "18000000"),
         ("\\boxed{}", None),
+        ("The answer is $\\boxed{", None),
         ("log_2(8)", "log_2(8)"),
         ("2. 9 x 2 = 18", "18"),
         ("5x3=15", "15"),

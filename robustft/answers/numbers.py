@@ -120,7 +120,7 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
         return opening
     start = body_start(reply)
     whole = reply[start:].strip().strip("$").strip()
-    one = "\n" not in whole and not whole.startswith("\\boxed") and not _COMES_TO.fullmatch(whole)
+    one = "\n" not in whole and "boxed{" not in whole and not _COMES_TO.fullmatch(whole)
     if one and (is_formula(whole) or _TUPLE.fullmatch(whole)) and not _PROSE.search(whole):
         begin = reply.index(whole, start)
         return _formula(reply, begin, begin + len(whole))
@@ -155,7 +155,12 @@ def parse_final_number(reply: str) -> Parsed:
         clause = _CLAUSE_ENDS.search(reply, begin, stop)
         end = begin + len(reply[begin : clause.start() if clause else stop].rstrip(" *_$"))
         said = reply[begin:end]
-        if "=" not in said and is_formula(said) and not _PROSE.search(said):
+        if (
+            "=" not in said
+            and "boxed{" not in said
+            and is_formula(said)
+            and not _PROSE.search(said)
+        ):
             return _formula(reply, begin, end)
         number = next(find_numbers(reply, begin, stop), None)
         if number is not None:
