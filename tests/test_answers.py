@@ -146,6 +146,8 @@ def test_words_of_other_languages_deny_nothing_in_english() -> None:
         ("La (B) non è corretta", None),
         ("(B) n'est pas correcte", None),
         ("(B) est faux", None),
+        ("It must be (B), with all errata.", "B"),
+        ("La (B) è errata.", None),
     ]:
         assert parse_choice(reply, options).answer == letter
 
