@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
@@ -161,6 +161,7 @@ class ResumableLines:
             ) from error
 
 
+@contextlib.contextmanager
 def answer_in_units(
     items: Iterable[_I],
     engine: Engine,
@@ -169,7 +170,7 @@ def answer_in_units(
     ask: Callable[[Sequence[_I]], Sequence[_R]],
     write: Callable[[_R], bytes],
     read: Callable[[_I, bytes], _R | None],
-) -> contextlib.closing[Generator[tuple[_R, bool]]]:
+) -> Iterator[Iterator[tuple[_R, bool]]]:
     """The result of every item, in order, and whether an earlier session had it; a `with` block's.
 
     A unit of items is asked about together, several units at a time where the engine waits for a
@@ -181,17 +182,7 @@ def answer_in_units(
     write, read: a result as one line and back; `read` gives None for one to be asked for again,
         such as a failure.
     """
-    return contextlib.closing(_in_units(items, engine, lines, ask, write, read))
 
-
-def _in_units(
-    items: Iterable[_I],
-    engine: Engine,
-    lines: ResumableLines | None,
-    ask: Callable[[Sequence[_I]], Sequence[_R]],
-    write: Callable[[_R], bytes],
-    read: Callable[[_I, bytes], _R | None],
-) -> Generator[tuple[_R, bool]]:
     def completed(number: int, unit: Sequence[_I], known: Mapping[int, _R]) -> list[_R]:
         missing = [row for row in range(len(unit)) if row not in known]
         if not missing:
@@ -214,5 +205,6 @@ def _in_units(
             yield known, functools.partial(completed, number, unit, known)
 
     with asked(engine, jobs()) as answered:
-        for known, results in answered:
-            yield from ((one, row in known) for row, one in enumerate(results))
+        yield (
+            (one, row in known) for known, results in answered for row, one in enumerate(results)
+        )
