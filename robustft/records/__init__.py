@@ -19,14 +19,8 @@ from robustft.progress import Progress
 from robustft.records.columnar import ColumnReader
 from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
 from robustft.records.framing import MAX_LINE_BYTES, Place, Reject, reject, short
-from robustft.records.schemas import (
-    LETTERS,
-    ChoiceSchema,
-    Context,
-    Schema,
-    find_schema,
-    kind_of,
-)
+from robustft.records.options import LETTERS
+from robustft.records.schemas import ChoiceSchema, Context, Schema, find_schema, kind_of
 from robustft.records.sources import open_reader
 from robustft.terminal import printable
 

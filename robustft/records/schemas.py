@@ -7,24 +7,29 @@ other, so a column such as `gt`, which holds the truth in some noisy sets, is pa
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import string
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from math import isfinite
 from typing import Any, NamedTuple, Protocol
 
 from robustft.errors import UserError
-from robustft.records.formats import BadRowError, dump_json, has_nan, load_json, type_name
-from robustft.records.framing import MAX_LINE_BYTES, field_names, short
+from robustft.records.formats import BadRowError, dump_json, type_name
+from robustft.records.framing import field_names, short
+from robustft.records.options import (
+    LETTERS,
+    json_list,
+    lettered,
+    read_options,
+    with_letter,
+    without_letters,
+)
+from robustft.records.values import field, filled, has_field, like, text
 from robustft.terminal import listed, printable
 
 _log = logging.getLogger("robustft")
-LETTERS = string.ascii_uppercase
 Context = tuple[tuple[str, str], ...]
 
 
@@ -55,64 +60,6 @@ class Schema(Protocol):
         """Return the top-level fields that change when `answer` (letter or text) is put in."""
 
 
-def field(row: Mapping[str, Any], name: str) -> Any:
-    """Return a field that must be there."""
-    if name not in row:
-        raise BadRowError(f"missing field {name!r}; fields found: {field_names(row)}")
-    return row[name]
-
-
-def text(value: Any, name: str) -> str:
-    """Return text as it stands, numbers as their digits; anything else is a bad row."""
-    if type(value) is str and len(value) <= MAX_LINE_BYTES and "\0" not in value:
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if isinstance(value, float) and not isfinite(value):
-            raise BadRowError(f"field {name!r}: expected a finite number, found {value}")
-        value = str(value)
-    elif isinstance(value, Decimal):
-        value = f"{value:f}"
-    if not isinstance(value, str):
-        raise BadRowError(f"field {name!r}: expected text, found {type_name(value)}")
-    if "\0" in value:
-        raise BadRowError(f"field {name!r}: contains a NUL character")
-    if len(value) > MAX_LINE_BYTES:
-        raise BadRowError(f"field {name!r}: longer than {MAX_LINE_BYTES} characters")
-    return value
-
-
-def _plain(values: Sequence[Any]) -> bool:
-    """Whether all of these are texts with which nothing is wrong."""
-    try:
-        joined = "".join(values)
-    except TypeError:
-        return False
-    return len(joined) <= MAX_LINE_BYTES and "\0" not in joined
-
-
-def _filled(value: str, what: str, name: str) -> str:
-    if not value or value.isspace():
-        raise BadRowError(f"empty {what} (field {name!r})")
-    return value
-
-
-_PLAIN_NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*")
-
-
-def _like(given: Any, answer: str) -> Any:
-    """Give `answer` the type of the value it replaces, where it can be written that way."""
-    number = isinstance(given, (int, float, Decimal)) and not isinstance(given, bool)
-    if not number or _PLAIN_NUMBER.fullmatch(answer) is None:
-        return answer
-    if isinstance(given, Decimal):
-        return Decimal(answer.strip())
-    if isinstance(given, int):
-        with contextlib.suppress(ValueError):  # a fraction, or beyond Python's limit of digits
-            return int(answer)
-    value = float(answer)
-    return value if isfinite(value) else answer
-
-
 @dataclass(frozen=True, slots=True)
 class OpenSchema:
     """A question and an answer in text; `extra` is joined to the question when it is not empty."""
@@ -129,10 +76,8 @@ class OpenSchema:
 
     def parse(self, row: Mapping[str, Any]) -> Parsed:
         """Read a row; raises `BadRowError`."""
-        question = _filled(
-            text(field(row, self.question), self.question), "question", self.question
-        )
-        answer = _filled(text(field(row, self.answer), self.answer), "answer", self.answer)
+        question = filled(text(field(row, self.question), self.question), "question", self.question)
+        answer = filled(text(field(row, self.answer), self.answer), "answer", self.answer)
         if self.extra is not None and (more := row.get(self.extra)) is not None:
             more = text(more, self.extra)
             question = f"{question}\n\n{more}" if more.strip() else question
@@ -140,20 +85,7 @@ class OpenSchema:
 
     def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
         """Return the answer field with its new value."""
-        return {self.answer: _like(row[self.answer], answer)}
-
-
-def _json_list(value: str, name: str) -> Any:
-    """Parse JSON in a cell; raises `BadRowError`."""
-    try:
-        return load_json(value.encode())
-    except ValueError:
-        hint = " with NaN, which is no JSON" if has_nan(value.encode()) else ""
-        if re.match(r"\s*[\[{]\s*'", value):
-            hint = ", which is Python's notation: json.dumps writes JSON"
-        raise BadRowError(
-            f"field {name!r}: expected a JSON list, found {short(value)!r}{hint}"
-        ) from None
+        return {self.answer: like(row[self.answer], answer)}
 
 
 _INDEX = re.compile(r"\s*([0-9]{1,3})(\.0+)?\s*")  # "1.0": what pandas makes of 1 beside nulls
@@ -167,11 +99,6 @@ def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _labelled(option: Any) -> bool:
-    """Whether this is an option with its label, or all of them with theirs, as ARC has them."""
-    return isinstance(option, Mapping) and set(option) == {"text", "label"}
-
-
 _CAPITALS = {letter: at for at, letter in enumerate(LETTERS)}
 # "b", "B.", "(B)", "B)": one letter and nothing but brackets and stops around it.
 _LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]*\s*")
@@ -179,12 +106,10 @@ _LETTER = re.compile(r"\s*\(?([A-Za-z])[).:]*\s*")
 
 @dataclass(frozen=True, slots=True)
 class ChoiceSchema:
-    """Multiple choice. Options: a list, a JSON list in text, or labelled as ARC and MedQA do.
+    """Multiple choice. Options: what `read_options` reads; None: columns A, B, … that are filled.
 
-    With `options` None they stand in columns A, B, … as far as these are filled.
-
-    The answer is a letter, an option's label, a 0-based index or an option's text, and is written
-    back in the form it was found in.
+    The answer is a letter, an option's label, a 0-based index or an option's text, with or without
+    its letter ("B. stone"), and is written back in the form it was found in.
     """
 
     options: str | None
@@ -205,12 +130,10 @@ class ChoiceSchema:
 
     def parse(self, row: Mapping[str, Any]) -> Parsed:
         """Read a row; raises `BadRowError`."""
-        question = _filled(
-            text(field(row, self.question), self.question), "question", self.question
-        )
+        question = filled(text(field(row, self.question), self.question), "question", self.question)
         labels, options = self._offered(row)
         position, _ = self._position(field(row, self.answer), labels, options)
-        return Parsed(question, options, LETTERS[position], ())
+        return Parsed(question, without_letters(options), LETTERS[position], ())
 
     def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
         """Return the answer field, in the form of the given one."""
@@ -230,14 +153,15 @@ class ChoiceSchema:
                 number += point + zeros
             value: Any = type(given)(number)
         elif form == "label":
-            value = _like(given, labels[new])
+            value = like(given, labels[new])
         elif form == "text":
             value = options[new]
+        elif form == "bare text":
+            value = without_letters(options)[new]
+        elif form == "lettered text":
+            value = with_letter(given, letter, without_letters(options)[new])
         else:
-            at = next(i for i, character in enumerate(given) if character.isalpha())
-            value = (
-                given[:at] + (letter if given[at].isupper() else letter.lower()) + given[at + 1 :]
-            )
+            value = with_letter(given, letter)
         return {self.answer: value}
 
     def called(self, row: Mapping[str, Any]) -> str:
@@ -260,7 +184,7 @@ class ChoiceSchema:
             try:
                 labels, options = self._offered(row)
                 value = field(row, self.answer)
-                answer = _filled(text(value, self.answer), "answer", self.answer).strip()
+                answer = filled(text(value, self.answer), "answer", self.answer).strip()
             except BadRowError:
                 continue
             number = _integer(value)
@@ -285,61 +209,45 @@ class ChoiceSchema:
     def _offered(self, row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return (labels, texts) of the options; labels are () when they have none."""
         if self.options is not None:
-            return self._options(field(row, self.options), self.options)
+            return read_options(field(row, self.options), self.options)
         columns = list(LETTERS[:2])
         for letter in LETTERS[2:]:
             if row.get(letter) in (None, ""):
                 break
             columns.append(letter)
-        return (), tuple(_filled(text(field(row, c), c), "option", c) for c in columns)
-
-    def _options(self, value: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        if type(value) is list and 2 <= len(value) <= len(LETTERS) and _plain(value):
-            return (), tuple(value)  # the usual case; what follows says the same of it
-        if isinstance(value, str):
-            value = _json_list(value, name)
-        labels: Sequence[Any] = ()
-        if isinstance(value, (list, tuple)) and value and all(map(_labelled, value)):
-            value = {key: [one[key] for one in value] for key in ("text", "label")}
-        if isinstance(value, Mapping):
-            if _labelled(value):
-                labels, value = value["label"], value["text"]
-            else:  # Arrow gives every row the keys of all, with null where it has none
-                value = {label: option for label, option in value.items() if option is not None}
-                labels, value = list(value), list(value.values())
-        if not isinstance(value, (list, tuple)) or not isinstance(labels, (list, tuple)):
-            raise BadRowError(f"field {name!r}: expected a list, found {type_name(value)}")
-        if not 2 <= len(value) <= len(LETTERS):
-            raise BadRowError(
-                f"field {name!r}: expected 2 to {len(LETTERS)} options, found {len(value)}"
-            )
-        if labels and len(labels) != len(value):
-            raise BadRowError(f"field {name!r}: {len(value)} options but {len(labels)} labels")
-        return (
-            tuple(text(label, name) for label in labels),
-            tuple(text(option, name) for option in value),
-        )
+        return (), tuple(filled(text(field(row, c), c), "option", c) for c in columns)
 
     def _position(
         self, value: Any, labels: tuple[str, ...], options: tuple[str, ...]
     ) -> tuple[int, str]:
-        """Return (0-based position, form): form is "label", "index", "letter" or "text"."""
+        """Return (0-based position, form).
+
+        The form is "label", "index", "letter", "text", "bare text" (of an option "A. text") or
+        "lettered text" ("A. text").
+        """
         if not labels and type(value) is str and len(value) == 1 and value in _CAPITALS:
             at = _CAPITALS[value]  # the usual case; what follows says the same of it
             if at < len(options):
                 return at, "letter"
-        answer = _filled(text(value, self.answer), "answer", self.answer).strip()
+        answer = filled(text(value, self.answer), "answer", self.answer).strip()
         if answer in labels:
             return labels.index(answer), "label"
         number = _integer(value)
         if number is not None and str(number) in labels:
             return labels.index(str(number)), "label"
-        if number is not None and (self.digits or isinstance(value, int)):
+        counted = number is not None and (self.digits or isinstance(value, int))
+        if counted and any(label.isdecimal() for label in labels):  # an index would be another one
+            expected = f"one of the labels {', '.join(map(short, labels))}"
+            raise BadRowError(f"field {self.answer!r}: expected {expected}, found {value}")
+        if counted and number is not None:
             if 0 <= number - self.base < len(options):
                 return number - self.base, "index"
             expected = f"an index from {self.base} to {len(options) - 1 + self.base}"
             raise BadRowError(f"field {self.answer!r}: expected {expected}, found {value}")
-        letter = _LETTER.fullmatch(answer)
+        # Labels that are other letters, or these in another order, call the options otherwise.
+        others = any(len(one) == 1 and one.isalpha() for one in labels)
+        others = others and tuple(map(str.upper, labels)) != tuple(LETTERS[: len(labels)])
+        letter = None if others else _LETTER.fullmatch(answer)
         by_letter = LETTERS.index(letter[1].upper()) if letter else len(options)
         by_text = next((i for i, o in enumerate(options) if answer == o.strip()), len(options))
         # A capital alone is a letter whatever the options say; "a" may be one of the words offered.
@@ -347,6 +255,12 @@ class ChoiceSchema:
             return by_letter, "letter"
         if by_text < len(options):
             return by_text, "text"
+        bare = [option.strip() for option in without_letters(options)]
+        if answer in bare:
+            return bare.index(answer), "bare text"
+        named = None if others else lettered(answer)
+        if named and named in zip(LETTERS, bare, strict=False):
+            return LETTERS.index(named[0]), "lettered text"
         raise BadRowError(
             f"field {self.answer!r}: expected a letter A to {LETTERS[len(options) - 1]} or the text"
             f" of an option, found {short(answer)!r}"
@@ -399,8 +313,8 @@ class ChatSchema:
                     f"field {self.turns!r}: expected the {role}'s message in the {place} place,"
                     f" found {found}"
                 )
-        question = _filled(turns[-2][1], "question", self.turns)
-        answer = _filled(turns[-1][1], "answer", self.turns)
+        question = filled(turns[-2][1], "question", self.turns)
+        answer = filled(turns[-1][1], "answer", self.turns)
         return Parsed(question, None, answer, tuple(turns[:-2]))
 
     def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
@@ -417,7 +331,7 @@ class ChatSchema:
     def _turns(self, row: Mapping[str, Any]) -> Sequence[Any]:
         value = field(row, self.turns)
         if isinstance(value, str):  # a CSV cell
-            value = _json_list(value, self.turns)
+            value = json_list(value, self.turns)
         if not isinstance(value, (list, tuple)):
             raise BadRowError(f"field {self.turns!r}: expected a list, found {type_name(value)}")
         return value
@@ -448,6 +362,7 @@ SCHEMAS: tuple[Schema, ...] = (
     ChoiceSchema("choices", "answer"),
     ChoiceSchema("choices", "answerKey"),
     ChoiceSchema("options", "answerKey"),
+    ChoiceSchema("question.choices", "answerKey", question="question.stem"),  # ARC's own files
     ChoiceSchema(None, "answer"),
     ChatSchema("messages", "messages"),
     ChatSchema("sharegpt", "conversations"),
@@ -500,6 +415,11 @@ def _with_fields(name: str, found: Iterable[str]) -> Schema:
     return OpenSchema(name, fields[0], fields[-1], extra=fields[1] if len(fields) == 3 else None)
 
 
+def _fits(schema: Schema, row: Mapping[str, Any]) -> bool:
+    """Whether a row has a schema's fields; the answer's, the last one, is not within another."""
+    return schema.fields[-1] in row and all(has_field(row, name) for name in schema.fields)
+
+
 def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str) -> Schema:
     """Return the schema (of this name, if one is given) whose fields most of `rows` have.
 
@@ -517,7 +437,7 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
         candidates = [_with_fields(name, names)]
     votes: Counter[Schema] = Counter()
     for row in sample:
-        votes.update(s for s in candidates if all(f in row for f in s.fields))
+        votes.update(s for s in candidates if _fits(s, row))
     # The most specific schema that not only strays fit: a few rows without options are no quiz
     # turned into plain questions, nor do a few with options make one.
     most = max(votes.values(), default=0)
@@ -534,7 +454,8 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
     if name is not None:
         wanted = " or ".join("+".join(s.fields) for s in candidates)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
-    wanted = "; ".join(f"{s.name} ({', '.join(s.fields)})" for s in SCHEMAS)
+    first = {s.name: s for s in reversed(SCHEMAS)}  # the others of a name have other fields
+    wanted = "; ".join(f"{name} ({', '.join(first[name].fields)})" for name in known.split(", "))
     if other is not None:
         raise UserError(f"{where}: expected columns divided by commas, found {other!r}: {found}")
     raise UserError(

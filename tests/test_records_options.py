@@ -1,0 +1,97 @@
+"""Options and their answers in the forms in which files have them, read and written back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustft.errors import UserError
+from robustft.records import Record, RecordWriter, open_records
+
+TEXTS = ["apple", "stone", "car"]
+LABELLED = [{"label": label, "text": text} for label, text in zip("ABC", TEXTS, strict=True)]
+
+
+def called(label: str, text: str, labels: Any = "ABC", **more: Any) -> list[dict[str, Any]]:
+    """The options with their labels under other names, and more fields beside them."""
+    return [{label: one, text: told, **more} for one, told in zip(labels, TEXTS, strict=True)]
+
+
+FORMS: dict[str, tuple[Any, Any, Any]] = {
+    "id and text": (called("id", "text"), "B", "C"),
+    "numbers and text": (called("id", "text", (1, 2, 3)), 2, 3),
+    "key and value": (called("key", "value"), "B", "C"),
+    "with other fields": (called("id", "text", image=None), "B", "C"),
+    "columns of ids": ({"id": ["x", "y", "z"], "text": TEXTS}, "y", "z"),
+    "lettered options, text": (["A. apple", "B. stone", "C. car"], "stone", "car"),
+    "lettered options, letter": (["(A) apple", "(B) stone", "(C) car"], "(B)", "(C)"),
+    "lettered options, all of one": (["a) apple", "b) stone", "c) car"], "b) stone", "c) car"),
+    "lettered answer": (TEXTS, "B. stone", "C. car"),
+    "lettered answer in brackets": (TEXTS, "(b) stone", "(c) car"),
+}  # fmt: skip
+
+
+def rows(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def written(folder: Path, path: str, answer: str) -> dict[str, Any]:
+    """The first record of `path` with another answer, as it is written."""
+    source = open_records(path)
+    record = next(iter(source))
+    assert isinstance(record, Record)
+    with RecordWriter(folder / "out.jsonl", source) as writer:
+        writer.write(record, answer)
+    found: dict[str, Any] = json.loads((folder / "out.jsonl").read_bytes())
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_options_and_answers_of_every_form(tmp_path: Path, form: str) -> None:
+    options, given, other = FORMS[form]
+    row = {"question": "Which?", "options": options, "answer": given}
+    path = rows(tmp_path / "in.jsonl", row)
+    record = next(iter(open_records(path)))
+    assert isinstance(record, Record)
+    assert (record.options, record.answer) == (tuple(TEXTS), "B")
+    assert written(tmp_path, path, "C") == {**row, "answer": other}
+
+
+def test_questions_as_arc_publishes_them(tmp_path: Path) -> None:
+    row = {"id": "q", "question": {"stem": "Which?", "choices": LABELLED}, "answerKey": "B"}
+    path = rows(tmp_path / "in.jsonl", row)
+    record = next(iter(open_records(path)))
+    assert isinstance(record, Record)
+    assert (record.question, record.options, record.answer) == ("Which?", tuple(TEXTS), "B")
+    assert written(tmp_path, path, "A") == {**row, "answerKey": "A"}
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "said"),
+    [
+        # "0" would be an index, "1" to "3" are labels: two answers would mean one option.
+        (called("id", "text", (1, 2, 3)), 0, "one of the labels 1, 2, 3"),
+        (called("id", "text", "BAC"), "(b)", "found '(b)'"),
+        (called("id", "text", "AAA"), "A", "expected different labels, found A, A, A"),
+        (called("id", "text", key="A"), "A", "expected text"),
+        (["A. apple", "C. stone", "B. car"], "stone", "found 'stone'"),
+        (TEXTS, "A. stone", "found 'A. stone'"),
+    ],
+)
+def test_what_could_mean_two_options_is_refused(
+    tmp_path: Path, options: Any, answer: Any, said: str
+) -> None:
+    path = rows(tmp_path / "in.jsonl", {"question": "Which?", "options": options, "answer": answer})
+    with pytest.raises(UserError, match="the only record was rejected") as refused:
+        open_records(path)
+    assert said in str(refused.value)
+
+
+def test_an_answer_within_another_field_cannot_be_written_and_is_no_schema(tmp_path: Path) -> None:
+    path = rows(tmp_path / "in.jsonl", {"question": "Which?", "reply": {"text": "stone"}})
+    with pytest.raises(UserError, match=r"needs the fields question\+reply\.text"):
+        open_records(path, schema="qa:question,reply.text")
