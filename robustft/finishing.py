@@ -150,7 +150,7 @@ def finish(
     write_manifest(config.out, manifest)
     if config.dataset_info:  # only now: the manifest is what tells that these files are ours
         exchange(source, result.cleaned, left=result.left)
-    write_run_report(config, result, manifest)
+    write_run_report(config, result, manifest, source.called)
     return result
 
 

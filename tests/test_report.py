@@ -361,7 +361,7 @@ def test_a_run_that_could_not_judge_says_so() -> None:
     page = render(sample(powerless=True, warnings=("no expert <b>knows</b>",), next_steps=()))
     assert "could not judge" in page
     assert "looked noisy" not in page
-    assert "no expert &lt;b&gt;knows&lt;/b&gt;" in page
+    assert "No expert &lt;b&gt;knows&lt;/b&gt;" in page
     nothing_judged = sample(
         powerless=True, suspects=(), scores_clean=None, scores_noisy=None,
         reasons={"keep: not judged": 3}, reject_reasons={"empty answer": 1},
@@ -399,3 +399,25 @@ def test_a_dropped_record_has_no_final_answer() -> None:
     dropped = Page(render(sample(suspects=(suspect(action="drop", answer=None),)))).text
     assert "final" not in dropped
     assert "final" in Page(render(sample(suspects=(suspect(action="relabel"),)))).text
+
+
+def test_reasons_beyond_the_commonest_are_counted() -> None:
+    reasons = {f"line {n}: broken": 10 - n for n in range(10)}
+    text = Page(render(sample(reasons={}, reject_reasons=reasons))).text
+    assert "line 7: broken" in text
+    assert "line 8: broken" not in text
+    assert "and 3 records for 2 other reasons" in text
+    assert "other reason" not in Page(render(sample())).text
+
+
+def test_letters_and_experts_are_explained() -> None:
+    text = Page(render(sample(called="1, 2, 3 are called A, B, C"))).text
+    assert "A is the first. In the input, 1, 2, 3 are called A, B, C." in text
+    assert "base: the model's own answer; checker: whether it calls the given answer right" in text
+    opened = sample(before={}, after={}, suspects=(suspect(options=None, given="42"),))
+    assert "A is the first" not in Page(render(opened)).text
+
+
+def test_the_noise_rate_stands_at_the_head() -> None:
+    page = Page(render(sample(estimate="an estimated 31% (20 to 42) are wrong"))).text
+    assert page.index("An estimated 31% (20 to 42) are wrong.") < page.index("kept as given")

@@ -42,6 +42,22 @@ __all__ = [
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _KEEP, _RELABEL = Series("kept as given", "keep"), Series("relabeled", "relabel")
 _DROP, _REJECT = Series("dropped", "drop"), Series("rejected", "reject")
+_MEANING = {
+    _KEEP: "",
+    _RELABEL: "the answer was replaced",
+    _DROP: "no answer was sure enough",
+    _REJECT: "could not be read",
+}
+_REASONS = 8
+# What an expert is, for a reader who has not seen the paper.
+_EXPERTS = {
+    "base": "the model's own answer",
+    "reasoned": "its answer after reasoning and reflection",
+    "checker": "whether it calls the given answer right",
+    "tuned": "the model fine-tuned on other records",
+    "context": "its answer with clean neighbours shown",
+    "review": "its choice between the last two",
+}
 
 
 def write_report(path: Path, summary: ReportData) -> None:
@@ -56,7 +72,7 @@ def write_report(path: Path, summary: ReportData) -> None:
 def render(summary: ReportData) -> str:
     """The report's HTML, a complete document in UTF-8."""
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    suspects = suspects_section(summary.suspects, summary.counts.noisy)
+    suspects = suspects_section(summary.suspects, summary.counts.noisy, _letters(summary))
     sections = (
         _outcome(summary),
         _figures(summary),
@@ -116,24 +132,36 @@ def _outcome(summary: ReportData) -> str:
         )
     tiles = "".join(
         f"<li class='tile'><span class='dot {series.tone}'></span><b>{number:,}</b>"
-        f"<span>{series.name}</span><i>{markup.percent(number, counts.input)}</i></li>"
+        f"<span>{series.name}{f': {meaning}' if (meaning := _MEANING[series]) else ''}</span>"
+        f"<i>{markup.percent(number, counts.input)}</i></li>"
         for series, number in parts
     )
+    if estimate := markup.plain(_sentence(summary.estimate)):
+        sentence += f"<br><span class='estimate'>{estimate}.</span>"
     steps = "".join(
         f"<pre><code>{markup.data(step, 600)}</code></pre>" for step in summary.next_steps
     )
+    if steps:
+        look = "Look through the most suspicious records below. If the verdicts convince you, train"
+        look = look if summary.suspects and not summary.powerless else "Train"
+        steps = (
+            f"<h3>Next</h3><p class='lead'>{look} on the cleaned set, and measure what that is "
+            f"worth on a test file of yours:</p>{steps}"
+        )
     return (
         f"<section><p class='sentence'>{sentence}</p><div class='share'>{figures.share_bar(parts)}"
-        f"</div><ul class='tiles'>{tiles}</ul>"
-        + _notes(summary)
-        + (f"<h3>Next</h3>{steps}" if steps else "")
-        + "</section>"
+        f"</div><ul class='tiles'>{tiles}</ul>{_notes(summary)}{steps}</section>"
     )
+
+
+def _sentence(words: str) -> str:
+    """`words` with a capital at their head."""
+    return words[:1].upper() + words[1:]
 
 
 def _notes(summary: ReportData) -> str:
     """What to know before reading on: warnings of the run, then of its models."""
-    notes = [markup.data(warning, 600) for warning in summary.warnings]
+    notes = [markup.data(_sentence(warning), 600) for warning in summary.warnings]
     notes += [
         f"<b>{markup.data(model.name, 120)}</b>: {markup.data(model.note, 300)}"
         for model in summary.models
@@ -169,8 +197,8 @@ def _figures(summary: ReportData) -> str:
         ),
         _card(
             "Confidence of the new answers",
-            "Entropy of each denoised answer (eq. 7, mean nll). Selection keeps the most "
-            "confident ones, of every label where the corpus' own learners settle it.",
+            "How unsure the experts are of each new answer (eq. 7, mean nll; lower is surer). Only "
+            "the surest are kept: of all, or of each label where learners on this corpus chose it.",
             _stacked(
                 (Series("kept", "relabel"), summary.nll_kept),
                 (Series("dropped", "drop"), summary.nll_dropped),
@@ -183,7 +211,7 @@ def _figures(summary: ReportData) -> str:
         ),
         _card(
             "Answers before and after",
-            "All readable input records against the cleaned set.",
+            "All readable input records against the cleaned set." + _letters(summary),
             figures.before_after(summary.before, summary.after)
             + _legend((Series("before", "before"), Series("after", "after")))
             if summary.before or summary.after
@@ -237,13 +265,24 @@ def _stacked(
 
 def _counted(numbers: Mapping[str, int]) -> str:
     """The commonest reasons; those that start with an action have its colour."""
-    rows = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))[:8]
+    rows = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    rest = rows[_REASONS:]
     if not sum(number for _, number in rows):
         return ""
-    return figures.bars(
-        [Bar(name, number, f"{number:,}", _tone(name)) for name, number in rows],
-        "Records by reason.",
-    )
+    shown = [Bar(name, number, f"{number:,}", _tone(name)) for name, number in rows[:_REASONS]]
+    drawn = figures.bars(shown, "Records by reason.")
+    if rest:
+        records = counted(sum(number for _, number in rest), "record")
+        drawn += f"<p class='lead'>and {records} for {counted(len(rest), 'other reason')}</p>"
+    return drawn
+
+
+def _letters(summary: ReportData) -> str:
+    """What the letters of options stand for; nothing where there are none."""
+    if not (summary.before or any(one.options for one in summary.suspects)):
+        return ""
+    called = f" In the input, {markup.plain(summary.called)}." if summary.called else ""
+    return f" Letters count the options: A is the first.{called}"
 
 
 def _tone(reason: str) -> str:
@@ -273,9 +312,9 @@ def _experts(summary: ReportData) -> str:
             if not e.learner
         )
         body = (
-            "<div class='cards'><figure class='card'><figcaption><h3>Agreement with the given "
-            "answer</h3><p>Share of the answers that could be read; for the checker, the share "
-            "that calls it right.</p></figcaption>"
+            f"{_who(summary)}<div class='cards'><figure class='card'><figcaption>"
+            "<h3>Agreement with the given answer</h3><p>Share of the answers that could be read; "
+            "for the checker, the share that calls it right.</p></figcaption>"
             + figures.bars(agreement, "Agreement with the given answer.", full=1.0)
             + "</figure>"
             + _votes(summary)
@@ -286,18 +325,24 @@ def _experts(summary: ReportData) -> str:
     return f"<section><h2>Experts</h2>{body}</section>"
 
 
+def _who(summary: ReportData) -> str:
+    """What each expert is."""
+    told = [f"<b>{e.name}</b>: {_EXPERTS[e.name]}" for e in summary.experts if e.name in _EXPERTS]
+    learners = [markup.plain(expert.name) for expert in summary.experts if expert.learner]
+    if learners:
+        told.append(f"<b>{listed(learners)}</b>: small classifiers learnt from this corpus")
+    return f"<p class='lead'>{'; '.join(told)}.</p>" if told else ""
+
+
 def _votes(summary: ReportData) -> str:
     """Whom the verdicts rest on."""
-    weights, estimate = summary.weights, summary.estimate
+    weights = summary.weights
     if not weights:
         return ""
     shares = [Bar(name, w, markup.percent(w, 1.0), "keep") for name, w in weights.items()]
-    learners = [expert.name for expert in summary.experts if expert.learner]
     return _card(
         "Share of the vote",
-        "How far the corpus itself shows that each expert can be trusted; 0 is muted."
-        + (f" No model, but learnt from this corpus: {listed(learners)}." if learners else "")
-        + (f" {markup.plain(estimate[0].upper() + estimate[1:])}." if estimate else ""),
+        "How far the corpus itself shows that each expert can be trusted; 0 is muted.",
         figures.bars(shares, "Share of the vote.", full=1.0),
         "",
     )

@@ -166,5 +166,6 @@ class ReportData:
     weights: Mapping[str, float] = field(default_factory=dict)  # expert -> share of the vote
     estimate: str = ""  # noise rate and worth of the verdicts, in words
     powerless: bool = False  # no expert was better than chance: nothing was changed
+    called: str = ""  # `1, 2, 3 are called A, B, C`, where the input's answers are no letters
     confusions: tuple[Confusion, ...] = ()  # options given in place of others, commonest first
     suspects: tuple[Suspect, ...] = ()  # most suspicious first; the first twenty are shown

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from robustft.config import CleanConfig, by_option
@@ -37,8 +38,10 @@ _EXCHANGE = {
 }
 
 
-def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[str, Any]) -> None:
-    """Write `report.html` of a finished run."""
+def write_run_report(
+    config: CleanConfig, result: CleanResult, manifest: dict[str, Any], called: str = ""
+) -> None:
+    """Write `report.html` of a finished run; `called` as in `RecordSource`."""
     counts = result.counts
     small = _SMALL if manifest["models"]["small_embedded_model"] else ""
     models = manifest["models"]
@@ -53,9 +56,12 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
     files = {
         (result.cleaned.name if name == "cleaned" else name): described[name] for name in described
     }
+    program, *arguments = manifest["command"]
+    if Path(program).name == "robustft":  # wherever it lies here
+        program = "robustft"
     data = ReportData(
         source=config.input,
-        command=shlex.join(manifest["command"]),
+        command=shlex.join((program, *arguments)),
         version=manifest["versions"]["robustft"],
         finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         counts=Counts(**{name: counts[name] for name in Counts.__dataclass_fields__}),
@@ -82,6 +88,7 @@ def write_run_report(config: CleanConfig, result: CleanResult, manifest: dict[st
         weights={} if result.powerless else result.weights,
         powerless=result.powerless,
         estimate="" if result.powerless else result.estimate,
+        called=called,
         confusions=result.confusions,
         suspects=tuple(_suspect(judged) for judged in result.suspicious),
     )

@@ -15,8 +15,11 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ACTIONS = {"keep": "kept", "relabel": "relabeled", "drop": "dropped"}
 
 
-def suspects_section(suspects: Sequence[Suspect], noisy: int) -> str:
-    """<section> with the first twenty suspects, or a sentence saying that there are none."""
+def suspects_section(suspects: Sequence[Suspect], noisy: int, letters: str = "") -> str:
+    """<section> with the first twenty suspects, or a sentence saying that there are none.
+
+    `letters`: what these stand for, in HTML.
+    """
     if not suspects:
         body = (
             "<p class='empty'>No record was suspicious enough to show.</p>"
@@ -29,7 +32,8 @@ def suspects_section(suspects: Sequence[Suspect], noisy: int) -> str:
         body = "".join(_card(rank, one, shared) for rank, one in enumerate(shown, start=1))
         many = "The most suspicious record" if len(shown) == 1 else f"The {len(shown)} most "
         many += "" if len(shown) == 1 else "suspicious records"
-        body = f"<p class='lead'>{many}, highest noise score first. Tap one to open it.</p>{body}"
+        lead = f"{many}, highest noise score first. Tap one to open it.{letters}"
+        body = f"<p class='lead'>{lead}</p>{body}"
     return f"<section id='suspects'><h2>Most suspicious</h2>{body}</section>"
 
 
