@@ -13,7 +13,7 @@ from commandline import write
 from robustft import crowd
 from robustft.crowd import Estimate, Judgement
 from robustft.detection.detectors import (
-    NO_BETTER_THAN_CHANCE,
+    OPEN_ANSWERS_DIFFER,
     RULES_PASS,
     TEXTS_DIFFER,
     CrowdDetector,
@@ -49,7 +49,7 @@ def test_of_numbers_that_agree_half_the_time_one_model_cannot_tell(tmp_path: Pat
 
 def test_free_texts_that_share_no_words(tmp_path: Path) -> None:
     found = warned(tmp_path, [f"{LONG} {n}" for n in range(20)], ["quite another reply"] * 20)
-    assert found == (TEXTS_DIFFER, NO_BETTER_THAN_CHANCE)
+    assert found == (TEXTS_DIFFER, OPEN_ANSWERS_DIFFER)
 
 
 def test_evidence_of_before_tells_who_was_silent() -> None:
@@ -66,7 +66,7 @@ def test_evidence_of_before_tells_who_was_silent() -> None:
 
 @pytest.mark.parametrize("given", ["7", "a few words", f"{LONG}\n#### 7"])
 def test_other_answers_that_never_agree(given: str, tmp_path: Path) -> None:
-    assert warned(tmp_path, [given] * 20, ["8"] * 20) == (NO_BETTER_THAN_CHANCE,)
+    assert warned(tmp_path, [given] * 20, ["8"] * 20) == (OPEN_ANSWERS_DIFFER,)
 
 
 class _Rows:

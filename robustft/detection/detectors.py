@@ -24,11 +24,18 @@ from robustft.records import Record
 from robustft.store import Opinion
 from robustft.terminal import counted, plural_of
 
-NO_BETTER_THAN_CHANCE = (
+_CHANCE = (
     "agreement with the given answers is no more than chance would give: nothing was changed. "
-    "More records or a stronger model (--model) may help (with four options and 30 % of the "
-    "answers wrong, a model right in 90 % stands out from 24 records on, one right in 50 % from "
-    "150 on); --detector paper trusts the model's word regardless"
+)
+_REGARDLESS = "; --detector paper trusts the model's word regardless"
+NO_BETTER_THAN_CHANCE = (
+    f"{_CHANCE}More records or a stronger model (--model) may help (with four options and 30 % of "
+    "the answers wrong, a model right in 90 % stands out from 24 records on, one right in 50 % "
+    f"from 150 on){_REGARDLESS}"
+)
+OPEN_ANSWERS_DIFFER = (
+    f"{_CHANCE}More records, a stronger model (--model) or the finished runs of other models "
+    f"(--second-opinion) may help{_REGARDLESS}"
 )
 TEXTS_DIFFER = (
     "free texts are compared by their words, and two good answers may share few: "
@@ -310,7 +317,7 @@ def _warnings(
     if found and all(one.powerless for one in found):
         if (evidence["options"][judged] == _FREE_TEXT).mean() > 0.5:
             yield TEXTS_DIFFER
-        yield NO_BETTER_THAN_CHANCE
+        yield OPEN_ANSWERS_DIFFER if _mostly_open(evidence) else NO_BETTER_THAN_CHANCE
         return
     lost = sum(size for one, size in zip(found, sizes, strict=True) if one.powerless)
     if lost:
@@ -327,7 +334,7 @@ def _warnings(
     if rate is None or rate.high - rate.low <= _WIDE:
         return
     span = f"{rate.low:.0%} to {rate.high:.0%} of the given answers may be wrong"
-    if (evidence["given"][judged] < 0).mean() > 0.5:
+    if _mostly_open(evidence):
         heard = {name for one in found if "model" in one.weights for name in one.weights}
         witnesses = "one model alone" if len(heard) == 1 else f"{len(heard)} models"
         yield (
@@ -339,6 +346,11 @@ def _warnings(
             f"with these experts the noise rate stays open, {span}: a stronger model, or one that "
             "gives probabilities, tells more; --detector paper trusts the model's word"
         )
+
+
+def _mostly_open(evidence: Evidence) -> bool:
+    """Whether most records that can be judged offer no options."""
+    return bool((evidence["given"][~evidence["unjudged"]] < 0).mean() > 0.5)
 
 
 def _whole_rate(rates: Sequence[Estimate | None], sizes: Sequence[int]) -> Estimate | None:

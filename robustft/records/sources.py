@@ -155,8 +155,13 @@ def open_files(files: tuple[Path, ...], limit: int, names: tuple[str, ...] = ())
         names = ("",)
     kinds = {"".join(split_suffix(path)) for path in files}
     if len(kinds) > 1:
-        found = listed(sorted(kinds))
-        raise UserError(f"{files[0].parent}: expected files of one kind, found {found}: name one")
+        folder = Path(os.path.commonpath(files))
+        first = {"".join(split_suffix(path)): path for path in reversed(files)}
+        found = listed([f"{kind} ({first[kind].relative_to(folder)})" for kind in sorted(kinds)])
+        raise UserError(
+            f"{folder}: expected data files of one kind, found {found}: give one file, such as "
+            f"{first[min(kinds)]}, or a folder of one kind"
+        )
     for path in files:
         _check_magic(path)
     if split_suffix(files[0])[0] == ".parquet":
