@@ -24,7 +24,7 @@ from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.files import drafted, rename_synced, spare_input_folder, spare_others
 from robustft.finishing import Models, finish, seconds_before
-from robustft.intake import Intake, intake_folder, remove_others, take_in
+from robustft.intake import Intake, intake_folder, remove_intake, remove_others, take_in
 from robustft.models import DEFAULT_EMBEDDER, find_embedder, find_model, is_small
 from robustft.outputs import EXCHANGE, OUTPUTS, read_manifest
 from robustft.pipeline import ShardRun, long_lived
@@ -241,11 +241,16 @@ def run_clean(
     with ExitStack() as stack:
         stack.enter_context(folder_lock(config.out))
         path = config.out / "run.sqlite"
-        spare_folder(config, source, own=path.exists())
-        store = stack.enter_context(Store(path))
+        new = not path.exists()
+        spare_folder(config, source, own=not new)
         identity = identity_of(config, source)
+        taken = intake_folder(config.out, identity)
+        failing = stack.enter_context(ExitStack())
+        if new:
+            failing.callback(remove_traces, path, taken)
+        store = stack.enter_context(Store(path))
         resumed = store.holds(identity, free=_FREE)
-        intake = stack.enter_context(take_in(source, intake_folder(config.out, identity)))
+        intake = stack.enter_context(take_in(source, taken))
         if 2 * config.tuned.folds > intake.records:
             raise UserError(
                 f"--folds: expected at most half the number of records, {intake.records}, found "
@@ -262,6 +267,7 @@ def run_clean(
             judged_by = config.detector
             judge_again(shard, store, target)
         store.claim(identity, free=_FREE)
+        failing.pop_all()  # the run has begun: what it leaves is for the next session
         remove_others(intake.folder)
         stack.enter_context(long_lived())
         announce(
@@ -337,6 +343,16 @@ def load(
             "that gives them (vLLM, SGLang, llama.cpp)"
         )
     return engine, embedder or Embedder(config.embedder)
+
+
+def remove_traces(store: Path, intake: Path) -> None:
+    """Remove the closed store and the intake of a run that did not begin.
+
+    Only for who holds the output folder.
+    """
+    for name in ("", "-wal", "-shm"):
+        Path(f"{store}{name}").unlink(missing_ok=True)
+    remove_intake(intake)
 
 
 def identity_of(config: CleanConfig, source: RecordSource) -> dict[str, Any]:

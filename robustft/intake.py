@@ -66,6 +66,17 @@ def remove_others(folder: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
+def remove_intake(folder: Path) -> None:
+    """Remove an intake, and the folder around it where that holds nothing else.
+
+    Only for who holds the output folder.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it holds something
+        (folder.parent / ".reading").unlink(missing_ok=True)
+        folder.parent.rmdir()
+
+
 def _read(source: RecordSource, folder: Path) -> dict[str, Any]:
     """Write the files of an intake; returns its counts."""
     reasons: Counter[str] = Counter()

@@ -431,21 +431,28 @@ def test_a_run_that_never_began_leaves_the_folder_free(
     assert run("clean", source, "--out", out, *PAPER).status == 0
 
 
-def test_of_a_run_that_never_began_the_next_one_leaves_nothing(
+def test_a_run_that_never_began_leaves_nothing(
     source: Path, tmp_path: Path, run: CommandLine, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def no_engine(*_: object) -> None:
         raise UserError("no such GPU")
 
-    clean = ("clean", source, "--out", tmp_path / "out", *PAPER)
+    out = tmp_path / "out"
+    clean = ("clean", source, "--out", out, *PAPER)
     monkeypatch.setattr("robustft.cleaning.load_engine", no_engine)
     assert "no such GPU" in run.refused(*clean)
-    (read,) = (tmp_path / "out" / "phases").glob("input-*")
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    killed = out / "phases" / "input-0123"  # what one that was killed before it began has read
+    killed.mkdir(parents=True)
     run = CommandLine(monkeypatch, capsys)
     assert run(*clean, "--limit", 7).status == 0
-    (kept,) = (tmp_path / "out" / "phases").glob("input-*")
-    assert kept != read
+    (kept,) = (out / "phases").glob("input-*")
+    assert kept != killed
+    monkeypatch.setattr("robustft.cleaning.load_engine", no_engine)
+    assert "no such GPU" in run.refused(*clean, "--limit", 7)
+    assert kept.is_dir()
+    assert (out / "run.sqlite").exists()
 
 
 def test_a_second_run_on_a_busy_folder(run: CommandLine, source: Path, tmp_path: Path) -> None:
