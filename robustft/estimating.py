@@ -21,7 +21,7 @@ from robustft.engines import Engine
 from robustft.files import atomic_file
 from robustft.records import Record, RecordSource, watched
 from robustft.retrieval import CosineKNN
-from robustft.store import Stopwatch, Store
+from robustft.store import UNIT_ROWS, Stopwatch, Store
 from robustft.terminal import counted
 
 _LEARNT_AT_ONCE = 100_000  # of more records the embeddings are read in pieces
@@ -44,27 +44,44 @@ class CostEstimate:
     search_hours: float  # of these for nearest neighbours, which grow with the records' square
     memory_bytes: int  # peak, this process
     disk_bytes: int  # --out
+    shards: int = 1
+
+    @property
+    def largest_share(self) -> float:
+        """The part of the records that falls to the largest shard; shards are whole units."""
+        units = -(-self.records // UNIT_ROWS)
+        return min(-(-units // self.shards) * UNIT_ROWS / self.records, 1.0)
 
     def __str__(self) -> str:
         search = ""
         if self.search_hours > _WORTH_TELLING * self.hours:
             search = f", up to {_duration(self.search_hours)} of it for nearest neighbours"
-        time, most = _duration(self.hours), ""
+        time, most = self._time(1.0), ""
         if self.least_hours < 0.9 * self.hours:
-            time = f"{_duration(self.least_hours)} to {time}"
             most = ", the more the more records are answered again"
+        shards = []
+        if self.shards > 1:
+            each = f"{self._time(self.largest_share)} each, where every one has a machine or GPU"
+            shards = [f"{f'{self.shards} shards':<14}{each} like this one to itself"]
+        each_one = ", each" if shards else ""
         tokens = f"{self.prompt_tokens:,} prompt and {self.new_tokens:,} new tokens"
         return "\n".join(
             (
                 f"{counted(self.records, 'record')}, {self.rejects:,} unreadable",
                 f"tokens        {tokens}",
                 f"time          {time} with one process like this one{most}{search}",
-                f"memory        {_size(self.memory_bytes)} at most",
+                *shards,
+                f"memory        {_size(self.memory_bytes)} at most{each_one}",
                 f"disk          {_size(self.disk_bytes)} in --out",
                 f"measured on   {counted(self.sample, 'record')} spread over the input, "
                 f"{self.noisy:.0%} of them answered again; nothing was written",
             )
         )
+
+    def _time(self, share: float) -> str:
+        """How long a share of the records takes, in words."""
+        most, least = share * self.hours, share * self.least_hours
+        return f"{_duration(least)} to {_duration(most)}" if least < 0.9 * most else _duration(most)
 
 
 def _duration(hours: float) -> str:
@@ -81,12 +98,13 @@ def estimate(
     config: CleanConfig,
     sample: int = 64,
     *,
+    shards: int = 1,
     engine: Engine | None = None,
     embedder: TextEmbedder | None = None,
 ) -> CostEstimate:
     """Clean `sample` records spread evenly over the input in a folder that is thrown away.
 
-    Raises UserError as `robustft.clean` does.
+    `shards`: how many the run will be cut into. Raises UserError as `robustft.clean` does.
     """
     source = open_source(config)
     kinds = Counter(isinstance(item, Record) for item in watched(source, "count"))
@@ -140,6 +158,7 @@ def estimate(
         search_hours=search,
         memory_bytes=peak + memory,
         disk_bytes=round(share * disk),
+        shards=shards,
     )
 
 

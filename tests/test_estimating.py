@@ -69,6 +69,16 @@ def test_the_crowd_may_answer_nobody_again(tmp_path: Path, monkeypatch: pytest.M
     assert "the more" not in str(found["paper"])
 
 
+def test_shards_share_the_time_by_whole_units(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(40))
+    config = CleanConfig(input=str(source), out=tmp_path / "out", detector="paper")
+    one = estimate(config, shards=4, engine=ScriptedEngine(), embedder=LetterEmbedder())
+    assert one.largest_share == 1.0  # 40 records are one unit: it cannot be cut
+    many = replace(one, records=10 * 512, hours=10.0, least_hours=10.0)
+    assert many.largest_share == 0.3
+    assert "\n4 shards      3.0 hours each, where every one has" in str(many)
+
+
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,5 +89,8 @@ def test_the_command(
     assert done.out.startswith("30 records, 0 unreadable\ntokens ")
     assert "measured on   30 records" in done.out
     assert not (tmp_path / "out").exists()
+    assert "shards" not in done.out
+    cut = ("--shard", "0/4", "--processes", "2")
+    assert "\n8 shards      " in run("clean", source, "--out", tmp_path, "--estimate", *cut).out
     done = run("clean", source, "--out", tmp_path / "out", "--estimate", "--limit", "1")
     assert "measured on   1 record spread over the input, " in done.out

@@ -61,7 +61,8 @@ def _clean_into_folder(options: argparse.Namespace) -> int:
     if options.estimate:
         from robustft.estimating import estimate
 
-        print(estimate(config))
+        count = max(options.processes, options.gpus)
+        print(estimate(config, shards=count * (options.shard[1] if options.shard else 1)))
         if config.tuned.folds:
             print("not counted   the training of --folds")
         if config.learners:
