@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from robustft_kernels import linear_token_stats
+from robustft_kernels import linear_designs, linear_token_stats
 from robustft_kernels.linear_token_stats import linear_token_stats_op
 from robustft_kernels.reference import token_stats_reference
 from robustft_kernels.testing import violations
@@ -34,7 +34,7 @@ def test_float64_is_exact(
 ) -> None:
     hidden, weight, bias, target = problem(torch.float64, n=600, vocab=5001)
     if without_core:
-        for name in ("token_stats", "linear_token_stats"):
+        for name in ("token_stats", "linear_designs"):
             module = sys.modules[f"robustft_kernels.{name}"]  # the attribute is the function
             monkeypatch.setattr(module, "native", lambda: None)
     bias[7] = -math.inf
@@ -72,10 +72,9 @@ def test_as_good_as_the_logits_of_that_dtype(dtype: torch.dtype) -> None:
 def test_without_16_bit_instructions_sums_stay_in_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["robustft_kernels.linear_token_stats"]
-    monkeypatch.setattr(module, "product_dtype", lambda _: torch.float32)
-    monkeypatch.setattr(module, "CPU_ROWS", 7)
-    monkeypatch.setattr(module, "CPU_COLUMNS", 64)
+    monkeypatch.setattr(linear_designs, "product_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(linear_designs, "CPU_ROWS", 7)
+    monkeypatch.setattr(linear_designs, "CPU_COLUMNS", 64)
     hidden, weight, bias, target = problem(dtype, n=40, vocab=300)
     exact = token_stats_reference(hidden.double() @ weight.double().T + bias.double(), target)
     found = linear_token_stats(hidden, weight, target, bias=bias)
@@ -88,8 +87,8 @@ def test_the_gradient_of_16_bit_operands_fits_float32_logits(
 ) -> None:
     # As on a GPU, and on a CPU without 16-bit products: what the forward pass normalised by is
     # not the maximum of logits that are rounded to 16 bits.
-    module = sys.modules["robustft_kernels.linear_token_stats"]
-    monkeypatch.setattr(module, "product_dtype", lambda _: torch.float32)
+    for module in (linear_designs, sys.modules[linear_token_stats.__module__]):
+        monkeypatch.setattr(module, "product_dtype", lambda _: torch.float32)
     hidden, weight, _, target = problem(torch.bfloat16, n=40, vocab=300)
     inputs = [(8 * hidden).requires_grad_(), weight.clone().requires_grad_()]
     stats = linear_token_stats(inputs[0], inputs[1], target)
@@ -137,8 +136,7 @@ def test_gradcheck(needs: tuple[bool, bool, bool]) -> None:
 def test_gradient_in_one_piece_and_in_chunks(
     rows: int, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
-    monkeypatch.setattr(module, "WORKSPACE", rows * 40 * 4)
+    monkeypatch.setattr(linear_designs, "WORKSPACE", rows * 40 * 4)
     hidden, weight, bias, target = problem(torch.float32, n=n or 8, vocab=40)
     weight = weight.T.contiguous().T  # in columns
     inputs = [x.requires_grad_() for x in (hidden[:n], weight, bias)]
@@ -241,18 +239,16 @@ def test_targets_of_any_integer_dtype(name: str) -> None:
 
 
 def test_chunked_is_chunked_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
     hidden, weight, bias, target = problem(torch.float32, n=70, vocab=500)
     expected = token_stats_reference((hidden.double() @ weight.double().T) + bias, target)
-    monkeypatch.setattr(module, "_tiled", None)
+    monkeypatch.setattr(linear_designs, "_tiled", None)
     found = linear_token_stats(hidden, weight, target, bias=bias, design="chunked")
     assert not violations(found, expected, absolute=1e-5, relative=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_few_logits_are_made_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["robustft_kernels.linear_token_stats"]  # the attribute is the function
-    monkeypatch.setattr(module, "_tiled", None)
+    monkeypatch.setattr(linear_designs, "_tiled", None)
     hidden, weight, bias, target = problem(dtype, n=8, vocab=16384)
     expected = token_stats_reference((hidden.double() @ weight.double().T) + bias, target)
     found = linear_token_stats(hidden, weight, target, bias=bias)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from robustft_kernels import TokenStats, linear_token_stats, token_stats
-from robustft_kernels.linear_token_stats import target_logits
+from robustft_kernels.linear_designs import target_logits
 from robustft_kernels.reference import (
     Options,
     Saved,

@@ -311,7 +311,7 @@ def target_logits(
 ) -> Tensor:
     """The targets' logits [N] in float32, NaN where there is none; for what `fits` accepts.
 
-    One launch and no copies, where the CPU's `linear_token_stats.target_logits` gathers rows of
+    One launch and no copies, where the CPU's `linear_designs.target_logits` gathers rows of
     weights a block at a time.
     """
     out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
