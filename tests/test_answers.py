@@ -104,6 +104,15 @@ CITIES = ["New York", "New York City", "York", "Boston"]
         ("<answer> B </answer>", "B", "B"),
         ("[[B]]", "B", "B"),
         ("Selected option: B", "B", "B"),
+        ("Nothing changed. Therefore B", "B", "B"),
+        ("Nothing changed, so (B).", "B", "B"),
+        ("I think it's A. Wait, actually it's B.", "B", "B"),
+        ("I don't think it's A.\nIt must be B.", "B", "B"),
+        ("I am torn between A and C, but I'll go with B.", "B", "B"),
+        ("Profits are flat.\n**Final: B**", "B", "B"),
+        ("A gain is not reported.\nSentiment: Neutral", "B", "Neutral"),
+        ("This is neither positive nor negative, so neutral.", "B", "neutral"),
+        ("Neutral, as it does not say whether that is positive or negative. " * 4, "B", "Neutral"),
         ("I'd say B.", "B", "B"),
         ("I’d go with (B), as nothing changed.", "B", "B"),
         ("B) No change was reported.", "B", "B"),
@@ -483,6 +492,53 @@ def test_a_reply_that_was_begun(reply: str, kind: Kind, answer: str | None) -> N
 def test_a_reply_that_was_cut_off(reply: str, kind: Kind, answer: str | None) -> None:
     begun = "" if kind == "text" else "Answer:"
     assert parse(reply, kind=kind, begun=begun, finished=False).answer == answer
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "The answer is probably neutral or positive.",
+        "Answer: negative or neutral",
+        "I doubt anybody knows, and I don't think it's B.",
+        "It is so neutral.\nIt is so positive.",
+        "Negative, neutral or positive?",
+        "Sentiment: not given",
+    ],
+)
+def test_what_decides_for_no_option(reply: str) -> None:
+    assert parse_choice(reply, SENTIMENT).answer is None
+
+
+def test_an_option_that_opens_a_reply_decides_whatever_is_denied_later() -> None:
+    options = ("yes", "no", "maybe")
+    assert parse_choice("No, this is not supported by the data.", options).answer == "B"
+    assert (
+        parse_choice("Yes. " + "It was shown that one does not fall. " * 20, options).answer == "A"
+    )
+    assert parse_choice("Yes, no, maybe: who knows.", options).answer is None
+    # A list is no answer.
+    assert parse_choice("1. We add two.\n2. We add three.", ("1", "2", "3")).answer is None
+
+
+def test_a_range_is_one_in_a_box_and_outside() -> None:
+    for reply in ("\\boxed{5-10}", "5-10", "The answer is 5-10.", "$5-$10"):
+        found = parse_number(reply).answer
+        assert found is not None
+        assert normalise(found, "number") == "5-10", reply
+    assert parse_number("\\boxed{10-5}").answer == "5"
+
+
+def test_a_number_alone_in_bold() -> None:
+    for reply in ("**18**", "__18__", "_18_", "**18** ", "**$18**", "**18 apples**"):
+        assert parse_number(reply).answer == "18", reply
+    assert parse_number("2**3").answer == "8"
+
+
+def test_a_span_ends_where_it_is_explained() -> None:
+    for told in (", since it rained", " because it rained", "**, as stated", " (because of it)"):
+        assert parse_span(f"The answer is {'**' * told.count('**')}Paris{told}.").answer == "Paris"
+    assert parse_span("The answer is because it rained.").answer == "because it rained"
+    assert parse_span("Answer: since 1998").answer == "since 1998"
 
 
 def test_span_takes_what_follows_the_marker() -> None:

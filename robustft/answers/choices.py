@@ -27,6 +27,9 @@ _AND_ANOTHER = re.compile(
         |\b(?:and|or|und|oder|y|o|et|ou|e|и|или)\b)\s*(?:option\s)?[(\[*_]*([A-Z])(?![\w'’])""",
     re.VERBOSE,
 )
+_OR = re.compile(
+    r"[)\]*_\"'`”’]*\s*(?:/|还是|或者?|または|또는|\b(?:or|oder|o|ou|или)\b)\s*", re.IGNORECASE
+)
 _WRONG = re.compile(  # "Answer: (B) is not it"
     r"""[)\]*_"'`”’]*\s(?:isn['’]t|(?:is|ist|es|est|è|é)\s(?:not|wrong|incorrect\w?|false|nicht|falsch
         |fausse|errat[ao]))\b""",
@@ -52,6 +55,15 @@ _SAYS_CORRECT = re.compile(
     r"(?:^|[.!?:;,\n]\s{0,3}|\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s)[(\[*_]*([A-Z])[)\]*_]*"
     r"\s(?:is|would\sbe)\s(?:the\s)?(?:most\s)?(?:correct|right|best)\b"
 )
+# What concludes a line: "Therefore B", ", so neutral.", "It must be (C)", "Label: B", "Final: B".
+_CONCLUDES = re.compile(
+    r"""(?:(?:^|[.!?;,:])[ \t]*|\b(?:and|but)[ \t])(?:therefore|thus|hence|so)\b[,:]?
+      |∴|(?P<it>\bit(?:['’]s|\sis|\smust\sbe)|\b(?:letter|option|choice)\sis)\b
+      |^[ \t*_\#>]*+(?:final|label|selected|response|result|output|prediction|verdict|solution
+        |decision|conclusion|correct|category|class|classification|sentiment)[*_ ]{0,4}:""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+_CAPITAL = re.compile(r"[\s*_(\[{<$\"'`“‘]*[A-Z][\s*_)\]}>$.!\"'`”’]*")
 _EXPLICIT = re.compile(r"(?:\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b[Oo]ption\s([A-Z])\b)")
 _NEGATION = re.compile(
     r"""\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b
@@ -68,6 +80,7 @@ _DENIED = re.compile(
         |[ *_)"']{0,4}(?:是?[不错錯]|아니|틀)""",
     re.VERBOSE | re.IGNORECASE,
 )
+_EXPLAINED = re.compile(r"[*_\"'`”’]*[,.!][*_\"'`”’]*\s+(?=\w)")
 _LINE = re.compile(
     r"""[\s*_>\#"'`“‘-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{]{0,2})(?P<letter>[A-Za-z])(?![\w'’])
         (?P<close>[)\]}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
@@ -84,6 +97,7 @@ _PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation
 _PROSE_STARTS |= {"reason", "since", "that", "the", "there", "these", "this"}
 # Words and numbers, and the symbols that tell options apart ("<" from ">"); light punctuation no.
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s.,;:!?\"'`“”‘’*()\[\]{}]|_")
+_CLAUSE = 200  # characters of a clause that are looked at for a negation
 _SHORT_PROSE = 40  # words: option text named in a longer reply may be part of the reasoning
 
 
@@ -134,10 +148,11 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     r"""The one option a reply decides for, as a letter; None rather than a guess.
 
     In order: the last final-answer marker that names an option ("answer is", "Answer:",
-    "\boxed{}", "B is correct", "not A but B"); lines that are nothing but a letter, a letter with
-    its own text, or an option's text; a letter that opens the reply; a single explicit letter such
-    as "(B)"; one option's exact text in a short reply. Two different letters at one level, or a
-    letter beyond the options, give None. Negated sentences ("not (A)") name nothing.
+    "\boxed{}", "B is correct", "not A but B") or line that it concludes ("so B."); lines that are
+    nothing but a letter, a letter with its own text, or an option's text; a letter, or an option's
+    text and a comma, that opens the reply; a single explicit letter such as "(B)"; one option's
+    exact text in a short reply. Two different letters at one level, or a letter beyond the options,
+    give None. Negated sentences ("not (A)") name nothing.
     """
     text = same_width(reply)
     start = body_start(text)
@@ -145,6 +160,8 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     decided = _by_marker(text, start, choices)
     if decided is None:
         decided = _by_line(text, start, choices)
+    if decided is None:
+        decided = _by_opening(text, start, choices)
     if decided is None:
         decided = _by_mention(text, start, choices)
     return decided or NOTHING
@@ -158,6 +175,7 @@ def _found(letter: str, start: int, stop: int, choices: _Options) -> Parsed:
 def _by_marker(text: str, start: int, choices: _Options) -> Parsed | None:
     marks = [(m.end(), False, m.start()) for m in MARKER.finditer(text, start)]
     marks += [(m.start(1), True, m.start()) for m in _SAYS_CORRECT.finditer(text, start)]
+    marks += [(m.end(), False, m.start()) for m in _conclusions(text, start, choices)]
     excluded: set[str] = set()
     for position, certain, _ in sorted(marks)[-50:][::-1]:
         if certain:
@@ -182,6 +200,19 @@ def _by_marker(text: str, start: int, choices: _Options) -> Parsed | None:
     return None
 
 
+def _conclusions(text: str, start: int, choices: _Options) -> Iterator[re.Match[str]]:
+    """What leads to a letter or an option's text that ends a line."""
+    for match in _CONCLUDES.finditer(text, start):
+        rest, ended, _ = text[match.end() : match.end() + choices.reach].partition("\n")
+        if not ended and match.end() + choices.reach < len(text):
+            continue  # longer than any option
+        if _CAPITAL.fullmatch(rest) or choices.exactly(rest):
+            near = max(start, match.start() - _CLAUSE)
+            clause = max(near, *(text.rfind(mark, near, match.start()) + 1 for mark in ".!?;,\n"))
+            if not match["it"] or not _NEGATION.search(text, clause, match.start()):
+                yield match
+
+
 def _skip_decoration(text: str, position: int) -> int:
     match = _DECORATION.match(text, position)
     return match.end() if match else position
@@ -194,7 +225,7 @@ def _after_marker(text: str, position: int, choices: _Options) -> Parsed | None:
     letter = _LETTER.match(text, begin)
     if letter is None or not _is_letter(text, begin, position, choices):
         if named and (letter is None or named[2] > letter.end()):
-            return Parsed(*named) if named[0] else NOTHING
+            return Parsed(*named) if named[0] and not _or_another(text, named, choices) else NOTHING
         return None
     another = _AND_ANOTHER.match(text, letter.end())
     if another and another[1] != letter[1].upper() and ord(another[1]) - 65 < choices.count:
@@ -208,6 +239,13 @@ def _after_marker(text: str, position: int, choices: _Options) -> Parsed | None:
     if stated and stated != letter[1].upper():
         return NOTHING
     return _found(letter[1], begin, letter.end(), choices)
+
+
+def _or_another(text: str, named: tuple[str | None, int, int], choices: _Options) -> bool:
+    """Whether the text of another option is offered with the one named."""
+    joined = _OR.match(text, named[2])
+    other = choices.prefix(text, joined.end()) if joined else None
+    return other is not None and other[0] != named[0]
 
 
 def _is_letter(text: str, begin: int, position: int, choices: _Options) -> bool:
@@ -281,6 +319,17 @@ def _denied(text: str, position: int, choices: _Options) -> bool:
     own = choices.prefix(text, position)
     denial = _DENIED.match(text, own[2]) if own else None
     return denial is not None and choices.prefix(text, denial.end()) is None
+
+
+def _by_opening(text: str, start: int, choices: _Options) -> Parsed | None:
+    """The option whose text opens the reply, which goes on to explain: "No, it is not shown"."""
+    named = choices.prefix(text, _skip_decoration(text, start))
+    if named is None or not named[0] or not any(map(str.isalpha, text[named[1] : named[2]])):
+        return None  # "1." may begin a list
+    goes_on = _EXPLAINED.match(text, named[2])
+    if goes_on is None or choices.prefix(text, goes_on.end()) is not None:
+        return None
+    return Parsed(*named)
 
 
 def _mentions(text: str, start: int) -> Iterator[tuple[str, int, int]]:

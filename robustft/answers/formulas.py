@@ -62,7 +62,7 @@ _UNIT = re.compile(
 _WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}\Z")
 _MEASURED = re.compile(r"\d|√|π|\\(?:pi|sqrt)")
 _SIGNS = re.compile(
-    r"(?<![A-Za-z])(?:sqrt|log|ln|sin|cos|tan)\s?[(\d_]|\dpi\b|\\(?:[A-Za-z]|\{)|\d\s*(?:\^|\*\*)"
+    r"(?<![A-Za-z])(?:sqrt|log|ln|sin|cos|tan)\s?[(\d_]|\dpi\b|\\(?:[A-Za-z]|\{)|\d\s*(?:\^|\*\*\s?[\w(\\-])"
     r"|\^\s*[\d({]|[√∛∜∞±∪∩²³⁴-⁹]"
 )
 _ALGEBRA = re.compile(r"(?:[^\W\d_](?![^\W\d_])|\d|[-−+*/=<>≤≥≠^()\[\],.\s|])+")

@@ -119,12 +119,13 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     if opening.answer is not None or not finished:
         return opening
     start = body_start(reply)
-    whole = reply[start:].strip().strip("$").strip()
+    whole = reply[start:].strip(" \t\r\n*_").strip("$").strip()
     one = "\n" not in whole and "boxed{" not in whole and not _COMES_TO.fullmatch(whole)
-    if one and (is_formula(whole) or _TUPLE.fullmatch(whole)) and not _PROSE.search(whole):
+    last = next(iter(deque(find_numbers(reply, start), maxlen=1)), None)
+    alone = whole_number(whole) if last is None else is_formula(whole) or _TUPLE.fullmatch(whole)
+    if one and alone and not _PROSE.search(whole):
         begin = reply.index(whole, start)
         return _formula(reply, begin, begin + len(whole))
-    last = next(iter(deque(find_numbers(reply, start), maxlen=1)), None)
     if last is None:
         return _worded(reply, [*marked(reply, start), start])
     if _DENIED.search(reply, max(last.start() - 12, 0), last.start()):
@@ -192,8 +193,14 @@ def spelt(answer: str) -> str:
     bare = " ".join(answer.split())
     if whole := whole_number(bare):
         return canonical(whole)
-    plainly = _PLAINLY.sub("", bare)
-    return plainly if _STRUNG.fullmatch(bare) or _RANGE.fullmatch(plainly) else formula(answer)
+    return _PLAINLY.sub("", bare) if _strung(bare) else formula(answer)
+
+
+def _strung(text: str) -> bool:
+    """Whether digits and signs are a time, a date, a list or a range: not to be calculated."""
+    ends = _RANGE.fullmatch(_PLAINLY.sub("", text))
+    rises = ends is not None and float(ends[1]) < float(ends[2])
+    return rises or _STRUNG.fullmatch(text) is not None
 
 
 def _own(number: re.Match[str]) -> Parsed:
@@ -206,9 +213,10 @@ def _formula(reply: str, begin: int, stop: int) -> Parsed:
         begin += 1
     while stop > begin and reply[stop - 1].isspace():
         stop -= 1
-    whole = whole_number(formula(reply[begin:stop]))
+    text = reply[begin:stop]
+    whole = None if _strung(text) and whole_number(text) is None else whole_number(formula(text))
     if whole is None:
-        return Parsed(reply[begin:stop], begin, stop)
+        return Parsed(text, begin, stop)
     worth = canonical(whole)
     told = [_own(number) for number in find_numbers(reply, begin, stop)]
     return next((one for one in reversed(told) if one.answer == worth), Parsed(worth, begin, stop))
@@ -241,10 +249,7 @@ def _whole(reply: str, number: re.Match[str], low: int, high: int) -> Parsed:
     bare = text.strip("()[]{}$ ")
     if (only := whole_number(bare)) and canonical(only) == canonical(number):
         return _own(number)
-    ends = _RANGE.fullmatch(_PLAINLY.sub("", bare))
-    if _STRUNG.fullmatch(bare) or (ends and float(ends[1]) < float(ends[2])):
-        return Parsed(text, begin, stop)
-    return _formula(reply, begin, stop)
+    return Parsed(text, begin, stop) if _strung(bare) else _formula(reply, begin, stop)
 
 
 def _belongs(before: re.Match[str], reply: str, stop: int) -> bool:

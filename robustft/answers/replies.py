@@ -41,7 +41,8 @@ MARKER = re.compile(
         (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
         [ \t*_"'`)\]]{0,8}
         (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
-      |\\(?:boxed|fbox)\{|\#\#\#\#|\bI(?:\swould|['’]d)?\s(?:choose|pick|select|say|go\swith)\b
+      |\\(?:boxed|fbox)\{|\#\#\#\#
+      |\bI(?:\s(?:would|will|must|shall)|['’](?:d|ll))?\s(?:choose|pick|select|say|go\swith)\b
       |\b(?:antwort|respuesta|réponse|resposta|risposta|antwoord|odpowiedź|svar|cevap|jawaban
         |đáp\sán|ответ|відповідь|الإجابة|الجواب|उत्तर)\b
         (?:\s(?:correct[ae]|corretta|correta|exacte|juste|finale?)\b)?
@@ -75,6 +76,10 @@ _TEXT_MARKER = re.compile(
 _LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf|mathrm|mathbf)\{)*")
 _IN_TEXT = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mathrm|mathbf)\{([^{}]*)\}\s*\Z")
 _CLOSERS = {"**": "**", "__": "__", "}$": "{", "}": "{", "</answer>": "<answer>"}
+# "Paris, since it is the capital": the answer is given, and then why.
+_REASON = re.compile(
+    r"(?<=[\w)\"'”’*])(?:,\s(?:since|because|as|given)|\s\(?because)\b", re.IGNORECASE
+)
 _INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}\Z")  # "U.S."
 _THOUGHT = "think(?:ing)?|thought|reasoning"
 THOUGHT_BEGINS = re.compile(rf"\s*(?:<(?:{_THOUGHT})>|\[THINK\])")
@@ -177,7 +182,9 @@ def parse_span(reply: str) -> Parsed:
         begin = lead.end() if lead else position
         fence = reply.find("```", begin + 3) if reply.startswith("```", begin) else -1
         stop = fence + 3 if fence >= 0 else reply.find("\n", begin)
-        stop = _unclosed(reply, begin, end if stop < 0 else stop)
+        stop = end if stop < 0 else stop
+        reason = _REASON.search(reply, begin, stop)
+        stop = _unclosed(reply, begin, reason.start() if reason else stop)
         parsed = _unwrapped(reply, begin, stop, sentence=True)
         if parsed.answer is not None:
             return parsed
