@@ -65,6 +65,7 @@ class EvalResult:
     rejected: int = 0
     truncated: int = 0  # prompts of this session that lost their middle: too long for the window
     seconds: float = 0.0
+    out: Path | None = None  # where the predictions were written
 
     @property
     def f1(self) -> float:
@@ -116,6 +117,8 @@ class EvalResult:
             )
         if more := len(largest[_SHOWN:]):
             lines.append(f"  and {counted(more, 'category', 'categories')} of no more records")
+        if self.out is not None:
+            lines.append(f"predictions  {self.out}")
         return "\n".join(lines)
 
 
@@ -196,6 +199,7 @@ def evaluate(
     scores.finish()
     result.truncated = getattr(engine, "truncated", 0) - truncated
     result.seconds = time.monotonic() - started
+    result.out = config.out
     return result
 
 

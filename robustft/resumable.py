@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from robustft.files import replacing, spare_others
 from robustft.overlap import asked
 from robustft.store import UNIT_ROWS
 
+_log = logging.getLogger("robustft")
 _I = TypeVar("_I")
 _R = TypeVar("_R")
 
@@ -56,7 +58,7 @@ class ResumableLines:
 
     Parameters
     ----------
-    path: the output; one that is there already stays until then.
+    path: the output; one that is there already stays until then, and the log says so.
     identity: what the lines depend on, as JSON values.
 
     Raises:
@@ -132,6 +134,13 @@ class ResumableLines:
                         break
                 self._file.close()
             self._find_chunks()
+        if self._places:
+            _log.warning("%s: resuming; what was asked before is not asked again", self._path)
+        elif self._path.exists():
+            _log.warning(
+                "%s: there already; everything is asked anew, and it is replaced at the end",
+                self._path,
+            )
         return self
 
     def __exit__(

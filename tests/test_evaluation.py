@@ -160,7 +160,7 @@ def test_of_many_categories_the_largest_are_printed(tmp_path: Path) -> None:
     said = str(result).splitlines()
     shown = [line.split(":")[0].strip() for line in said if line.startswith("  c")]
     assert shown == [f"c{n:03}" for n in [*range(58), 98, 99]]
-    assert said[-1] == "  and 40 categories of no more records"
+    assert said[-2:] == ["  and 40 categories of no more records", f"predictions  {out}"]
     assert len({json.loads(line)["category"] for line in out.read_text().splitlines()}) == 100
 
 

@@ -214,7 +214,9 @@ def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Sign
     assert not out.exists()
 
     printed, said = start(0, out).communicate(timeout=60)
-    assert [line for line in said.splitlines(True) if "left out" not in line] == [SMALL_MODEL]
+    *before, small = [line for line in said.splitlines(True) if "left out" not in line]
+    assert small == SMALL_MODEL
+    assert before == [f"robustft: {out}: resuming; what was asked before is not asked again\n"]
     *summary, asked = printed.splitlines()
     assert 0 < int(asked.split()[0]) <= 63 - 8
     whole, _ = start(0, tmp_path / "whole.jsonl").communicate(timeout=60)
@@ -246,5 +248,9 @@ def test_other_settings_start_afresh(run: CommandLine, tmp_path: Path, command: 
     run.script(before_batch=burn)
     assert "the same command resumes" in run(command, source, "--out", out).err
     run.script()
-    assert run(command, source, "--out", out, "--limit", "3").status == 0
+    done = run(command, source, "--out", out, "--limit", "3")
+    assert done.status == 0
+    assert "already" not in done.err
     assert len(read(out)) == 3
+    again = run(command, source, "--out", out, "--limit", "3").err
+    assert f"{out}: there already; everything is asked anew, and it is replaced at the end" in again
