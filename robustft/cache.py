@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,17 +26,21 @@ def content_key(*parts: object) -> bytes:
 class Cache:
     """Key to bytes. A key is a digest of everything the value depends on, so none ever changes.
 
-    The file is made when it is first needed. Raises UserError where it cannot be used.
+    The file is made when it is first needed; any thread may use it. Raises UserError where it
+    cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.RLock()  # a transaction is the connection's, not the thread's
 
     @cached_property
     def _db(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.path, isolation_level=None, timeout=120)
+            database = sqlite3.connect(
+                self.path, isolation_level=None, timeout=120, check_same_thread=False
+            )
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")
             database.execute(
@@ -49,7 +54,8 @@ class Cache:
     @contextlib.contextmanager
     def _telling(self) -> Iterator[sqlite3.Connection]:
         try:
-            yield self._db
+            with self._lock:
+                yield self._db
         except sqlite3.Error as error:  # disk full, damaged file
             raise UserError(
                 f"{self.path}: {error}; what is finished is kept, the same command resumes"

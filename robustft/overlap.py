@@ -17,11 +17,12 @@ _SECONDS_TO_END = 0.1  # between two looks whether cancelled jobs have ended
 
 
 def asked(
-    engine: Engine, jobs: Iterable[tuple[_K, Callable[[], _T]]]
+    engine: Engine | None, jobs: Iterable[tuple[_K, Callable[[], _T]]]
 ) -> contextlib.closing[Generator[tuple[_K, _T]]]:
     """Every (key, what its job says), in order, as a `with` block's own.
 
-    A server is kept busy by as many jobs as its engine says; others do one after the other.
+    A server is kept busy by as many jobs as its engine says; others, and who asks none, do one
+    after the other.
     """
     at_a_time = getattr(engine, "at_a_time", 1)
     return contextlib.closing(in_order(jobs, at_a_time, getattr(engine, "cancel", lambda: None)))

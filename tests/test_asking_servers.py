@@ -19,11 +19,12 @@ from faulty_server import FaultyServer
 
 from robustft import evaluation, resumable, scoring
 from robustft.cli import main
-from robustft.config import EngineConfig, EvalConfig
+from robustft.config import CleanConfig, EngineConfig, EvalConfig
 from robustft.engines import Engine
 from robustft.engines.http import JsonClient
 from robustft.engines.probing import connect
 from robustft.errors import EngineLost
+from robustft.methods import clean_by, decisions
 from robustft.progress import Progress
 from robustft.resumable import ResumableLines
 
@@ -63,7 +64,7 @@ def call(command: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
             summary.seconds, summary.path, summary.resumed = 0.0, Path(), 0
             return str(summary)
         result = evaluation.evaluate(EvalConfig(str(source), out=out), engine=engine)
-        result.seconds = 0.0
+        result.seconds, result.out = 0.0, None
         return str(result)
 
     return run
@@ -213,3 +214,27 @@ def test_a_killed_command_asks_nothing_twice_that_it_kept(
     assert len(server.tries) == probes + RECORDS - kept
     assert out.read_bytes() == whole.read_bytes()
     assert not partial(out)
+
+
+def test_a_baseline_asks_about_several_chunks_at_a_time(
+    server: FaultyServer, tiny_model: Path, tmp_path: Path, source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(decisions, "_CHUNK", UNIT)
+    patience = time.monotonic() + 60
+
+    def meet(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        while server.most_at_once <= UNIT and time.monotonic() < patience:
+            time.sleep(0.01)
+
+    def clean(at_a_time: int) -> list[bytes]:
+        out, made = tmp_path / str(at_a_time), engine(server, tiny_model, at_a_time)
+        server.edit = meet if at_a_time > 1 else server.edit
+        monkeypatch.setattr("robustft.methods.load_engine", lambda config: made)
+        clean_by("self-label", CleanConfig(str(source), out))
+        return [(out / name).read_bytes() for name in ("cleaned.jsonl", "verdicts.jsonl")]
+
+    alone = clean(1)
+    assert server.most_at_once <= UNIT
+    assert clean(3) == alone
+    assert server.most_at_once > UNIT

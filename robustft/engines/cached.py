@@ -188,6 +188,8 @@ class RememberingEngine(CachedEngine):
             identity=(engine.revision, config.fingerprint()),
         )  # fmt: skip
         self.name, self.revision, self.abilities = engine.name, engine.revision, engine.abilities
+        self.at_a_time = getattr(engine, "at_a_time", 1)
+        self.cancel = getattr(engine, "cancel", lambda: None)
 
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """The batches of the engine behind, of which each is kept once it is answered."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,10 +13,12 @@ import orjson
 from robustft.answers import answer_kind, matches
 from robustft.cleaning import open_source, refuse_runs, spare_folder
 from robustft.config import CleanConfig
+from robustft.engines import Engine
 from robustft.exchange import exchange
 from robustft.files import atomic_file
 from robustft.next_steps import to_train_and_evaluate
 from robustft.outputs import claim, command, identity, made_by, write_manifest
+from robustft.overlap import asked
 from robustft.progress import Progress
 from robustft.records import Record, RecordWriter, Reject, count_records, output_name
 from robustft.store import Stopwatch, folder_lock
@@ -44,12 +47,14 @@ def write_decisions(
     method: str,
     decide: Callable[[Sequence[Record], Callable[[float], None]], Sequence[Decision]],
     *,
+    engine: Engine | None = None,
     quiet: bool = False,
 ) -> CleanResult:
     """Write `cleaned.*`, `verdicts.jsonl`, `rejects.jsonl` and `manifest.json` to `config.out`.
 
     `method` is its name; `decide` sees up to 512 records at a time, in input order, once it is
     certain that the folder may be written to, and what to call with the number of records done;
+    `engine`: whom it asks; where that waits for a server it is called in several threads at a time.
     `quiet`: it shows itself how far it is.
 
     Raises:
@@ -71,10 +76,16 @@ def write_decisions(
         rejects = stack.enter_context(atomic_file(out / "rejects.jsonl"))
         total = None if quiet else count_records(source)
         shown = stack.enter_context(Progress(method, total, unit="records", quiet=quiet))
-        stream = iter(source)
-        while items := list(itertools.islice(stream, _CHUNK)):
+
+        def jobs() -> Iterator[tuple[list[Record | Reject], Callable[[], Sequence[Decision]]]]:
+            stream = iter(source)
+            while items := list(itertools.islice(stream, _CHUNK)):
+                records = [item for item in items if isinstance(item, Record)]
+                yield items, functools.partial(decide, records, shown.update)
+
+        for items, decisions in stack.enter_context(asked(engine, jobs())):
             records = [item for item in items if isinstance(item, Record)]
-            for record, decision in zip(records, decide(records, shown.update), strict=True):
+            for record, decision in zip(records, decisions, strict=True):
                 action = _action(record, decision)
                 if action == "relabel" and decision.answer is not None:
                     refused = source.refusal(record.row, decision.answer)

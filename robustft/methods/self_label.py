@@ -23,7 +23,7 @@ def prepare(setting: Setting) -> CleanResult:
         said = predict(records, ask_plainly(records), setting.engine, limit, progress=progress)
         return list(map(_decision, said))
 
-    return write_decisions(setting.config, "self-label", decide)
+    return write_decisions(setting.config, "self-label", decide, engine=setting.engine)
 
 
 def _decision(said: Prediction) -> Decision:

@@ -46,7 +46,7 @@ def prepare(setting: Setting) -> CleanResult:
             progress(len(rows))
         return [decisions[row] for row in range(len(records))]
 
-    return write_decisions(setting.config, "self-select", decide)
+    return write_decisions(setting.config, "self-select", decide, engine=engine)
 
 
 METHOD = Method("self-select", "SelfSelect", "SFT on the examples the model trusts", prepare)
