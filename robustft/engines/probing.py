@@ -28,6 +28,7 @@ from robustft.engines.wire import (
     read_chat,
     read_echo,
     read_prompt_logprobs,
+    without_thoughts,
 )
 from robustft.errors import UserError
 
@@ -267,9 +268,12 @@ def _probe_chat(engine: ChatEngine, found: list[str], config: EngineConfig) -> N
     if first is None:
         raise UserError(f"{config.base_url}: the server cannot be used: {refusal}") from refusal
     found.append("/chat/completions")
-    if first.thinking:
+    if first.thinking or without_thoughts(first.text):  # an empty block may be filled next time
         first = _ask_not_to_think(engine, plain, config)
         found.append("the model thinks before it answers, and is told not to (enable_thinking)")
+    empty = bool(without_thoughts(first.text))
+    if empty:
+        found.append("it still writes an empty thinking block, which is read past")
     for prefill in _PREFILLS:
         engine.prefill = prefill
         try:
@@ -286,7 +290,8 @@ def _probe_chat(engine: ChatEngine, found: list[str], config: EngineConfig) -> N
         found.append(_without_logprobs(refusal if engine.top is None else None))
         engine.top = None
         return
-    choose = bool(first.likeliest and first.likeliest[0])
+    # A reply's first token is the block's, unless the reply is begun.
+    choose = bool(first.likeliest and first.likeliest[0]) and not (empty and engine.prefill is None)
     engine.abilities = dataclasses.replace(engine.abilities, nll=True, choose=choose)
     likeliest = f" and the {engine.top} likeliest" if choose else ""
     found.append(f"log-probabilities of generated tokens{likeliest}: aligned, at most 0")

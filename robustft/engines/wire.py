@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -133,6 +134,9 @@ def parsed(kind: type[_T], payload: bytes) -> _T:
         raise ValueError(f"{where}: {first['msg']}") from None
 
 
+_NO_THOUGHTS = re.compile(r"\s*(?:<think>\s*</think>\s*)+")
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a server wrote, token by token where it tells the tokens."""
@@ -196,10 +200,20 @@ def read_chat(payload: bytes, *, most: int, greedy: bool) -> Written:
 
 
 def _thinks(text: str) -> bool:
-    """Whether a server that keeps no thoughts apart has left some at the head of a text."""
+    """Whether a server that keeps no thoughts apart has left some at the head of a text.
+
+    A block without any is none: so some models write that they do not think.
+    """
+    text = text[without_thoughts(text) :]
     before, ended, _ = text.partition("</think>")
     # The chat template may have opened them, in the prompt.
     return text.lstrip().startswith("<think>") or (bool(ended) and "<think>" not in before)
+
+
+def without_thoughts(text: str) -> int:
+    """Where a text goes on behind the empty thinking blocks at its head; 0 without them."""
+    found = _NO_THOUGHTS.match(text)
+    return found.end() if found else 0
 
 
 def _by_spelling(tops: Sequence[_Top]) -> dict[str, float]:

@@ -128,7 +128,8 @@ def test_tokens_may_share_a_spelling(server: FaultyServer, spelling: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", ["<think>\nOkay, the user", "\n<think>\n\n</think>\n\n4", "Okay.\n</think>\n\n4"]
+    "content",
+    ["<think>\nOkay, the user", "<think></think><think>Hm</think>4", "Okay.\n</think>\n\n4"],
 )
 def test_thoughts_in_the_text_of_a_reply_are_no_answer(server: FaultyServer, content: str) -> None:
     def think(body: dict[str, Any], reply: dict[str, Any]) -> None:
@@ -142,6 +143,32 @@ def test_thoughts_in_the_text_of_a_reply_are_no_answer(server: FaultyServer, con
     assert not any(isinstance(one, Failure) for one in said)
     made.extras = {}  # type: ignore[attr-defined]
     assert made.generate(questions(1)[0], 3) == [Failure("the model thinks before it answers")]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_empty_thinking_block_is_no_thought(server: FaultyServer, begun: bool) -> None:
+    """As models write that are told not to think, where the server's template does not for them."""
+
+    def write(body: dict[str, Any], reply: dict[str, Any]) -> None:
+        choice, last = reply["choices"][0], body["messages"][-1]
+        if begun and last["role"] == "assistant":
+            if last["content"] == "1, 2, 3,":
+                choice |= {"message": {"content": " 4"}, "logprobs": None}
+            return
+        told = "chat_template_kwargs" in body
+        block = "<think>\n\n</think>\n\n" if told else "<think>\nOkay"
+        choice["message"]["content"] = block + choice["message"]["content"] * told
+        if choice.get("logprobs"):
+            first = {"token": "<think>", "logprob": 0.0}
+            choice["logprobs"]["content"][0] = first | {"top_logprobs": [first]}
+
+    server.edit = write
+    made = engine(server, None)
+    assert "it still writes an empty thinking block, which is read past" in made.abilities.found
+    assert made.abilities.choose == begun  # else the block's first token is the reply's
+    for said in made.generate(questions(4)[0], 3):
+        assert isinstance(said, Generation)
+        assert said.text.startswith("<think>") != begun
 
 
 def test_thoughts_that_a_text_speaks_of_are_a_part_of_it(server: FaultyServer) -> None:
