@@ -724,3 +724,33 @@ def test_content_parts_go_in_and_come_out_as_parts(tmp_path: Path) -> None:
         writer.write(record, "4")
     out = orjson.loads((tmp_path / "out.jsonl").read_bytes())
     assert out == {"messages": [turns[0], {**turns[1], "content": parts("4")}], "n": 1}
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_csv_as_spreadsheets_of_other_countries_write_it(tmp_path: Path, mark: str) -> None:
+    bom = b"\xef\xbb\xbf"
+    lines = [f"question{mark}answer", f'"Größe{mark} in cm?"{mark}1,5', f"a, b?{mark}x"]
+    path = tmp_path / "in.csv"
+    path.write_bytes(bom + "".join(f"{line}\r\n" for line in lines).encode())
+    source = open_records(str(path))
+    first, second = [item for item in source if isinstance(item, Record)]
+    assert (first.question, first.answer) == (f"Größe{mark} in cm?", "1,5")
+    with RecordWriter(tmp_path / "out.csv", source) as writer:
+        writer.write(first, first.answer)
+        writer.write(second, f"y{mark}z")
+    lines[2] = f'a, b?{mark}"y{mark}z"'
+    written = (tmp_path / "out.csv").read_bytes()
+    assert written == bom + "".join(f"{line}\r\n" for line in lines).encode()
+    (tmp_path / "out.csv").unlink()
+    (tmp_path / "later.csv").write_text("question,answer\na,b\n")
+    with pytest.raises(UserError, match="expected the layout and columns of in.csv"):
+        open_records(str(tmp_path))
+
+
+def test_a_comma_divides_columns_wherever_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("question,answer;unit\na;b,c\n")
+    source = open_records(str(path), schema="qa:question,answer;unit")
+    record = next(iter(source))
+    assert isinstance(record, Record)
+    assert (record.question, record.answer) == ("a;b", "c")

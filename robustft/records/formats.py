@@ -216,6 +216,7 @@ class TextReader:
     limit: int = MAX_LINE_BYTES
     fields: tuple[str, ...] = ()
     header: bytes = b""
+    delimiter: str = ","  # of CSV
 
     @property
     def size(self) -> int | None:
@@ -252,7 +253,7 @@ class TextReader:
     def _csv_rows(
         self, path: Path, chunks: Iterator[bytes]
     ) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        records = split_csv(split_lines(chunks, self.limit), self.limit)
+        records = split_csv(split_lines(chunks, self.limit), self.limit, self.delimiter)
         header = next(records, None)
         names = csv_header(path, header)[0]
         if names != self.fields:
@@ -282,7 +283,7 @@ class TextReader:
 
             out = pa.CompressedOutputStream(pa.PythonFile(_KeptOpen(file), "w"), self.compression)
         if self.format == "csv":
-            return CsvWriter(out, self.fields, self.header, close=out is not file)
+            return CsvWriter(out, self.fields, self.header, self.delimiter, close=out is not file)
         return JsonWriter(out, array=self.format == "json", close=out is not file)
 
     def content_hash(self) -> str:
@@ -356,10 +357,13 @@ def dump_json(value: Any, *, pretty: bool = False) -> bytes:
 
 
 class CsvWriter:
-    """Writes CSV records under the input's own header line and line ends."""
+    """Writes CSV records under the input's own header line, with its delimiter and line ends."""
 
-    def __init__(self, file: Any, fields: tuple[str, ...], header: bytes, *, close: bool) -> None:
+    def __init__(
+        self, file: Any, fields: tuple[str, ...], header: bytes, delimiter: str, *, close: bool
+    ) -> None:
         self._file, self._fields, self._close = file, fields, close
+        self._delimiter = delimiter
         self._end = b"\r\n" if header.endswith(b"\r") else b"\n"
         self._line(header.removesuffix(b"\r"))
 
@@ -373,7 +377,9 @@ class CsvWriter:
             return
         text = io.StringIO()
         values = {**row, **changes}
-        csv.writer(text).writerow([values[name] for name in self._fields])
+        csv.writer(text, delimiter=self._delimiter).writerow(
+            [values[name] for name in self._fields]
+        )
         self._line(text.getvalue().removesuffix("\r\n").encode())
 
     def close(self) -> None:

@@ -331,16 +331,18 @@ class _CsvFeed:
 
 
 def split_csv(
-    lines: Iterator[tuple[int, bytes] | Reject], limit: int
+    lines: Iterator[tuple[int, bytes] | Reject], limit: int, delimiter: str = ","
 ) -> Iterator[tuple[int, bytes, list[str]] | Reject]:
     """Yield (line, raw bytes, fields) per record of RFC 4180, quoted line breaks included.
+
+    Spreadsheets of many countries write another `delimiter` than that standard's comma.
 
     After a broken quote only the line where the record began is rejected, and reading starts again
     on the next, so that one stray quote cannot take the rest of the file with it.
     """
     csv.field_size_limit(max(csv.field_size_limit(), limit + 1))  # the module's default is 128 KiB
     feed = _CsvFeed(lines, limit)
-    reader = csv.reader(feed, strict=True)
+    reader = csv.reader(feed, strict=True, delimiter=delimiter)
     while (item := feed.start()) is not None:
         if isinstance(item, Reject):
             feed.waiting.popleft()
@@ -349,7 +351,7 @@ def split_csv(
         try:
             fields = next(reader)
         except (csv.Error, StopIteration) as error:
-            reader = csv.reader(feed, strict=True)
+            reader = csv.reader(feed, strict=True, delimiter=delimiter)
             number, data = feed.give_back()
             yield reject(number, f"broken CSV: {_csv_reason(str(error))}", data)
             continue
@@ -365,4 +367,4 @@ def _csv_reason(error: str) -> str:
         return "a quoted field is never closed"
     if error.startswith("new-line character"):
         return "a carriage return outside quotes"
-    return "text after a closing quote" if error.startswith("',' expected") else error
+    return "text after a closing quote" if "' expected after" in error else error

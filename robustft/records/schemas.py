@@ -450,14 +450,11 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
                 where, best.extra, found,
             )  # fmt: skip
         return best.tuned(sample, where) if isinstance(best, ChoiceSchema) else best
-    other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
     if name is not None:
         wanted = " or ".join("+".join(s.fields) for s in candidates)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
     first = {s.name: s for s in reversed(SCHEMAS)}  # the others of a name have other fields
     wanted = "; ".join(f"{name} ({', '.join(first[name].fields)})" for name in known.split(", "))
-    if other is not None:
-        raise UserError(f"{where}: expected columns divided by commas, found {other!r}: {found}")
     raise UserError(
         f"{where}: no known schema has these fields: {found}; say which they are, as in "
         "--schema qa:QUESTION,ANSWER or --schema choice:QUESTION,OPTIONS,ANSWER, or rename them to "

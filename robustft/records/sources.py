@@ -17,6 +17,7 @@ from robustft.records.formats import Reader, TextReader, csv_header
 from robustft.records.framing import (
     BOM,
     DamagedError,
+    Reject,
     read_chunks,
     split_csv,
     split_lines,
@@ -27,6 +28,7 @@ from robustft.remote import fetched, is_remote
 from robustft.terminal import listed
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
+DELIMITERS = ",;\t|"  # of CSV, as spreadsheets write it
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
 KNOWN = ".jsonl .ndjson .json .csv (also with .gz or .zst) and .parquet"
@@ -168,7 +170,7 @@ def open_files(files: tuple[Path, ...], limit: int, names: tuple[str, ...] = ())
         return open_parquet(files, names)
     readers = [_open_text(path, limit) for path in files]
     for path, reader in zip(files, readers, strict=True):
-        if (reader.format, reader.fields) != (readers[0].format, readers[0].fields):
+        if _layout(reader) != _layout(readers[0]):
             raise UserError(f"{path}: expected the layout and columns of {files[0].name}")
     return replace(readers[0], files=files, names=names)
 
@@ -209,12 +211,32 @@ def _open_text(path: Path, limit: int) -> TextReader:
         raise UserError(f"{path}: the file is empty")
     reader = TextReader((path,), ("",), FORMATS[suffix], compression, suffix + compressed, limit)
     if suffix == ".csv":
-        lines = split_lines(without_bom(read_chunks(path, compression)), limit)
-        fields, header = csv_header(path, next(split_csv(lines, limit), None))
-        return replace(reader, fields=fields, header=bom + header)
+        delimiter, first = _csv_start(path, compression, limit)
+        fields, header = csv_header(path, first)
+        return replace(reader, fields=fields, header=bom + header, delimiter=delimiter)
     # Many ".json" files hold one object a line, so the first byte decides.
     if start.startswith(b"["):
         return replace(reader, format="json")
     if suffix == ".json" and start.split(b"\n", 1)[0].strip() == b"{":
         raise UserError(f"{path}: expected an array of objects or one a line, found one object")
     return replace(reader, format="jsonl")
+
+
+def _csv_start(
+    path: Path, compression: str | None, limit: int
+) -> tuple[str, tuple[int, bytes, list[str]] | Reject | None]:
+    """The delimiter and the header: by the first one that tells columns apart, else by commas."""
+
+    def first(delimiter: str) -> tuple[int, bytes, list[str]] | Reject | None:
+        lines = split_lines(without_bom(read_chunks(path, compression)), limit)
+        return next(split_csv(lines, limit, delimiter), None)
+
+    for delimiter in DELIMITERS:
+        item = first(delimiter)
+        if isinstance(item, tuple) and len(item[2]) > 1:
+            return delimiter, item
+    return ",", first(",")
+
+
+def _layout(reader: TextReader) -> tuple[str, tuple[str, ...], str]:
+    return reader.format, reader.fields, reader.delimiter
