@@ -629,6 +629,10 @@ _JUNK = st.lists(
     ("text", "message"),
     [
         (b'"\n"', r"has these fields: \\n; say which"),
+        (b"Question;ANSWER\na;b\n", r"Question, ANSWER; add --schema qa:Question,ANSWER$"),
+        (b"Instruction,Output,Input\na,b,c\n", r"add --schema alpaca:Instruction,Input,Output$"),
+        (b"Question,A,B,Answer\na,b,c,A\n", r"add --schema choice:Question,Answer$"),
+        (b"Question,Options,Answer Key\na,b,c\n", r"has these fields: Question, Options, Answer"),
         (b"frage;antwort\na;b\n", r"has these fields: frage, antwort; say which"),
     ],
 )

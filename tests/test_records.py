@@ -743,7 +743,7 @@ def test_csv_as_spreadsheets_of_other_countries_write_it(tmp_path: Path, mark: s
     assert written == bom + "".join(f"{line}\r\n" for line in lines).encode()
     (tmp_path / "out.csv").unlink()
     (tmp_path / "later.csv").write_text("question,answer\na,b\n")
-    with pytest.raises(UserError, match="expected the layout and columns of in.csv"):
+    with pytest.raises(UserError, match=r"expected the layout and columns of in\.csv"):
         open_records(str(tmp_path))
 
 

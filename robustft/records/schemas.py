@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -420,6 +421,20 @@ def _fits(schema: Schema, row: Mapping[str, Any]) -> bool:
     return schema.fields[-1] in row and all(has_field(row, name) for name in schema.fields)
 
 
+def _in_other_case(names: Sequence[str]) -> str:
+    """The schema whose fields these are but for capitals, for `--schema`; "" where none is."""
+    known = {name.casefold(): name for name in reversed(names)}
+    for schema in SCHEMAS:
+        fields = [known.get(name.casefold(), "") for name in schema.fields]
+        if isinstance(schema, ChoiceSchema) and schema.options is None:
+            fields = [fields[0], fields[-1]] if set(LETTERS[:2]) <= set(names) else [""]
+        elif isinstance(schema, OpenSchema) and schema.extra in known:
+            fields.insert(1, known[schema.extra])
+        if all(fields):
+            return f"{schema.name}:{','.join(fields)}"
+    return ""
+
+
 def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str) -> Schema:
     """Return the schema (of this name, if one is given) whose fields most of `rows` have.
 
@@ -455,6 +470,11 @@ def find_schema(rows: Iterable[Mapping[str, Any]], name: str | None, where: str)
         raise UserError(f"{where}: schema {name} needs the fields {wanted}; fields found: {found}")
     first = {s.name: s for s in reversed(SCHEMAS)}  # the others of a name have other fields
     wanted = "; ".join(f"{name} ({', '.join(first[name].fields)})" for name in known.split(", "))
+    if meant := _in_other_case(names):
+        raise UserError(
+            f"{where}: fields are told apart by case; found: {found}; add --schema "
+            f"{printable(shlex.quote(meant))}"
+        )
     raise UserError(
         f"{where}: no known schema has these fields: {found}; say which they are, as in "
         "--schema qa:QUESTION,ANSWER or --schema choice:QUESTION,OPTIONS,ANSWER, or rename them to "
