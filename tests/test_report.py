@@ -412,7 +412,7 @@ def test_reasons_beyond_the_commonest_are_counted() -> None:
 
 def test_letters_and_experts_are_explained() -> None:
     text = Page(render(sample(called="1, 2, 3 are called A, B, C"))).text
-    assert "A is the first. In the input, 1, 2, 3 are called A, B, C." in text
+    assert "A is the first. The input's 1, 2, 3 are called A, B, C." in text
     assert "base: the model's own answer; checker: whether it calls the given answer right" in text
     opened = sample(before={}, after={}, suspects=(suspect(options=None, given="42"),))
     assert "A is the first" not in Page(render(opened)).text

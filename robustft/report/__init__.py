@@ -281,7 +281,7 @@ def _letters(summary: ReportData) -> str:
     """What the letters of options stand for; nothing where there are none."""
     if not (summary.before or any(one.options for one in summary.suspects)):
         return ""
-    called = f" In the input, {markup.plain(summary.called)}." if summary.called else ""
+    called = f" The input's {markup.plain(summary.called)}." if summary.called else ""
     return f" Letters count the options: A is the first.{called}"
 
 
