@@ -111,7 +111,7 @@ def clean(
     tuned = TunedConfig(**folds)
     ready = None if isinstance(embedder, str) else embedder
     loaded = None if isinstance(engine, EngineConfig) else engine
-    small = is_small(described) if loaded is None else bool(getattr(loaded, "embedded", False))
+    small = is_small(described) if loaded is None else loaded.embedded
     exchange = bool(rest.get("dataset_info"))
     with output_folder(out, data, exchange=exchange) as folder, _as_file(data, folder) as path:
         config = CleanConfig(

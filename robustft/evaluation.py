@@ -182,7 +182,7 @@ def evaluate(
     engine = engine or load_engine(config.engine, config.adapter)
     result = EvalResult(engine.model_id, None if config.adapter is None else str(config.adapter))
     scores = _Scores(result)
-    truncated = getattr(engine, "truncated", 0)  # not every engine sees tokens
+    truncated = engine.truncated
     with _output(config, engine, source) as out, Progress("eval", total, unit="records") as shown:
 
         def answer(records: Sequence[Record]) -> list[Prediction]:
@@ -197,7 +197,7 @@ def evaluate(
                 if known:
                     shown.skip(1)
     scores.finish()
-    result.truncated = getattr(engine, "truncated", 0) - truncated
+    result.truncated = engine.truncated - truncated
     result.seconds = time.monotonic() - started
     result.out = config.out
     return result

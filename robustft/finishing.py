@@ -51,9 +51,8 @@ class Models:
     @classmethod
     def of(cls, engine: Engine, embedder: TextEmbedder) -> Models:
         """The names of loaded models."""
-        small = bool(getattr(engine, "embedded", False))
         names = engine.name, engine.model_id, engine.revision, embedder.model_id
-        return cls(*names, small, engine.abilities)
+        return cls(*names, engine.embedded, engine.abilities)
 
     def identity(self) -> dict[str, str]:
         """What a resumed run must share with the run it resumes."""

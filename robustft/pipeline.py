@@ -209,7 +209,7 @@ class ShardRun:
 
     def _facts(self) -> dict[str, Any]:
         """What a phase says of itself: the prompts it cut in this session."""
-        truncated = getattr(self.engine, "truncated", 0)
+        truncated = self.engine.truncated
         facts = {"truncated": truncated - self._truncated}
         self._truncated = truncated
         return facts

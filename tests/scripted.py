@@ -20,6 +20,8 @@ class ScriptedEngine:
     name = "scripted"
     model_id = "scripted"
     revision = "1"
+    embedded = False
+    truncated = 0
     abilities = Abilities()
 
     def __init__(

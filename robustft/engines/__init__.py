@@ -149,6 +149,12 @@ class Engine(Protocol):
     model_id: str
     revision: str
     abilities: Abilities
+    embedded: bool  # the small model that comes with robustft, which gets less room to write
+
+    @property
+    def truncated(self) -> int:
+        """Prompts cut to the model's window so far; 0 where the engine sees no tokens."""
+        ...
 
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """Indices of `prompts`, grouped into batches of similar length."""

@@ -45,6 +45,12 @@ class CachedEngine:
         self._make = make
         self._identity = (model_id, *identity)
         self._engine: Engine | None = None
+        self._truncated = 0  # by engines that were let go
+
+    @property
+    def truncated(self) -> int:
+        """Prompts cut to the model's window so far, of those the cache had no answer to."""
+        return self._truncated + (self._engine.truncated if self._engine else 0)
 
     @property
     def engine(self) -> Engine:
@@ -55,6 +61,7 @@ class CachedEngine:
 
     def release(self) -> None:
         """Let the model's memory go; it is loaded again when it is needed again."""
+        self._truncated = self.truncated
         self._engine = None
 
     def speeds(self) -> dict[str, float]:
@@ -184,8 +191,7 @@ class RememberingEngine(CachedEngine):
     def __init__(self, engine: Engine, cache: Cache, config: EngineConfig) -> None:
         super().__init__(
             cache, lambda: engine, model_id=engine.model_id,
-            embedded=bool(getattr(engine, "embedded", False)),
-            identity=(engine.revision, config.fingerprint()),
+            embedded=engine.embedded, identity=(engine.revision, config.fingerprint()),
         )  # fmt: skip
         self.name, self.revision, self.abilities = engine.name, engine.revision, engine.abilities
         self.at_a_time = getattr(engine, "at_a_time", 1)

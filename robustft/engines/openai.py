@@ -70,6 +70,7 @@ class CompletionsEngine(TokenEngine):
 
     name = "openai"
     revision = "served"
+    embedded = False
     batch = BATCH
 
     def __init__(
@@ -228,6 +229,8 @@ class ChatEngine:
 
     name = "openai"
     revision = "served"
+    embedded = False
+    truncated = 0  # the server sees the tokens, and refuses what is too long
 
     def __init__(self, config: EngineConfig, client: JsonClient, model: str) -> None:
         self.model_id = model

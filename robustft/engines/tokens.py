@@ -68,6 +68,7 @@ class TokenEngine(ABC):
     model_id: str
     revision: str
     abilities: Abilities
+    embedded: bool
     encoder: PromptEncoder
     batch: int  # requests that `plan` puts together
 
