@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -23,6 +24,7 @@ from robustft.resumable import ResumableLines, answer_in_units, spare_other_line
 from robustft.store import Stopwatch
 from robustft.terminal import counted, printable
 
+_Line = dict[str, Any]  # of the output: an item's statistics, or why it has none
 _NAMED = 5  # truncated records that the summary names
 
 
@@ -46,22 +48,21 @@ class ScoreSummary:
         """Mean over records, nats per token; NaN without any."""
         return self.total_nll / self.records if self.records else float("nan")
 
-    def add(self, line: bytes, *, resumed: bool) -> None:
+    def add(self, line: _Line, *, resumed: bool) -> None:
         """Add a line of the output up."""
-        body = orjson.loads(line)
-        if "rejected" in body:
+        if "rejected" in line:
             self.rejects += 1
-        elif "failed" in body:
+        elif "failed" in line:
             self.failures += 1
         else:
             self.records += 1
-            if body.get("truncated"):
+            if line.get("truncated"):
                 self.truncated += 1
                 if self.truncated <= _NAMED:
-                    self.truncated_ids.append(body["id"])
-            self.tokens += body["tokens"]
-            self.total_nll += body["nll"] if body["tokens"] else 0.0
-            self.resumed += body["tokens"] if resumed else 0
+                    self.truncated_ids.append(line["id"])
+            self.tokens += line["tokens"]
+            self.total_nll += line["nll"] if line["tokens"] else 0.0
+            self.resumed += line["tokens"] if resumed else 0
 
     def __str__(self) -> str:
         fresh = self.tokens - self.resumed
@@ -131,28 +132,33 @@ def score_file(
     with ResumableLines(out, identity) as lines, Progress("score", total, unit="records") as shown:
         ask = functools.partial(_scored, engine=engine, progress=shown.update)
         with answer_in_units(
-            source, engine, lines, ask=ask, write=bytes, read=_unless_failed
+            source, engine, lines, ask=ask, write=_written, read=_unless_failed
         ) as answered:
             for line, known in answered:
                 summary.add(line, resumed=known)
-                if known and "rejected" not in orjson.loads(line):
+                if known and "rejected" not in line:
                     shown.skip(1)
     summary.seconds = watch.seconds()
     return summary
 
 
-def _unless_failed(item: Record | Reject, line: bytes) -> bytes | None:
+def _written(line: _Line) -> bytes:
+    return orjson.dumps(line) + b"\n"
+
+
+def _unless_failed(item: Record | Reject, written: bytes) -> _Line | None:
     """A line that an earlier session wrote; None where its request had failed."""
-    return None if "failed" in orjson.loads(line) else line
+    line: _Line = orjson.loads(written)
+    return None if "failed" in line else line
 
 
 def _scored(
     items: Sequence[Record | Reject], engine: Engine, progress: Callable[[int], None]
-) -> list[bytes]:
+) -> list[_Line]:
     """The line of each item."""
     records = [item for item in items if isinstance(item, Record)]
     requests = [response_request(record) for record in records]
-    bodies: list[dict[str, object]] = [{}] * len(records)
+    lines: list[_Line] = [{}] * len(records)
     for rows in engine.plan([prompt for prompt, _ in requests], 16):
         scores = engine.score(
             [requests[row][0] for row in rows], [requests[row][1] for row in rows]
@@ -163,13 +169,10 @@ def _scored(
                 if isinstance(score, Failure)
                 else dataclasses.asdict(score)
             )
-            bodies[row] = {"id": records[row].id, **said}
+            lines[row] = {"id": records[row].id, **said}
         progress(len(rows))
-    read = iter(bodies)
+    read = iter(lines)
     return [
-        orjson.dumps(
-            next(read) if isinstance(item, Record) else {**item.place.told, "rejected": item.reason}
-        )
-        + b"\n"
+        next(read) if isinstance(item, Record) else {**item.place.told, "rejected": item.reason}
         for item in items
     ]
