@@ -1,12 +1,16 @@
-"""Shared fixtures: tiny random models, and where the real data lies."""
+"""Shared fixtures: the command line, tiny random models, and where the real data lies."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from commandline import CommandLine
 
 # Tests judge results; how long an example takes tells of the machine's other work.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -14,6 +18,14 @@ hypothesis.settings.load_profile("untimed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """`robustft ...` in this process, with scripted experts."""
+    from commandline import CommandLine  # only here: the kernels' tests do without robustft
+
+    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -41,11 +41,6 @@ PAPER = ("--detector", "paper")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write(tmp_path / "in.jsonl", quiz(30))
 

@@ -406,11 +406,6 @@ def test_a_process_that_is_killed_is_started_again(tmp_path: Path) -> None:
         run_children([child(die)])
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
 def test_the_commands(run: CommandLine, tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     arguments = ("clean", source, "--out", out, "--detector", "paper", "--wait", "0")

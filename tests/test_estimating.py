@@ -79,10 +79,7 @@ def test_shards_share_the_time_by_whole_units(tmp_path: Path) -> None:
     assert "\n4 shards      3.0 hours each, where every one has" in str(many)
 
 
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = CommandLine(monkeypatch, capsys)
+def test_the_command(run: CommandLine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", quiz(30))
     done = run("clean", source, "--out", tmp_path / "out", "--estimate")
     assert done.status == 0

@@ -104,12 +104,9 @@ def test_parquet_is_read_as_it_is(tmp_path: Path) -> None:
     assert exchanged(path)[1]["cleaned"]["file_name"] == "cleaned.parquet"
 
 
-def test_clean_writes_both_on_request(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_clean_writes_both_on_request(run: CommandLine, tmp_path: Path) -> None:
     rows = [{name: row[name] for name in row if name != "id"} for row in quiz(40)]
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
-    run = CommandLine(monkeypatch, capsys)
     clean = ("clean", source, "--out", out, "--detector", "paper")
     assert run(*clean).status == 0
     assert not (out / MESSAGES).exists()
@@ -136,16 +133,13 @@ def assert_as_cleaned(out: Path) -> None:
     assert (out / DATASET_INFO).exists()
 
 
-def test_nothing_is_left_of_a_training_set_that_is_empty(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_nothing_is_left_of_a_training_set_that_is_empty(run: CommandLine, tmp_path: Path) -> None:
     def doubt(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
         """A checker that never believes; the question without content gets even odds."""
         if len(candidates) == 2:
             return [0.5, 0.5] if "N/A" in prompt.messages[-1].content else [0.1, 0.9]
         return [0.7, 0.1, 0.1]
 
-    run = CommandLine(monkeypatch, capsys)
     run.script(choose=doubt)
     source, out = write(tmp_path / "in.jsonl", quiz(9)), tmp_path / "out"
     clean = ("clean", source, "--out", out, "--detector", "paper", "--dataset-info", "--beta")

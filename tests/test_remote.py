@@ -209,10 +209,7 @@ def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_records(URL)
 
 
-def test_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = CommandLine(monkeypatch, capsys)
+def test_the_command_line(run: CommandLine, tmp_path: Path) -> None:
     there = f"file://{tmp_path}/there"
     done = run("clean", URL, "--out", there, "--detector", "paper")
     assert done.status == 0

@@ -185,11 +185,6 @@ def command(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_command_goes_on(tmp_path: Path, command: str, how: signal.Signals) -> None:
     source = write(tmp_path / "in.jsonl", [*quiz(60), b"{broken", *quiz(3)])
