@@ -32,10 +32,10 @@ from robustft.crowd import learners
 from robustft.crowd.pool import transition
 from robustft.detection import Asked, option_probabilities, paper_rule
 from robustft.embedding import Embedder
+from robustft.opinions import Opinion
 from robustft.prompts import LETTERS
 from robustft.provenance import commit
 from robustft.records import Record, open_records
-from robustft.store import Opinion
 
 RESAMPLES = 500
 BINS = 15

@@ -13,7 +13,7 @@ import numpy as np
 
 from robustft import crowd
 from robustft.answers import Kind
-from robustft.store import Opinion, first_failure
+from robustft.opinions import Opinion, first_failure
 
 
 def consensus(samples: Sequence[Opinion], names: Sequence[str], kind: Kind) -> Opinion:

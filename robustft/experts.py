@@ -1,4 +1,4 @@
-"""The expert panel: who is asked what about a record, and what the reply means.
+"""The expert panel: who is asked what about a record.
 
 base (eq. 1), reasoning with reflection (eq. 2), checker (eq. 3), context (eq. 5), review (eq. 6).
 Each method takes the records of one chunk with the opinions it builds on, and returns one opinion
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -19,27 +17,15 @@ from robustft import answers, prompts
 from robustft.answers import Kind
 from robustft.config import ExpertConfig
 from robustft.consensus import consensus
-from robustft.engines import Choice, Engine, Failure, Generation, Prompt
+from robustft.engines import Engine, Failure, Prompt
+from robustft.opinions import Opinion, Said, first_failure
+from robustft.questions import Question, read_choices, read_text
 from robustft.records import Record
-from robustft.store import UNIT_ROWS, Opinion, Said, Stopwatch, Store, first_failure
+from robustft.store import UNIT_ROWS, Stopwatch, Store
 
 Neighbour = tuple[str, Sequence[str] | None, str]  # question, options, answer
 _Neutral = tuple[Prompt, tuple[str, ...]]  # a content-free prompt and its candidates
 _SHORT_ANSWER_TOKENS = 32
-
-
-class _Question(NamedTuple):
-    """One thing to ask, read from a prefill or from generated text; equal ones are asked once."""
-
-    prompt: Prompt
-    candidates: tuple[str, ...] = ()  # allowed continuations
-    read: bool = False  # candidates are chosen by likelihood; otherwise text is generated
-    names: tuple[str, ...] = ()  # the answer each candidate stands for
-    neutral: Prompt | None = None  # the content-free prompt to calibrate with
-    max_tokens: int = 0
-    kind: Kind | None = None  # how to parse generated text; None: the text itself is wanted
-    options: tuple[str, ...] | None = None
-    basis: str = ""  # a digest of the prompt, where the record alone does not settle it
 
 
 def record_kind(record: Record) -> Kind:
@@ -133,7 +119,7 @@ class Panel:
             ):
                 limit = self._config.reasoning_tokens
                 questions = [
-                    _Question(build(record, transcript), max_tokens=limit)
+                    Question(build(record, transcript), max_tokens=limit)
                     for record, transcript in zip(records, transcripts, strict=True)
                 ]
                 replies = self._ask(expert, round_, records, questions, failures)
@@ -203,7 +189,7 @@ class Panel:
         failures = list(map(first_failure, zip(context, reasoned, strict=True)))
         return self._ask("review", 0, records, questions, failures)
 
-    def _answer_question(self, record: Record, prompt: Prompt, basis: str = "") -> _Question:
+    def _answer_question(self, record: Record, prompt: Prompt, basis: str = "") -> Question:
         kind = record_kind(record)
         if (
             kind == "choice"
@@ -214,9 +200,9 @@ class Panel:
             names = tuple(prompts.LETTERS[: len(record.options)])
             neutral = prompts.neutral_prompt(record) if self._config.calibrate else None
             letters = prompts.letters(record.options)
-            return _Question(prompt, letters, True, names, neutral, basis=basis)
+            return Question(prompt, letters, True, names, neutral, basis=basis)
         limit = self._config.answer_tokens if kind == "text" else _SHORT_ANSWER_TOKENS
-        return _Question(prompt, max_tokens=limit, kind=kind, options=record.options, basis=basis)
+        return Question(prompt, max_tokens=limit, kind=kind, options=record.options, basis=basis)
 
     def _word_question(
         self,
@@ -226,11 +212,11 @@ class Panel:
         *,
         neutral: Prompt | None = None,
         basis: str = "",
-    ) -> _Question:
+    ) -> Question:
         """One of a few words, read from generated text where the engine has no likelihoods."""
         read = self._engine.abilities.choose
         limit = _SHORT_ANSWER_TOKENS
-        return _Question(prompt, words, read, names, neutral, limit, basis=basis)
+        return Question(prompt, words, read, names, neutral, limit, basis=basis)
 
     # --- asking ----------------------------------------------------------------------------
 
@@ -239,7 +225,7 @@ class Panel:
         expert: str,
         round_: int,
         records: Sequence[Record],
-        questions: Sequence[_Question],
+        questions: Sequence[Question],
         failures: Sequence[str] = (),
     ) -> list[Opinion]:
         """One opinion a record, from the store or from the engine.
@@ -247,7 +233,7 @@ class Panel:
         `failures`: for each question why it cannot be asked, a failure before it; empty: it can.
         """
         stored = self._store.opinions(self.unit, expert, round_)
-        numbers: dict[_Question, int] = {}
+        numbers: dict[Question, int] = {}
         rows: list[list[int]] = []  # of the unit, whose question it is
         mine = []
         blocked: list[str] = []
@@ -300,7 +286,7 @@ class Panel:
         self,
         expert: str,
         round_: int,
-        batch: Sequence[_Question],
+        batch: Sequence[Question],
         rows: Sequence[Sequence[int]],
     ) -> list[Opinion]:
         """The opinion on each question, which is that on all of its `rows`."""
@@ -308,12 +294,12 @@ class Panel:
         asked = [question.prompt for question in batch]
         if batch[0].read:
             choices = self._engine.choose(asked, [question.candidates for question in batch])
-            said = _read_choices(batch, choices, self._neutral_logprobs(batch))
+            said = read_choices(batch, choices, self._neutral_logprobs(batch))
         else:
             seeds = [self._sampling_seed(expert, round_, prompt) for prompt in asked]
             limit = max(question.max_tokens for question in batch)
             replies = self._engine.generate(asked, limit, seeds)
-            said = [_read_text(*pair) for pair in zip(batch, replies, strict=True)]
+            said = [read_text(*pair) for pair in zip(batch, replies, strict=True)]
         triples = list(zip(batch, said, rows, strict=True))
         kept = [Said(mine[0], question.basis, one) for question, one, mine in triples]
         for question, one, mine in triples:
@@ -321,7 +307,7 @@ class Panel:
         self._store.add(self.unit, expert, round_, kept, watch.seconds(), questions=len(batch))
         return said
 
-    def _neutral_logprobs(self, batch: Sequence[_Question]) -> list[np.ndarray | Failure | None]:
+    def _neutral_logprobs(self, batch: Sequence[Question]) -> list[np.ndarray | Failure | None]:
         """Log-probabilities of each question's candidates after its content-free prompt."""
         # Most questions share their content-free prompt, and hashing it takes long.
         shared = {
@@ -361,81 +347,3 @@ def _digest(prompt: Prompt) -> str:
     """
     text = repr(prompt).encode(errors="surrogatepass")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
-
-
-def _read_choices(
-    questions: Sequence[_Question],
-    choices: Sequence[Choice | Failure],
-    priors: Sequence[np.ndarray | Failure | None],
-) -> list[Opinion]:
-    said: dict[int, Opinion] = {}
-    alike: dict[int, list[int]] = {}  # number of candidates -> rows, to be read as one matrix
-    for row, (choice, prior) in enumerate(zip(choices, priors, strict=True)):
-        if isinstance(choice, Failure):
-            said[row] = Opinion(None, failure=choice.reason)
-        elif isinstance(prior, Failure):
-            said[row] = Opinion(None, failure=prior.reason)
-        else:
-            alike.setdefault(len(choice.logprobs), []).append(row)
-    for width, rows in alike.items():
-        got = [cast(Choice, choices[row]) for row in rows]
-        logprobs = np.array([one.logprobs for one in got], np.float64)
-        nothing = np.zeros(width)
-        weights = logprobs - [nothing if priors[row] is None else priors[row] for row in rows]
-        weights = np.exp(weights - weights.max(axis=1, keepdims=True))
-        probabilities = weights / weights.sum(axis=1, keepdims=True)
-        best = probabilities.argmax(axis=1)
-        nll = -logprobs[np.arange(len(rows)), best]
-        for row, choice, place, value, shares in zip(
-            rows, got, best.tolist(), nll.tolist(), probabilities.tolist(), strict=True
-        ):
-            said[row] = Opinion(
-                answer=questions[row].names[place] or None,
-                nll=value,
-                entropy=choice.entropy,
-                probabilities=tuple([round(share, 6) for share in shares]),
-                prompt_tokens=choice.prompt_tokens,
-                new_tokens=1,
-            )
-    return [said[row] for row in range(len(questions))]
-
-
-def _read_text(question: _Question, reply: Generation | Failure) -> Opinion:
-    if isinstance(reply, Failure):
-        return Opinion(None, failure=reply.reason)
-    silent = Opinion(
-        answer=None,
-        text=reply.text,
-        prompt_tokens=reply.prompt_tokens,
-        new_tokens=len(reply.nll),
-    )
-    if question.candidates:
-        return _read_word(question, reply, silent)
-    if question.kind is None:
-        return silent
-    parsed = answers.parse(
-        reply.text, kind=question.kind, options=question.options, begun=question.prompt.prefix,
-        finished=reply.finished,
-    )  # fmt: skip
-    if parsed.answer is None:
-        return silent._replace(cut_off=question.kind == "text" and not reply.finished)
-    return silent._replace(
-        answer=parsed.answer,
-        nll=reply.span_mean(reply.nll, parsed.start, parsed.stop),
-        entropy=reply.span_mean(reply.entropy, parsed.start, parsed.stop),
-    )
-
-
-def _read_word(question: _Question, reply: Generation, silent: Opinion) -> Opinion:
-    """The candidate that a reply begins with, after "Answer:" where it repeats that."""
-    words = "|".join(re.escape(word.strip()) for word in question.candidates)
-    found = re.match(rf"[\W_]*(?:answer\b[\W_]*)?({words})\b", reply.text, re.IGNORECASE)
-    if found is None:
-        return silent
-    said = [word.strip().casefold() for word in question.candidates].index(found[1].casefold())
-    return silent._replace(
-        answer=question.names[said] or None,
-        nll=reply.span_mean(reply.nll, *found.span(1)),
-        entropy=reply.span_mean(reply.entropy, *found.span(1)),
-        probabilities=tuple(float(index == said) for index in range(len(question.names))),
-    )

@@ -34,13 +34,14 @@ from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.experts import Neighbour, Panel
 from robustft.intake import Intake
+from robustft.opinions import Opinion, opinion_of
 from robustft.overlap import asked
 from robustft.progress import Progress
 from robustft.records import Record
 from robustft.relabeling import relabel
 from robustft.second_opinions import SecondOpinions
 from robustft.shards import Shard, publish
-from robustft.store import UNIT_ROWS, Opinion, Stopwatch, Store, opinion_of
+from robustft.store import UNIT_ROWS, Stopwatch, Store
 
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
 

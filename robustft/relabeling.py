@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from robustft.store import Opinion
+from robustft.opinions import Opinion
 
 
 class NewLabel(NamedTuple):

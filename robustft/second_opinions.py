@@ -18,12 +18,13 @@ import orjson
 from robustft.config import differences
 from robustft.errors import UserError
 from robustft.intake import READ_BY
+from robustft.opinions import Opinion
 from robustft.outputs import METHOD, read_manifest
 from robustft.prompts import LETTERS
 from robustft.records import Record, RecordSource
 from robustft.remote import is_remote
 from robustft.shards import plan_folder
-from robustft.store import UNIT_ROWS, Opinion
+from robustft.store import UNIT_ROWS
 from robustft.terminal import counted, listed, printable
 
 # What else votes, is asked, or stands among a verdict's experts.

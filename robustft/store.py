@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import math
 import os
 import sqlite3
 import threading
@@ -20,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import orjson
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from robustft.config import differences
 from robustft.errors import UserError
 from robustft.files import BusyError, locked, remove_leftovers
+from robustft.opinions import Opinion, Said, opinion_columns, pack, unpack
 from robustft.outputs import EXCHANGE, OUTPUTS
 
 UNIT_ROWS = 512  # records of one unit, the last one's but for the remainder
@@ -57,76 +57,6 @@ CREATE TABLE IF NOT EXISTS units (  -- one row a unit that a phase has finished
 
 
 _WITHDRAWN = "withdrawn"  # the basis of a row whose earlier opinions answer another prompt
-
-
-class Opinion(NamedTuple):
-    """What one expert said about one record.
-
-    `nll` is eq. 7 (nats per answer token), `entropy` the mean token entropy over the same tokens;
-    both NaN where the expert gave no answer. `probabilities` stand for the options (choice), or
-    for the allowed replies (checker: yes, no; reviewer of free text: first, second).
-    """
-
-    answer: str | None
-    text: str = ""
-    nll: float = math.nan
-    entropy: float = math.nan
-    probabilities: tuple[float, ...] | None = None
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    cut_off: bool = False  # a text that did not end within the tokens it had: no answer
-    failure: str = ""  # why there was no reply; such an opinion is asked for again on resume
-
-
-def first_failure(opinions: Iterable[Opinion]) -> str:
-    """Why an opinion that rests on these cannot be had; empty where it can."""
-    return next((said.failure for said in opinions if said.failure), "")
-
-
-def opinion_of(said: Mapping[int, Opinion], row: int, failures: Mapping[int, str]) -> Opinion:
-    """An expert's stored opinion on a row of a unit, or why there is none."""
-    found = said.get(row)
-    return Opinion(None, failure=failures.get(row, "was not asked")) if found is None else found
-
-
-class Said(NamedTuple):
-    """An opinion as it is stored.
-
-    `basis` tells what was asked where the record alone does not: a digest of the prompt.
-    """
-
-    row: int  # of its unit
-    basis: str
-    opinion: Opinion
-
-
-def pack(said: Sequence[Said]) -> bytes:
-    """Opinions as JSON, field by field; NaN becomes null."""
-    fields = map(list, zip(*(one.opinion[:-1] for one in said), strict=True))
-    columns = [[one.row for one in said], [one.basis for one in said], *fields]
-    return orjson.dumps(columns, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def unpack(body: bytes) -> Iterator[Said]:
-    """The inverse of `pack`."""
-    return map(Said, *_columns(body))
-
-
-def _columns(body: bytes) -> tuple[list[int], list[str], Iterator[Opinion]]:
-    """Rows of the unit, bases and opinions."""
-    rows, bases, answers, texts, nll, entropy, probabilities, *tokens = orjson.loads(body)
-    if len(tokens) == 2:  # stored before it was noted which texts were cut off
-        tokens.append([False] * len(rows))
-    columns = (
-        answers,
-        texts,
-        [math.nan if value is None else value for value in nll],
-        [math.nan if value is None else value for value in entropy],
-        [None if values is None else tuple(values) for values in probabilities],
-        *tokens,
-        [""] * len(rows),
-    )
-    return rows, bases, map(Opinion._make, zip(*columns, strict=True))
 
 
 @contextlib.contextmanager
@@ -305,7 +235,7 @@ class Store:
             (unit,),
         )
         for expert, body in rows:
-            places, bases, opinions = _columns(body)
+            places, bases, opinions = opinion_columns(body)
             found[expert].update(zip(places, opinions, strict=True))
             if _WITHDRAWN in bases:
                 for place, basis in zip(places, bases, strict=True):

@@ -23,11 +23,12 @@ from robustft.errors import UserError
 from robustft.experts import Panel
 from robustft.files import atomic_file
 from robustft.intake import Intake
+from robustft.opinions import Opinion
 from robustft.progress import Progress
 from robustft.prompts import LETTERS
 from robustft.records import Record, RecordSource
 from robustft.shards import Shard
-from robustft.store import Opinion, Store
+from robustft.store import Store
 from robustft.training import train
 
 _SUREST = 2 / 3  # share of the records of every label that train

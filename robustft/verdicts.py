@@ -28,13 +28,14 @@ from robustft.crowd import Estimate
 from robustft.decisions import Selection
 from robustft.detection import Asked, Conclusion, Detection, agrees
 from robustft.files import atomic_file, replacing
+from robustft.opinions import Opinion, opinion_of
 from robustft.progress import Progress
 from robustft.prompts import LETTERS
 from robustft.records import Place, Record, RecordSource, RecordWriter, output_name
 from robustft.relabeling import NewLabel, relabel
 from robustft.second_opinions import SecondOpinions
 from robustft.shards import Published, Shard
-from robustft.store import Opinion, Store, opinion_of
+from robustft.store import Store
 
 _log = logging.getLogger("robustft")
 _SUSPICIOUS = 20

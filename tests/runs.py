@@ -15,7 +15,7 @@ from scripted import LetterEmbedder, ScriptedEngine
 from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, ExpertConfig
 from robustft.engines import Prompt
-from robustft.store import unpack
+from robustft.opinions import unpack
 
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "jade")
 

@@ -35,6 +35,8 @@ LAYERS = (
         "retrieval",
         "embedding",
         "exchange",
+        "opinions",
+        "questions",
         "store",
         "shards",
         "corpus",

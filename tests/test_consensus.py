@@ -12,7 +12,7 @@ from robustft.cleaning import run_clean
 from robustft.config import CleanConfig, EngineConfig, ExpertConfig
 from robustft.consensus import consensus
 from robustft.errors import UserError
-from robustft.store import Opinion
+from robustft.opinions import Opinion
 
 NAN = float("nan")
 

@@ -21,8 +21,8 @@ from robustft.detection.detectors import (
     stacked,
 )
 from robustft.detection.rule import Asked
+from robustft.opinions import Opinion
 from robustft.records import Record, open_records
-from robustft.store import Opinion
 
 LONG = "one two three four five six seven eight"
 

@@ -20,11 +20,11 @@ from robustft.config import ABLATIONS, CleanConfig
 from robustft.detection.rule import Asked, paper_rule
 from robustft.engines import Generation, Prompt
 from robustft.errors import UserError
+from robustft.opinions import Opinion
 from robustft.prompts import context_prompt
 from robustft.records import Record, open_records
 from robustft.relabeling import relabel
 from robustft.retrieval import CosineKNN
-from robustft.store import Opinion
 
 
 def test_every_input_line_is_accounted_for(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from robustft.crowd import Estimate
 from robustft.detection.rule import Asked, Detection, paper_rule, unjudged
+from robustft.opinions import Opinion
 from robustft.prompts import LETTERS
 from robustft.records import Record
-from robustft.store import Opinion
 
 PANEL = ("base", "reasoned")  # experts that do not see the given answer
 

@@ -19,9 +19,9 @@ from robustft.crowd import Estimate, Judgement
 from robustft.detection.conclusion import PANEL, Conclusion
 from robustft.detection.rule import Asked, paper_rule, unjudged
 from robustft.experts import record_kind
+from robustft.opinions import Opinion
 from robustft.prompts import LETTERS
 from robustft.records import Record
-from robustft.store import Opinion
 from robustft.terminal import counted, plural_of
 
 _CHANCE = (

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from robustft import answers
 from robustft.experts import record_kind
+from robustft.opinions import Opinion
 from robustft.prompts import LETTERS
 from robustft.records import Record
-from robustft.store import Opinion
 
 
 class Asked(NamedTuple):
