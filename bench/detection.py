@@ -29,6 +29,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from robustft import answers, crowd
 from robustft.benchmarks.measure import versions
 from robustft.crowd import learners
+from robustft.crowd.neighbours import label_frequencies
 from robustft.crowd.pool import transition
 from robustft.detection import Asked, option_probabilities, paper_rule
 from robustft.embedding import Embedder
@@ -139,7 +140,7 @@ def label_rows(
     classes = max(len(record.options or ()) for record in records)
     given = np.array([LETTERS.index(record.answer) for record in records])
     wrong, at = given != truth, np.arange(len(given))
-    frequencies = learners.label_frequencies(given, classes)
+    frequencies = label_frequencies(given, classes)
     common = np.full(len(given), int(frequencies.argmax()))
     yield row(cell, "label frequencies", wrong, 1 - frequencies[given], given != common)
     yield row(cell, "flag everything", wrong, np.zeros(len(given)), np.ones(len(given), bool))

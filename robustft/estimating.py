@@ -15,7 +15,7 @@ import numpy as np
 
 from robustft.cleaning import load, open_source, run_clean
 from robustft.config import CleanConfig, TunedConfig
-from robustft.crowd.learners import VOTERS
+from robustft.crowd.neighbours import VOTERS
 from robustft.embedding import TextEmbedder
 from robustft.engines import Engine
 from robustft.files import atomic_file

@@ -8,7 +8,8 @@ whose answers are free text. Both return a `Judgement`.
 
 from robustft.crowd.judgement import Estimate, Judgement
 from robustft.crowd.labels import judge_labels
-from robustft.crowd.learners import Corpus, Learners, Progress
+from robustft.crowd.learners import Corpus, Learners
+from robustft.crowd.neighbours import Progress
 from robustft.crowd.open_answers import copies, judge_partitions, partition, renumbered
 
 __all__ = [

@@ -34,7 +34,8 @@ import numpy as np
 from scipy.special import logsumexp
 
 from robustft.crowd.judgement import Estimate, Floats, Judgement, rate_estimate
-from robustft.crowd.learners import Labels, Learners, Progress, softmax
+from robustft.crowd.learners import Learners, softmax
+from robustft.crowd.neighbours import Labels, Progress
 from robustft.crowd.pool import Fit, Given, Noise, logs_of, skill
 
 # Standard deviations above chance: 0.5 % of the experts at chance pass, and learners on 3 % of the
@@ -59,6 +60,7 @@ _DOUBT = 10.0  # nats that a rule must add to the evidence
 _TURNS = 12  # of noise and opinions, where nobody has to be taught, at most
 _GAINED = 0.5  # nats of evidence; with less, they have settled
 _SAMPLE = 10_000  # records among which rules are looked for
+_TELLING = 131_072  # records that tell how labels go wrong; of a larger corpus all are judged by it
 
 
 def judge_labels(
@@ -91,20 +93,28 @@ def judge_labels(
     from threadpoolctl import threadpool_limits
 
     known = Given(given, classes, options)
-    said = {name: logs_of(values) for name, values in panel.items()}
-    skills = {name: skill(values, known) for name, values in said.items()}
+    everybody = {name: logs_of(values) for name, values in {**panel, **(tuned or {})}.items()}
+    rows = _telling(len(given), learners)
+    some, taught = known[rows], learners
+    if learners and not isinstance(rows, slice):
+        taught = learners.sample(rows)
+    said = {name: everybody[name][rows] for name in panel}
+    skills = {name: skill(values, some) for name, values in said.items()}
     anchors = {n: said[n] for n, z in skills.items() if z > _SIGNIFICANT or z < -_CONTRARY}
-    trained = {name: logs_of(values) for name, values in (tuned or {}).items()}
-    heard = {name: v for name, v in trained.items() if skill(v, known) > _SIGNIFICANT}
+    trained = {name: everybody[name][rows] for name in tuned or {}}
+    heard = {name: v for name, v in trained.items() if skill(v, some) > _SIGNIFICANT}
     ceiling = 0.95 if anchors else (classes - 1) / classes
-    weights = dict.fromkeys([*panel, *trained, *(learners.names if learners else ())], 0.0)
+    weights = dict.fromkeys([*everybody, *(learners.names if learners else ())], 0.0)
     with threadpool_limits(1):  # two BLAS threads fight over matrices this small
         believed = alike or learners is not None
-        models = _Crowd(known, anchors, {}, ceiling, None, progress, believed=believed)
-        found = by_panel = models.judge()
-        if heard or learners:
-            everyone = _Crowd(known, anchors, heard, ceiling, learners, progress)
-            found = everyone.judge(by_panel.noise if by_panel else None)
+        team = _Crowd(some, anchors, {}, ceiling, None, progress, believed=believed)
+        found = by_panel = team.judge()
+        if heard or taught:
+            team = _Crowd(some, anchors, heard, ceiling, taught, progress)
+            found = team.judge(by_panel.noise if by_panel else None)
+        alone = found is by_panel
+        if found and not isinstance(rows, slice):
+            found = team.on_all(known, everybody, learners, found)
     if found is None:
         return Judgement(np.full(len(given), 0.5), None, weights)
     fit = found.fit
@@ -115,9 +125,18 @@ def judge_labels(
     voting = set(fit.experts).intersection(learners.names if learners else ())
     learned = {name: softmax(values) for name, values in fit.experts.items() if name in voting}
     rate_by_panel = None
-    if by_panel and by_panel is not found and by_panel.sure >= _SURE:
+    if by_panel and not alone and by_panel.sure >= _SURE:
         rate_by_panel = by_panel.judged()[1]
     return Judgement(wrong, rate, weights, labels, learned, rate_by_panel)
+
+
+def _telling(total: int, learners: Learners | None) -> Labels | slice:
+    """The records from which the noise is told, those the learners learn from; or all."""
+    taught = learners.taught if learners else None
+    among = np.arange(total) if taught is None else taught
+    if len(among) > _TELLING:
+        return np.sort(np.random.default_rng(0).choice(among, _TELLING, replace=False))
+    return slice(None) if taught is None else taught
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,7 @@ class _Hearing:
     """What the experts say under one idea of the noise, and what it says of the noise."""
 
     fit: Fit
+    idea: Noise  # that learners were taught under
     expected: Floats  # [C, C] the spread that was expected
 
     @functools.cached_property
@@ -162,6 +182,7 @@ class _Crowd:
         self._kinds = dict.fromkeys(learners.names if learners else (), "learners")
         self._kinds |= dict.fromkeys(panel, "panel") | dict.fromkeys(tuned, "tuned")
         self._progress = progress
+        self._whole = False  # whether these are all of many records
         self._taught: tuple[Floats, dict[str, Floats]] | None = None  # the last transition, and all
         self._stage("learners", _ROUNDS + 1)
         self._able = self._find_able() if learners else []
@@ -189,6 +210,17 @@ class _Crowd:
         if told is there:
             return found
         return self._better(found, told.noise, told.expected, "learners")
+
+    def on_all(
+        self, given: Given, others: Mapping[str, Floats], learners: Learners | None,
+        found: _Hearing,
+    ) -> _Hearing | None:  # fmt: skip
+        """What is heard as `found` was, from the same experts on all records of the corpus."""
+        crowd = copy.copy(self)
+        crowd._given, crowd._learners, crowd._taught = given, learners, None
+        crowd._others = {name: others[name] for name in self._others}
+        crowd._whole = True
+        return crowd._hear(found.idea, found.expected)
 
     def _refined(self, found: _Hearing, idea: Noise | None) -> _Hearing:
         """What is heard under other ideas of the noise, where these explain more."""
@@ -316,13 +348,14 @@ class _Crowd:
         if not experts:
             return None
         fit = Fit(self._kinds, experts, self._given, noise.spread, self._ceiling)
-        return _Hearing(fit, expected)
+        return _Hearing(fit, noise, expected)
 
     def _teach(self, transition: Floats) -> dict[str, Floats]:
         if self._taught is None or not np.array_equal(self._taught[0], transition):
-            found = self._learners.predict(transition) if self._learners else {}
+            progress = self._progress if self._whole else None
+            found = self._learners.predict(transition, progress) if self._learners else {}
             self._taught = transition, {name: logs_of(values) for name, values in found.items()}
-            if self._progress is not None:
+            if self._progress is not None and not self._whole:
                 self._progress(self._doing, next(self._passes), self._total)
         return self._taught[1]
 

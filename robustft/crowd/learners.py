@@ -8,10 +8,11 @@ that into the label y that was given ("forward correction", Patrini et al. 2017,
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,15 @@ from scipy import sparse
 from scipy.optimize import minimize
 
 from robustft.crowd.judgement import Floats
-from robustft.retrieval import CosineKNN
+from robustft.crowd.neighbours import (
+    Features,
+    Labels,
+    Progress,
+    distinct,
+    drawn,
+    near_copies,
+    neighbour_vote,
+)
 
 _FOLDS = 5
 _CUTS = 2
@@ -28,25 +37,12 @@ _TOLERANCE = 1e-5  # relative to the log-loss; less moves no verdict
 _FIT_ROWS = 40_000  # a fold is fitted on at most this many rows
 _FITS = 4  # folds fitted at a time, at most: each holds its rows
 _CHUNK = 16_384  # rows predicted at once
-_VOTES = 20  # neighbours that each record asks
-VOTERS = 131_072  # of a larger corpus so many records, drawn at random, are neighbours
-_COPY = 0.98  # cosine of questions that differ in a comma or a word
-# Of such questions the share that bears the label of the nearest other one, beyond the share that
-# would by chance, from which on labels are taken to be copied with the texts. Where 3 % of labels
-# are wrong by themselves it is 0.9; of a label that nearly all bear, agreement tells nothing.
-_COPIED = 0.95
-_FEW_COPIES = 20  # of fewer the labels may agree by chance
-_ASKED = 4096  # questions whose nearest other one tells whether there are such copies
 _WORDS = 1 << 16
 # Coefficients of words, of all labels together: beyond them only time grows. MMLU's 57 subjects are
 # told apart as well by 1,150 words as by all 42,000.
 _COEFFICIENTS = 1 << 17
 _WORD_ROWS = 100_000  # of a larger corpus words are not counted: memory stays bounded
 _TOKEN = r"\w+|[^\w\s]"
-
-Labels = NDArray[np.int64]
-Features = Any  # [N, d]: dense, scipy CSR, `Beside`, or what gathers such rows by their numbers
-Progress: TypeAlias = Callable[[str, int, int], object]  # what is done, how much of it, of how much
 
 
 class Corpus(Protocol):
@@ -78,7 +74,7 @@ def word_features(
         norm=None, dtype=np.float32,
     )  # fmt: skip
     counts = hasher.transform(texts)
-    _, first = _distinct(questions, counts.shape[0])
+    _, first = distinct(questions, counts.shape[0])
     seen = np.bincount(counts[first].indices, minlength=_WORDS)
     kept = np.flatnonzero(seen > 1)
     if len(kept) == 0:
@@ -95,11 +91,19 @@ def word_features(
 class _Gathered:
     """Some records' embeddings, read when they are asked for: a large corpus stays on disk."""
 
-    def __init__(self, corpus: Corpus, positions: NDArray[np.int64]) -> None:
-        self._corpus, self._positions = corpus, positions
+    def __init__(self, rows: Features | Corpus, positions: NDArray[np.int64]) -> None:
+        self._rows, self._positions = rows, positions
 
     def __getitem__(self, rows: NDArray[np.int64] | slice) -> NDArray[np.float32]:
-        return self._corpus[self._positions[rows]]
+        found: NDArray[np.float32] = self._rows[self._positions[rows]]
+        return found
+
+
+def _rows(values: Features, rows: Labels) -> Features:
+    """Some rows; many of those that stay on disk stay there."""
+    if isinstance(values, _Gathered) and len(rows) > _FIT_ROWS:
+        return _Gathered(values, rows)
+    return values[rows]
 
 
 class Beside:
@@ -136,6 +140,9 @@ class Beside:
 class Learners:
     """Regressions and a neighbour vote on the given labels of one corpus.
 
+    Of more than `VOTERS` questions so many are learnt from, and `taught` are the records that ask
+    these; None where all are.
+
     Parameters
     ----------
     embeddings: [N, d] unit-length rows.
@@ -145,24 +152,40 @@ class Learners:
         on each other, for a copy of a record knows its label. None: no two are equal. Records that
         ask nearly the same are held for such where their labels look copied (`near_copies`).
     threads: of searches and fits; None for one per core.
-    progress: called as `progress("neighbours", done, total)`, in records.
+    progress: called as `progress(stage, done, total)`, in records.
     """
+
+    taught: Labels | None = None
 
     def __init__(
         self, embeddings: Features, given: Labels, classes: int, words: Features | None = None, *,
         questions: Labels | None = None, seed: int = 0, threads: int | None = None,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
-        questions = near_copies(embeddings, given, questions, threads)
+        self.taught = drawn(questions, len(given), seed)
+        joined: Labels | None = None
+        if self.taught is None:
+            questions = near_copies(embeddings, given, questions, threads, progress)
+        else:
+            asked, _ = distinct(questions, len(given))
+            mine = asked[self.taught]
+            some = _Gathered(embeddings, self.taught)
+            merged = near_copies(some, given[self.taught], mine, threads, progress)
+            if merged is not None and merged is not mine:
+                joined = asked + len(given)  # unlike those that `merged` has
+                joined[self.taught] = merged
+                questions = joined
+        self._votes, asks = neighbour_vote(
+            embeddings, given, classes, questions=questions, voters=self.taught,
+            joining=joined is not None, threads=threads, progress=progress,
+        )  # fmt: skip
+        if joined is not None:
+            questions = np.where(asks >= 0, asks, joined)
         self._given, self._seed, self._questions = given, seed, questions
         self._threads = threads
         self.features: dict[str, Features] = {"regression": embeddings}
         if words is not None:
             self.features["regression with words"] = Beside(embeddings, words.astype(np.float32))
-        self._votes = neighbour_vote(
-            embeddings, given, classes, questions=questions, seed=seed, threads=threads,
-            progress=progress,
-        )  # fmt: skip
         self.names = (*self.features, "neighbours")
 
     @classmethod
@@ -182,17 +205,18 @@ class Learners:
             progress=progress,
         )  # fmt: skip
 
-    def predict(self, transition: Floats) -> dict[str, Floats]:
+    def predict(self, transition: Floats, progress: Progress | None = None) -> dict[str, Floats]:
         """Expert -> [N, C] probabilities of the true label, given how labels go wrong.
 
         The neighbours vote with the labels as given and would mislead where a wrong label is
-        likelier than the right one; there they are silent.
+        likelier than the right one; there they are silent. progress: called in records, by learner.
         """
         found = {}
         for name, rows in self.features.items():
             found[name] = out_of_fold(
                 rows, self._given, transition, self._seed, questions=self._questions,
-                threads=self._threads,
+                taught=self.taught, threads=self._threads,
+                told=functools.partial(progress, name) if progress else None,
             )  # fmt: skip
         honest = bool((transition.argmax(1) == np.arange(len(transition))).all())
         return found | ({"neighbours": self._votes} if honest else {})
@@ -203,7 +227,9 @@ class Learners:
         labels: two that alone are given to these records and become labels 0 and 1.
         """
         some = copy.copy(self)
-        some.features = {name: values[rows] for name, values in self.features.items()}
+        some.features = {name: _rows(values, rows) for name, values in self.features.items()}
+        if self.taught is not None:
+            some.taught = np.flatnonzero(np.isin(rows, self.taught))
         some._given, some._votes = self._given[rows], self._votes[rows]
         some._questions = None if self._questions is None else self._questions[rows]
         if labels is not None:
@@ -219,12 +245,16 @@ def out_of_fold(
     seed: int = 0,
     penalty: float = _PENALTY,
     questions: Labels | None = None,
+    taught: Labels | None = None,
     threads: int | None = None,
+    told: Callable[[int, int], object] | None = None,
 ) -> Floats:
     """[N, C] probabilities of the true label from regressions that did not see the question.
 
     Averaged over two ways of cutting the folds: less depends on the luck of the cut.
+    taught: the records to learn from; all when None.
     threads: fit as many folds at a time, a few at most; None for one per core.
+    told: called as `told(done, total)`, in records and every cut anew.
     """
 
     def fit(train: Labels) -> Floats:
@@ -236,25 +266,32 @@ def out_of_fold(
         for cut in range(_CUTS if len(given) <= _FIT_ROWS else 1):
             rng = np.random.default_rng([seed, cut])
             fold = _folds(given, rng, questions)
-            fits = [pool.submit(fit, rows) for rows in _training_rows(fold, rng)]
+            fits = [pool.submit(fit, rows) for rows in _training_rows(fold, taught, rng)]
             cuts.append((fold, fits))
-        found = [_predicted(features, fold, fits, len(transition)) for fold, fits in cuts]
+        found = [_predicted(features, fold, fits, len(transition), told) for fold, fits in cuts]
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them all
     return np.asarray(sum(found)) / len(cuts)
 
 
-def _training_rows(fold: Labels, rng: np.random.Generator) -> Iterator[Labels]:
+def _training_rows(
+    fold: Labels, taught: Labels | None, rng: np.random.Generator
+) -> Iterator[Labels]:
     """Yield the rows outside of each fold, of many of them some."""
+    taught = np.arange(len(fold)) if taught is None else taught
     for left_out in range(int(fold.max(initial=-1)) + 1):
-        rows = np.flatnonzero(fold != left_out)
+        rows = taught[fold[taught] != left_out]
         if len(rows) > _FIT_ROWS:
             rows = np.sort(rng.choice(rows, _FIT_ROWS, replace=False))
         yield rows
 
 
 def _predicted(
-    features: Features, fold: Labels, fits: Sequence[Future[Floats]], classes: int
+    features: Features,
+    fold: Labels,
+    fits: Sequence[Future[Floats]],
+    classes: int,
+    told: Callable[[int, int], object] | None,
 ) -> Floats:
     """[N, C] of every record by the regression that did not see its fold."""
     predicted = np.empty((len(fold), classes))
@@ -264,6 +301,8 @@ def _predicted(
             mine = np.flatnonzero(owner == number)
             scores = _scores(_beside(rows[mine]), fit.result())
             predicted[low + mine] = softmax(scores.T)
+        if told is not None:
+            told(min(low + _CHUNK, len(fold)), len(fold))
     return predicted
 
 
@@ -273,75 +312,13 @@ def _folds(given: Labels, rng: np.random.Generator, questions: Labels | None) ->
     Otherwise a label frequent in the fold left out is rare in what is learnt from: predictions
     would run against the very labels that they are to predict.
     """
-    group, first = _distinct(questions, len(given))
+    group, first = distinct(questions, len(given))
     labels = given[first]
     order = rng.permutation(len(first))
     order = order[np.argsort(labels[order], kind="stable")]
     fold = np.empty_like(order)
     fold[order] = np.arange(len(order)) % _FOLDS
     return fold[group]
-
-
-def _distinct(questions: Labels | None, total: int) -> tuple[Labels, Labels]:
-    """([N] number of each record's question, by first appearance; [G] the record it appears in)."""
-    if questions is None:
-        return np.arange(total), np.arange(total)
-    _, first, group = np.unique(questions, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    number = np.empty_like(order)
-    number[order] = np.arange(len(order))
-    return number[group], first[order]
-
-
-def near_copies(
-    embeddings: Features, given: Labels, questions: Labels | None = None, threads: int | None = None
-) -> Labels | None:
-    """[N] numbers as `questions`, equal also where nearly the same is asked.
-
-    Only where such questions bear the same label more often than if each had been labelled by
-    itself: then an error was copied with the text, and every copy would confirm it. Labels given
-    one by one are left to teach each other, and so is a corpus of more than `VOTERS` questions.
-    """
-    group, first = _distinct(questions, len(given))
-    if not 1 < len(first) <= VOTERS:
-        return questions
-    rows = embeddings[first]
-    if not _copied(rows, given[first], threads):
-        return questions
-    leader = np.arange(len(first))
-    leaders = leader
-    while len(leaders) > 1:  # of many copies not all are among the nearest of one
-        index = CosineKNN(rows[leaders], threads=threads)
-        ids, _ = index.self_search(min(_VOTES, len(leaders) - 1), threshold=_COPY)
-        joined = np.arange(len(leaders))
-        for row in np.flatnonzero(ids[:, 0] >= 0).tolist():
-            heads = np.unique(joined[ids[row][(ids[row] >= 0) & (ids[row] < row)]])
-            cosines = rows[leaders[heads]] @ rows[leaders[row]]
-            if (cosines > _COPY).any():
-                joined[row] = heads[cosines.argmax()]
-        own = np.flatnonzero(joined == np.arange(len(leaders)))
-        if len(own) == len(leaders):
-            break
-        place = np.empty(len(first), np.int64)
-        place[leaders] = leaders[joined]
-        leader = place[leader]
-        leaders = leaders[own]
-    return leader[group]
-
-
-def _copied(rows: Features, labels: Labels, threads: int | None) -> bool:
-    """Whether labels were copied with their texts, by what is nearest to some of these."""
-    some = np.arange(len(rows))
-    if len(rows) > _ASKED:
-        some = np.sort(np.random.default_rng(0).choice(len(rows), _ASKED, replace=False))
-    ids, _ = CosineKNN(rows, threads=threads).search(rows[some], 1, exclude=some, threshold=_COPY)
-    near = np.flatnonzero(ids[:, 0] >= 0)
-    if len(near) < _FEW_COPIES:
-        return False
-    own = labels[some[near]]
-    by_chance = float(((np.bincount(own) / len(own)) ** 2).sum())
-    different = float((labels[ids[near, 0]] != own).mean())
-    return different <= (1.0 - _COPIED) * (1.0 - by_chance)
 
 
 def fit_regression(
@@ -371,53 +348,6 @@ def fit_regression(
         loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60, "ftol": _TOLERANCE}
     )
     return np.asarray(found.x).reshape(classes, width + 1)
-
-
-def neighbour_vote(
-    features: Features,
-    given: Labels,
-    classes: int,
-    *,
-    questions: Labels | None = None,
-    seed: int = 0,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Floats:
-    """[N, C] cosine-weighted votes of the questions nearest to each row's, smoothed by one vote.
-
-    A question has one vote, however many records ask it: their labels share it.
-    """
-    total = len(given)
-    group, first = _distinct(questions, total)
-    voters = np.arange(len(first))
-    if len(voters) > VOTERS:
-        rng = np.random.default_rng(seed)
-        voters = np.sort(rng.choice(len(voters), VOTERS, replace=False))
-    place = np.full(len(first), -1)  # of each question among the voters
-    place[voters] = np.arange(len(voters))
-    asks = place[group]
-    ballots = np.zeros((len(voters), classes))
-    np.add.at(ballots, (asks[asks >= 0], given[asks >= 0]), 1.0)
-    ballots /= ballots.sum(1, keepdims=True)
-    index = CosineKNN(features[first[voters]], threads=threads)
-    votes = np.tile(label_frequencies(given, classes), (total, 1))
-    for low in range(0, total, _CHUNK):
-        rows = np.arange(low, min(low + _CHUNK, total))
-        near, cosines = index.search(
-            features[rows], min(_VOTES, max(len(voters) - 1, 1)), exclude=asks[rows]
-        )
-        for ids, cosine in zip(near.T, cosines.T, strict=True):
-            real = ids >= 0
-            trust = np.clip(cosine[real].astype(np.float64), 0, 1)
-            votes[rows[real]] += trust[:, None] * ballots[ids[real]]
-        if progress is not None:
-            progress("neighbours", int(rows[-1]) + 1, total)
-    return np.asarray(votes / votes.sum(1, keepdims=True))
-
-
-def label_frequencies(given: Labels, classes: int) -> Floats:
-    """[C] share of each label."""
-    return np.bincount(given, minlength=classes) / max(len(given), 1)
 
 
 def softmax(scores: Floats) -> Floats:

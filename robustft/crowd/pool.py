@@ -17,7 +17,8 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from robustft.crowd.judgement import Floats
-from robustft.crowd.learners import Labels, label_frequencies, log_loss, softmax
+from robustft.crowd.learners import log_loss, softmax
+from robustft.crowd.neighbours import Labels, label_frequencies
 
 # Least probability an expert is taken to mean. A language model is surer than it should be: how
 # much surer of one answer than of another must not be cut off with it.

@@ -175,7 +175,9 @@ def test_learners_that_fall_silent_have_spoken() -> None:
         def __init__(self) -> None:
             """Learn nothing."""
 
-        def predict(self, transition: Floats) -> dict[str, Floats]:
+        def predict(
+            self, transition: Floats, progress: crowd.Progress | None = None
+        ) -> dict[str, Floats]:
             return replies.pop() if replies else {}
 
         def sample(

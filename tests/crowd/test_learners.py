@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from noisy_labels import unit
+from noisy_labels import opinions, unit
 
 from robustft import crowd
-from robustft.crowd.learners import near_copies
+from robustft.crowd import labels as crowd_of_labels
+from robustft.crowd import neighbours
+from robustft.crowd.neighbours import near_copies
 from robustft.crowd.pool import Noise
 
 
@@ -35,6 +37,63 @@ def test_an_error_copied_with_its_text_does_not_confirm_itself(times: int) -> No
     assert abs(found.noise_rate.value - wrong.mean()) < 0.05
     assert wrong[flagged].mean() > 0.95
     assert flagged[wrong].mean() > 0.9
+
+
+@pytest.mark.parametrize("times", [2, 10])
+def test_nor_in_a_corpus_of_more_questions_than_have_a_vote(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, truth, labels = corpus(600, 0.3)
+    rows, truth, labels = copied(rows, times), np.tile(truth, times), np.tile(labels, times)
+    monkeypatch.setattr(neighbours, "VOTERS", 900 if times == 2 else 3000)
+    taught = crowd.Learners(rows, labels, 3, questions=np.arange(len(rows)), threads=1)
+    assert taught.taught is not None
+    found = crowd.judge_labels({}, labels, 3, taught)
+    wrong, flagged = labels != truth, found.wrong > 0.5
+    assert found.noise_rate is not None
+    assert abs(found.noise_rate.value - wrong.mean()) < 0.05
+    assert wrong[flagged].mean() > 0.95
+    assert flagged[wrong].mean() > 0.9
+
+
+def test_a_record_without_a_vote_does_not_hear_its_copy() -> None:
+    rows, _, labels = corpus(300, 0.3)
+    twice = copied(rows, 2)
+    some = np.arange(300)
+    votes, asks = neighbours.neighbour_vote(
+        twice, np.tile(labels, 2), 3, voters=some, joining=True, threads=1
+    )
+    assert np.array_equal(asks, np.tile(some, 2))
+    changed = np.tile(labels, 2)
+    changed[[3, 303]] = (labels[3] + 1) % 3
+    other, _ = neighbours.neighbour_vote(twice, changed, 3, voters=some, joining=True, threads=1)
+    assert abs(votes[303] - other[303]).max() < 0.02
+    apart, asks = neighbours.neighbour_vote(twice, changed, 3, voters=some, threads=1)
+    assert (asks[300:] == -1).all()
+    assert abs(apart[303] - other[303]).max() > 0.02
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_what_some_records_tell_of_the_noise_holds_for_all(
+    learning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, truth, labels = corpus(3000, 0.3)
+    panel = {"model": opinions(truth, 0.7, 3, np.random.default_rng(0))}
+    learners = crowd.Learners(rows, labels, 3, threads=1) if learning else None
+    whole = crowd.judge_labels(panel, labels, 3, learners)
+    monkeypatch.setattr(crowd_of_labels, "_TELLING", 1000)
+    steps: list[tuple[str, int, int]] = []
+    some = crowd.judge_labels(panel, labels, 3, learners, progress=lambda *step: steps.append(step))
+    assert whole.noise_rate is not None
+    assert some.noise_rate is not None
+    assert abs(some.noise_rate.value - whole.noise_rate.value) < 0.03
+    assert some.labels is not None
+    assert some.labels.shape == (3000, 3)
+    assert ((some.wrong > 0.5) == (whole.wrong > 0.5)).mean() > 0.98
+    assert set(some.learned) == set(whole.learned)
+    assert all(len(values) == 3000 for values in some.learned.values())
+    if learning:
+        assert steps[-1][1:] == (3000, 3000)
 
 
 def test_near_copies_are_one_question_and_others_stay_apart() -> None:

@@ -86,8 +86,10 @@ def test_rules_of_a_large_corpus_are_looked_for_in_a_sample(
     heard: list[int] = []
     predict = crowd.Learners.predict
 
-    def counted(self: crowd.Learners, transition: Floats) -> dict[str, Floats]:
-        found = predict(self, transition)
+    def counted(
+        self: crowd.Learners, transition: Floats, progress: crowd.Progress | None = None
+    ) -> dict[str, Floats]:
+        found = predict(self, transition, progress)
         heard.append(len(found["regression"]))
         return found
 
