@@ -7,6 +7,7 @@ empty question, as RobustFT's checker is: small models say one of the two to eve
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 
 from robustft.engines import Choice, Failure
@@ -21,6 +22,7 @@ from robustft.verdicts import CleanResult
 def prepare(setting: Setting) -> CleanResult:
     """Write the examples the model trusts, as given."""
     engine = setting.engine
+    asking = threading.Lock()  # one reply for all chunks: two may differ
 
     @functools.cache
     def by_itself() -> Choice:
@@ -30,7 +32,8 @@ def prepare(setting: Setting) -> CleanResult:
         return said
 
     def decide(records: Sequence[Record], progress: Callable[[float], None]) -> list[Decision]:
-        neutral = by_itself()
+        with asking:
+            neutral = by_itself()
         prompts = [select_prompt(record) for record in records]
         decisions: dict[int, Decision] = {}
         for rows in engine.plan(prompts):

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from robustft.errors import UserError
 from robustft.methods import METHODS, Setting, clean_by, find_method
 from robustft.methods.noiseal import _NoiseAL
 from robustft.methods.scorers import Scorer, ngram_features, sharpened
+from robustft.prompts import neutral_select_prompt
 from robustft.records import Record, open_records
 
 COLOURS = ("apple", "banana", "cherry")
@@ -111,6 +113,22 @@ def test_self_select_keeps_what_the_model_trusts(made: Callable[..., object]) ->
     records, _ = made("self-select")
     assert len(records) == 90 - round(90 * 0.25)
     assert right(records) == 1.0
+
+
+def test_self_select_asks_a_server_what_it_says_to_an_empty_question_once(tmp_path: Path) -> None:
+    empty = neutral_select_prompt()
+
+    def choose(prompt: Prompt, candidates: Sequence[str]) -> list[float]:
+        time.sleep(0.2 * (prompt == empty))
+        return knowing(prompt, candidates)
+
+    engine = ScriptedEngine(choose=choose)
+    engine.at_a_time = 3  # type: ignore[attr-defined]
+    path, _ = corpus(tmp_path / "noisy.csv", 3 * 512)
+    prepare = METHODS["self-select"].prepare
+    assert prepare is not None
+    prepare(Setting(CleanConfig(input=path, out=tmp_path / "out"), engine, LetterEmbedder()))
+    assert engine.asked.count(empty) == 1
 
 
 def test_noiseal_finds_wrong_answers_and_has_them_labelled(made: Callable[..., object]) -> None:
