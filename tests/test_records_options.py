@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from robustft.errors import UserError
-from robustft.records import Record, RecordWriter, open_records
+from robustft.records import Record, RecordWriter, Reject, open_records
 
 TEXTS = ["apple", "stone", "car"]
 LABELLED = [{"label": label, "text": text} for label, text in zip("ABC", TEXTS, strict=True)]
@@ -61,6 +61,27 @@ def test_options_and_answers_of_every_form(tmp_path: Path, form: str) -> None:
     assert written(tmp_path, path, "C") == {**row, "answer": other}
 
 
+@pytest.mark.parametrize(
+    ("options", "given", "other"),
+    [
+        (["No", "C", "Yes"], "No", "B"),  # "C" would be the third
+        (["A. I", "B. a", "C. No"], "I", "B"),
+        (["me", "me", "us"], "us", "B"),
+        (["apple", ""], "A. apple", "B"),
+        ({"label": ["P", "Q"], "text": ["apple", "P"]}, "apple", "Q"),
+    ],
+)
+def test_a_new_answer_that_would_be_read_as_another_option_is_its_label_or_letter(
+    tmp_path: Path, options: Any, given: str, other: str
+) -> None:
+    row = {"question": "Which?", "options": options, "answer": given}
+    found = written(tmp_path, rows(tmp_path / "in.jsonl", row), "B")
+    assert found["answer"] == other
+    again = next(iter(open_records(rows(tmp_path / "again.jsonl", found))))
+    assert isinstance(again, Record)
+    assert again.answer == "B"
+
+
 def test_questions_as_arc_publishes_them(tmp_path: Path) -> None:
     row = {"id": "q", "question": {"stem": "Which?", "choices": LABELLED}, "answerKey": "B"}
     path = rows(tmp_path / "in.jsonl", row)
@@ -78,6 +99,7 @@ def test_questions_as_arc_publishes_them(tmp_path: Path) -> None:
         (called("id", "text", "BAC"), "(b)", "found '(b)'"),
         (called("id", "text", "AAA"), "A", "expected different labels, found A, A, A"),
         (called("id", "text", key="A"), "A", "expected text"),
+        (LABELLED[0], "A", "expected a list"),
         (["A. apple", "C. stone", "B. car"], "stone", "found 'stone'"),
         (TEXTS, "A. stone", "found 'A. stone'"),
     ],
@@ -95,3 +117,27 @@ def test_an_answer_within_another_field_cannot_be_written_and_is_no_schema(tmp_p
     path = rows(tmp_path / "in.jsonl", {"question": "Which?", "reply": {"text": "stone"}})
     with pytest.raises(UserError, match=r"needs the fields question\+reply\.text"):
         open_records(path, schema="qa:question,reply.text")
+
+
+@pytest.mark.parametrize(
+    ("schema", "row"),
+    [
+        ("qa:question,reply.text", {"question": "Which?", "reply.text": "car"}),
+        (
+            "choice:question,options,reply.text",
+            {"question": "Which?", "options": TEXTS, "reply.text": "car"},
+        ),
+        (
+            "messages:reply.text",
+            {"reply.text": [{"role": r, "content": "?"} for r in ("user", "assistant")]},
+        ),
+    ],
+)
+def test_an_answer_within_another_field_of_a_stray_row_is_rejected(
+    tmp_path: Path, schema: str, row: dict[str, Any]
+) -> None:
+    stray = {**row, "reply": {"text": row["reply.text"]}}
+    del stray["reply.text"]
+    _, second = open_records(rows(tmp_path / "in.jsonl", row, stray), schema=schema)
+    assert isinstance(second, Reject)
+    assert "missing field 'reply.text'" in second.reason

@@ -33,7 +33,9 @@ def read_options(value: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...
         labels, value = ([option[key] for option in value] for key in names)
     elif isinstance(value, Mapping):
         found = _named([value])
-        if found and any(isinstance(value[key], (list, tuple)) for key in found):
+        if found and (
+            len(value) == 2 or any(isinstance(value[key], (list, tuple)) for key in found)
+        ):  # by columns, or one option where a list of them belongs
             labels, value = (value[key] for key in found)
         else:  # Arrow gives every row the keys of all, with null where it has none
             value = {label: option for label, option in value.items() if option is not None}

@@ -78,7 +78,8 @@ class OpenSchema:
     def parse(self, row: Mapping[str, Any]) -> Parsed:
         """Read a row; raises `BadRowError`."""
         question = filled(text(field(row, self.question), self.question), "question", self.question)
-        answer = filled(text(field(row, self.answer), self.answer), "answer", self.answer)
+        given = field(row, self.answer, within=False)
+        answer = filled(text(given, self.answer), "answer", self.answer)
         if self.extra is not None and (more := row.get(self.extra)) is not None:
             more = text(more, self.extra)
             question = f"{question}\n\n{more}" if more.strip() else question
@@ -133,11 +134,14 @@ class ChoiceSchema:
         """Read a row; raises `BadRowError`."""
         question = filled(text(field(row, self.question), self.question), "question", self.question)
         labels, options = self._offered(row)
-        position, _ = self._position(field(row, self.answer), labels, options)
+        position, _ = self._position(field(row, self.answer, within=False), labels, options)
         return Parsed(question, without_letters(options), LETTERS[position], ())
 
     def changes(self, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
-        """Return the answer field, in the form of the given one."""
+        """Return the answer field, in the form of the given one.
+
+        Where that would be read as another option it is this one's label or letter.
+        """
         labels, options = self._offered(row)
         letter = answer.strip().upper()
         if len(letter) != 1 or letter not in LETTERS[: len(options)]:
@@ -147,12 +151,13 @@ class ChoiceSchema:
         new = LETTERS.index(letter)
         given = row[self.answer]
         _, form = self._position(given, labels, options)
+        value: Any
         if form == "index":
             number = str(new + self.base)
             if isinstance(given, str):
                 _, point, zeros = given.strip().partition(".")
                 number += point + zeros
-            value: Any = type(given)(number)
+            value = type(given)(number)
         elif form == "label":
             value = like(given, labels[new])
         elif form == "text":
@@ -163,7 +168,20 @@ class ChoiceSchema:
             value = with_letter(given, letter, without_letters(options)[new])
         else:
             value = with_letter(given, letter)
+        for unmistakable in (*labels[new : new + 1], letter):
+            if self._means(value, new, labels, options):
+                break
+            value = unmistakable
         return {self.answer: value}
+
+    def _means(
+        self, value: Any, position: int, labels: tuple[str, ...], options: tuple[str, ...]
+    ) -> bool:
+        """Whether `value` is read as the option in this place; a text may be another's letter."""
+        try:
+            return self._position(value, labels, options)[0] == position
+        except BadRowError:
+            return False
 
     def called(self, row: Mapping[str, Any]) -> str:
         """`1, 2, 3 are called A, B, C`, where the answers of a row are such; else nothing."""
@@ -184,7 +202,7 @@ class ChoiceSchema:
         for row in rows:
             try:
                 labels, options = self._offered(row)
-                value = field(row, self.answer)
+                value = field(row, self.answer, within=False)
                 answer = filled(text(value, self.answer), "answer", self.answer).strip()
             except BadRowError:
                 continue
@@ -330,7 +348,7 @@ class ChatSchema:
         }
 
     def _turns(self, row: Mapping[str, Any]) -> Sequence[Any]:
-        value = field(row, self.turns)
+        value = field(row, self.turns, within=False)
         if isinstance(value, str):  # a CSV cell
             value = json_list(value, self.turns)
         if not isinstance(value, (list, tuple)):

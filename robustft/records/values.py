@@ -15,14 +15,17 @@ from robustft.records.framing import MAX_LINE_BYTES, field_names
 _PLAIN_NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*")
 
 
-def field(row: Mapping[str, Any], name: str) -> Any:
-    """Return a field that must be there; `question.stem` is `stem` in the object `question`."""
+def field(row: Mapping[str, Any], name: str, *, within: bool = True) -> Any:
+    """Return a field that must be there.
+
+    Unless it is to be written to, `question.stem` may be `stem` `within` the object `question`.
+    """
     if name in row:
         return row[name]
     outer, dot, inner = name.partition(".")
-    within = row.get(outer) if dot else None
-    if isinstance(within, Mapping) and inner in within:
-        return within[inner]
+    value = row.get(outer) if dot and within else None
+    if isinstance(value, Mapping) and inner in value:
+        return value[inner]
     raise BadRowError(f"missing field {name!r}; fields found: {field_names(row)}")
 
 
