@@ -48,7 +48,11 @@ def read_options(value: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...
         )
     if labels and len(labels) != len(value):
         raise BadRowError(f"field {name!r}: {len(value)} options but {len(labels)} labels")
-    told = tuple(text(label, name) for label in labels)
+    told = tuple(
+        # 1.0 is what pandas makes of a label 1 beside nulls; an answer 1 means it.
+        str(int(label)) if isinstance(label, float) and label.is_integer() else text(label, name)
+        for label in labels
+    )
     if len(set(told)) < len(told):
         raise BadRowError(f"field {name!r}: expected different labels, found {', '.join(told)}")
     return told, tuple(text(option, name) for option in value)
