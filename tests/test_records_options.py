@@ -23,8 +23,8 @@ def called(label: str, text: str, labels: Any = "ABC", **more: Any) -> list[dict
 FORMS: dict[str, tuple[Any, Any, Any]] = {
     "id and text": (called("id", "text"), "B", "C"),
     "numbers and text": (called("id", "text", (1, 2, 3)), 2, 3),
-    "floats out of order": (called("id", "text", (3.0, 1.0, 2.0)), 1, 2),
-    "floats and answers": (called("id", "text", (3.0, 1.0, 2.0)), 1.0, 2.0),
+    "floats out of order": (called("id", "text", (1.0, 3.0, 2.0)), 3, 2),
+    "floats and answers": (called("id", "text", (1.0, 3.0, 2.0)), 3.0, 2.0),
     "key and value": (called("key", "value"), "B", "C"),
     "with other fields": (called("id", "text", image=None), "B", "C"),
     "columns of ids": ({"id": ["x", "y", "z"], "text": TEXTS}, "y", "z"),
