@@ -8,10 +8,9 @@ in the reply.
 from __future__ import annotations
 
 import re
-from collections import deque
 
 from robustft.answers.formulas import formula, is_formula
-from robustft.answers.numerals import canonical, find_numbers, whole_number
+from robustft.answers.numerals import canonical, find_numbers, last_number, whole_number
 from robustft.answers.replies import (
     BOXES,
     NOT,
@@ -121,7 +120,7 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     start = body_start(reply)
     whole = reply[start:].strip(" \t\r\n*_").strip("$").strip()
     one = "\n" not in whole and "boxed{" not in whole and not _COMES_TO.fullmatch(whole)
-    last = next(iter(deque(find_numbers(reply, start), maxlen=1)), None)
+    last = last_number(reply, start)
     alone = whole_number(whole) if last is None else is_formula(whole) or _TUPLE.fullmatch(whole)
     if one and alone and not _PROSE.search(whole):
         begin = reply.index(whole, start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -23,7 +24,8 @@ _LETTERS = {"k": 3, "m": 6, "b": 9, "bn": 9}  # of money only: "5k" may be a rac
 # decimals, but not in "(1,2)"; so does one after dots between thousands. An exponent of a letter
 # ("x^2", "m^2") is no number.
 _NUMBER = re.compile(
-    r"""(?:(?<![\w.])(?P<minus>(?<![)\]}])[-−–])?(?P<units>\d{1,9})?)?
+    r"""(?=[-−–+$€£¥.\d\\¼-¾⅐-⅞])(?:  # what a number begins with: to try the rest there alone
+    (?:(?<![\w.])(?P<minus>(?<![)\]}])[-−–])?(?P<units>\d{1,9})?)?
     \\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}
     |(?<![\w.])(?<![A-Za-z]\^)(?<![A-Za-z]\^\{)(?!0x[0-9a-f])
     (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d¼-¾⅐-⅞]))?
@@ -45,7 +47,7 @@ _NUMBER = re.compile(
     (?:\s?/\s?(?P<below>\d{1,60})(?![\d/]|\s?/))?
     (?:\s(?P<scale>thousand|million|billion|trillion)\b)?
     (?(currency)(?:(?P<letter>(?-i:[kKMB]|bn))(?![\w$+*/^=<>]))?)
-    (?:\s?%)?""",
+    (?:\s?%)?)""",
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
@@ -53,6 +55,17 @@ _NUMBER = re.compile(
 def find_numbers(text: str, start: int = 0, stop: int | None = None) -> Iterator[re.Match[str]]:
     """Every number in `text[start:stop]`, left to right; `canonical` reads a match."""
     return _NUMBER.finditer(text, start, len(text) if stop is None else stop)
+
+
+def last_number(text: str, start: int = 0) -> re.Match[str] | None:
+    """The last number of the last line in `text[start:]` that has one."""
+    stop = len(text)
+    while stop > start:
+        line = max(text.rfind("\n", start, stop - 1) + 1, start)
+        if found := deque(find_numbers(text, line, stop), maxlen=1):
+            return found[0]
+        stop = line
+    return None
 
 
 def value(match: re.Match[str]) -> Fraction | None:

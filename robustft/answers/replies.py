@@ -37,7 +37,8 @@ QUOTES = "\"'`“”‘’"
 # "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####",
 # and "answer" in other languages that models reply in.
 MARKER = re.compile(
-    r"""\b(?<!</)(?:answers?|(?:correct|right|best|final|my|selected|chosen)\s(?:option|choice|letter))\b
+    r"""(?=[abcfimrsjođовاउ答正정답回故应應因所\\\#])(?:  # first letters: to try the rest there alone
+      \b(?<!</)(?:answers?|(?:correct|right|best|final|my|selected|chosen)\s(?:option|choice|letter))\b
         (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
         [ \t*_"'`)\]]{0,8}
         (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
@@ -48,7 +49,7 @@ MARKER = re.compile(
         (?:\s(?:correct[ae]|corretta|correta|exacte|juste|finale?)\b)?
         [ \t*_"'`)\]]{0,8}(?:(?:ist|lautet|es|est|é|è|is|to|är|là|adalah)\b|[:=\n]|\s[-–—]\s)
       |(?:答案|答え|正解|정답|답)\s?(?:应该|應該|应|應)?(?:(?:是|为|為|选|選|は|은)[:：]?|[:：])|回答[:：]
-      |(?:故|应|應|因此|所以)(?:选|選)""",
+      |(?:故|应|應|因此|所以)(?:选|選))""",
     re.VERBOSE | re.IGNORECASE,
 )
 BOXES = ("boxed{", "fbox{")
