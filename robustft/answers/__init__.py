@@ -59,7 +59,7 @@ _NEGATIONS = frozenset(("no", "not", "non", "never", "none", "neither", "nor", "
 _NEGATED = re.compile(
     r"(?:ai|are|ca|could|did|do|does|had|has|have|is|must|need|should|was|were|wo|would)nt"
 )
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:[.,]\d+)*|\.\d+)(?!\w)")
+_NUMBER = re.compile(r"(?<!\w)(?<!\d\.)-?(?:\d+(?:[.,]\d+)*|\.\d+)(?!\w)")
 # Scripts written without spaces split by character.
 _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 _PLAIN = str.maketrans({"−": "-", "_": " "})

@@ -35,11 +35,15 @@ _EXPLAINS = re.compile(
         |[^()]*\([^()]*\Z""",
     re.VERBOSE | re.IGNORECASE,
 )
+_TOLD_LAST = re.compile(  # "the sum of 9 and 9, which is 18"
+    r"\b(?:which\s(?:is|gives|equals|makes)|equals|gives|i\.e\.,?)\s"
+    r"(?=[-−$€£¥.\d][\d.,]*%?(?:\s\w+)?[\s.*_]*(?:\n|\Z))"
+)
 _SENTENCE_ENDS = re.compile(r"[.!?]\s")
 _PIECE = r"""(?:\d(?:[\d.,:/]*\d)?|[(){}\[\]√∛∜π∞°%²³¹⁰⁴-⁹⁻]|\^\s?(?=[\d{(\\-])[-−]?
     |(?<=\d)_(?=[\d{])
     |[ ]?\\(?:[dtc]?frac|sqrt|pi|infty|circ|overline|left|right)(?![A-Za-z])
-    |\\(?:text|mathrm)\{[^{}\n]{0,40}\}|[a-z](?=\^))"""
+    |\\(?:text|mathrm)\{[^{}\n]{0,40}\}|[a-z](?=\^)|(?<=[\d)}])i(?!\w))"""
 _OPERATOR = r"""(?:(?<=\d)\*\*(?=\d)
     |[ ]?(?:[-−–+*/×÷·±]|(?<=[ ])x(?=[ ])|\\(?:times|cdot|div|pm)(?![A-Za-z]))[ ]?
      (?=\\?[$€£¥]?[-−]?[.\d(√∛∜\\]))\\?[$€£¥]?[-−]?"""
@@ -69,9 +73,18 @@ _MORE_BEFORE = re.compile(
         |(?P<groups>(?<![\w.,])\d{{3}}[ ](?:\d{{3}}[ ])*)\Z""",
     re.VERBOSE,
 )
+_CHANGED = re.compile(
+    r"\b(?:r[aio]s|increas|decreas|gr[eo]w|go|went|f[ae]ll|drop|chang|reduc)\w*\s(?:\w+\s)?from\s\Z",
+    re.IGNORECASE,
+)
 _COMMA_ENDS = re.compile(r"[,;]\s[$€£¥]?\Z")
 _DENIED = re.compile(r"\b(?:not|nicht|pas|niet|не)\s[$€£¥]?\Z", re.IGNORECASE)
-_MATHS = re.compile(r"[\s*_:]*(?:\$\$?|\\\(|\\\[)\s*([^\n$]+?)\s*(?:\$|\\\)|\\\])(?!\d)")
+_MATHS = re.compile(
+    rf"[\s*_:]*(?:\$\$?|\\\(|\\\[)\s*([^\n$]+?)\s*(?:\$|\\\)|\\\])(?!\d|,?\s?{_JOINS}\s?(?:\$|\\\())"
+)
+_NEGATIVE = re.compile(  # "is minus 5" and "negative 5", but not "9 minus 5"
+    r"\b(?:negative|(?:(?<=\bis\s)|(?<![\w)\]}%$]\s))minus)\s(?=[$€£¥]?\d)", re.IGNORECASE
+)
 _CLAUSE_ENDS = re.compile(r"[.,;](?:\s|\Z)")
 _TUPLE = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
 _PROSE = re.compile(
@@ -120,7 +133,9 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     start = body_start(reply)
     whole = reply[start:].strip(" \t\r\n*_").strip("$").strip()
     one = "\n" not in whole and "boxed{" not in whole and not _COMES_TO.fullmatch(whole)
-    last = last_number(reply, start)
+    last = last_number(reply, start, _aside(reply, start)) or last_number(
+        reply, start, len(reply)
+    )
     alone = whole_number(whole) if last is None else is_formula(whole) or _TUPLE.fullmatch(whole)
     if one and alone and not _PROSE.search(whole):
         begin = reply.index(whole, start)
@@ -130,6 +145,18 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     if _DENIED.search(reply, max(last.start() - 12, 0), last.start()):
         return NOTHING
     return _whole(reply, last, max(reply.rfind("\n", start, last.start()) + 1, start), len(reply))
+
+
+def _aside(reply: str, start: int) -> int:
+    """Where the words in parentheses begin that a reply ends on, "18 (3 days * 6)"; else its end.
+
+    What "=" in them tells counts: "20 - 2 (= 18)".
+    """
+    stop = len(reply.rstrip(" \t\r\n.*_"))
+    begin = reply.rfind("(", start, stop)
+    inside = reply[begin + 1 : stop - 1]
+    told = begin >= 0 and reply[stop - 1] == ")" and _PROSE.search(inside)
+    return begin if told and not set("=\n)") & set(inside) else len(reply)
 
 
 def parse_final_number(reply: str) -> Parsed:
@@ -184,7 +211,8 @@ def _boxed(reply: str, begin: int, stop: int) -> Parsed:
 
 
 def _plain(reply: str) -> str:
-    return same_width(reply).replace("⁄", "/")
+    plain = same_width(reply).replace("⁄", "/")
+    return _NEGATIVE.sub(lambda match: f"{'-':>{len(match[0])}}", plain)
 
 
 def spelt(answer: str) -> str:
@@ -254,12 +282,15 @@ def _whole(reply: str, number: re.Match[str], low: int, high: int) -> Parsed:
 def _belongs(before: re.Match[str], reply: str, stop: int) -> bool:
     """Whether a number that ends at `stop` goes on with what is `before` it.
 
-    In "In 2020, 5 were left", "in 7 days 28 eggs" and "100 5 dollar bills" it does not.
+    In "In 2020, 5 were left", "in 7 days 28 eggs", "100 5 dollar bills" and "rose from 5 to 18" it
+    does not.
     """
     if before["measure"]:
         return _MEASURED.match(reply, stop) is not None or not reply[stop:].strip(" .")
     if before["groups"]:
         return reply[stop - 4 : stop - 3] == " " and reply[stop - 3 : stop].isdigit()
+    if _CHANGED.search(before.string, 0, before.start()):
+        return False
     return not (_COMMA_ENDS.search(before[0]) and _PROSE.search(before.string, 0, before.start()))
 
 
@@ -303,6 +334,8 @@ def _opening_number(reply: str, begun: str) -> Parsed:
 def _result(reply: str, begin: int, stop: int, first: re.Match[str]) -> re.Match[str]:
     """What the calculation in `reply[begin:stop]` comes to; its `first` number if there is none."""
     named = not any(map(str.isalnum, reply[begin : first.start()]))
+    if not named and (told := _TOLD_LAST.search(reply, first.end(), stop)):
+        return next(find_numbers(reply, told.end(), stop), first)
     announced = reply[:begin].rstrip(" \t\n*_").endswith(":")
     number = first
     for equals in _EQUALS.finditer(reply, first.end(), stop):

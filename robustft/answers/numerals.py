@@ -27,7 +27,7 @@ _NUMBER = re.compile(
     r"""(?=[-−–+$€£¥.\d\\¼-¾⅐-⅞])(?:  # what a number begins with: to try the rest there alone
     (?:(?<![\w.])(?P<minus>(?<![)\]}])[-−–])?(?P<units>\d{1,9})?)?
     \\[dt]?frac\{(?P<top>-?\d{1,60})\}\{(?P<bottom>\d{1,60})\}
-    |(?<![\w.])(?<![A-Za-z]\^)(?<![A-Za-z]\^\{)(?!0x[0-9a-f])
+    |(?<![^\W_])(?<![^\W_]_)(?<!\d\.)(?!(?<=\.)\.)(?<![A-Za-z]\^)(?<![A-Za-z]\^\{)(?!0x[0-9a-f])
     (?P<sign>(?<![)\]}])[-−–+](?=[$€£¥.\d¼-¾⅐-⅞]))?
     (?P<currency>[$€£¥])?(?P<inner>[-−](?=[.\d¼-¾⅐-⅞]))?
     (?:(?P<mixed>\d{1,9})[ ](?=\d{1,9}/\d|[¼-¾⅐-⅞]))?
@@ -57,9 +57,8 @@ def find_numbers(text: str, start: int = 0, stop: int | None = None) -> Iterator
     return _NUMBER.finditer(text, start, len(text) if stop is None else stop)
 
 
-def last_number(text: str, start: int = 0) -> re.Match[str] | None:
-    """The last number of the last line in `text[start:]` that has one."""
-    stop = len(text)
+def last_number(text: str, start: int, stop: int) -> re.Match[str] | None:
+    """The last number of the last line in `text[start:stop]` that has one."""
     while stop > start:
         line = max(text.rfind("\n", start, stop - 1) + 1, start)
         if found := deque(find_numbers(text, line, stop), maxlen=1):

@@ -38,7 +38,7 @@ QUOTES = "\"'`“”‘’"
 # and "answer" in other languages that models reply in.
 MARKER = re.compile(
     r"""(?=[abcfimrsjođовاउ答正정답回故应應因所\\\#])(?:  # first letters: to try the rest there alone
-      \b(?<!</)(?:answers?|(?:correct|right|best|final|my|selected|chosen)\s(?:option|choice|letter))\b
+      (?<![^\W_])(?<!</)(?:answers?|(?:correct|right|best|final|my|selected|chosen)\s(?:option|choice|letter))\b
         (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
         [ \t*_"'`)\]]{0,8}
         (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
