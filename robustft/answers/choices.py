@@ -7,10 +7,18 @@ pattern is linear in the reply.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 
-from robustft.answers.replies import MARKER, NOTHING, QUOTES, Parsed, body_start, same_width
+from robustft.answers.options import Options, tokens
+from robustft.answers.replies import (
+    MARKER,
+    NOTHING,
+    QUOTES,
+    Parsed,
+    body_start,
+    last_first,
+    same_width,
+)
 
 _DECORATION = re.compile(
     r"""(?:[\s*_"'`“”‘’(\[{<$:>]|\\(?:text|mathrm|mathbf|boxed|\()|\#|-\s
@@ -21,10 +29,11 @@ _DECORATION = re.compile(
 )
 # What may follow a letter without a space in languages written so: "B is it", "option B".
 _ENDS = r"(?:です|だ|选项|選項|项|入|입니다|이다|번|因为)"
-_LETTER = re.compile(rf"([A-Za-z])(?!(?!{_ENDS})[\w'’])")
+_NO_WORD = r"(?!\w|['’]\w)"
+_LETTER = re.compile(rf"([A-Za-z])(?:(?={_ENDS})|{_NO_WORD})")
 _AND_ANOTHER = re.compile(
-    r"""[)\]*_]*\s*(?:[,/&、]|还是|還是|或者?|和|または|か|또는
-        |\b(?:and|or|und|oder|y|o|et|ou|e|и|или)\b)\s*(?:option\s)?[(\[*_]*([A-Z])(?![\w'’])""",
+    rf"""[)\]*_]*\s*(?:[,/&、]|还是|還是|或者?|和|または|か|또는
+        |\b(?:and|or|und|oder|y|o|et|ou|e|и|или)\b)\s*(?:option\s)?[(\[*_]*([A-Z]){_NO_WORD}""",
     re.VERBOSE,
 )
 _OR = re.compile(
@@ -45,26 +54,36 @@ _INSTEAD = re.compile(
     r"[)\]*_\"'`”’]*(?:,?\s(?:but(?:\srather)?|rather)|[,;]\sit(?:['’]s|\sis))(?=\s)", re.IGNORECASE
 )
 _REASON_FOLLOWS = re.compile(
-    r"\s+(?:because|since|as|for|due|based|given|with|which|where|according|that|but)\b",
+    r"\s+(?:because|since|as|for|due|based|given|with|which|where|according|that|but|rather|instead)\b",
     re.IGNORECASE,
 )
+_BECAUSE = re.compile(
+    r"[*_\"'`”’]*,?\s(?:because|since)\b[^.!?;\n]*?(?=[.!?;\n]|\b(?:but|however|so|thus)\b|\Z)"
+)
+_NOT_IT = re.compile(r"\b(?:not|rather\sthan|instead\sof)\s\Z", re.IGNORECASE)
+_ENDS_CLAUSE = re.compile(r"[*_\"'`”’]*\s*(?:[.,;!?\n]|but\b|\Z)")
 _NO_CHOICE = re.compile(
     r"(?:none|neither|unclear|unknown|cannot|can['’]t|impossible|n/a)\b", re.IGNORECASE
 )
 _SAYS_CORRECT = re.compile(
-    r"(?:^|[.!?:;,\n]\s{0,3}|\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s)[(\[*_]*([A-Z])[)\]*_]*"
-    r"\s(?:is|would\sbe)\s(?:the\s)?(?:most\s)?(?:correct|right|best)\b"
+    r"(?:^|[.!?:;,\n]\s{0,3}|\b(?:[Oo]p(?:tion|ción|ção|zione)|[Cc]hoice|[Aa]nswer|but|so)\s)"
+    r"[(\[*_]*([A-Z])[)\]*_]*\s(?:is|would\sbe|es|é|è|est|ist)\s(?:the\s|la\s|a\s)?(?:most\s)?"
+    r"(?:correct[ae]?|corretta|right|best|answer|richtig)\b"
 )
-# What concludes a line: "Therefore B", ", so neutral.", "It must be (C)", "Label: B", "Final: B".
+# What concludes a line: "Therefore B", ", so neutral.", "It must be (C)", "leaving B", "Label: B",
+# or corrects what was said: "No wait, B", "Wait, no, B", "actually B".
 _CONCLUDES = re.compile(
-    r"""(?:(?:^|[.!?;,:])[ \t]*|\b(?:and|but)[ \t])(?:therefore|thus|hence|so)\b[,:]?
+    r"""(?:(?:^|[.!?;,:])[ \t]*|\b(?:and|but)[ \t])(?:therefore|thus|hence|so
+        |(?:no,?\s)?wait(?:,\s(?:no(?=,)|actually))?|actually|(?:leaving|left\swith))\b[,:]?
       |∴|(?P<it>\bit(?:['’]s|\sis|\smust\sbe)|\b(?:letter|option|choice)\sis)\b
       |^[ \t*_\#>]*+(?:final|label|selected|response|result|output|prediction|verdict|solution
-        |decision|conclusion|correct|category|class|classification|sentiment)[*_ ]{0,4}:""",
+        |decision|conclusion|ans|correct|category|class|classification|sentiment)[*_ ]{0,4}:""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 _CAPITAL = re.compile(r"[\s*_(\[{<$\"'`“‘]*[A-Z][\s*_)\]}>$.!\"'`”’]*")
-_EXPLICIT = re.compile(r"(?:\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b[Oo]ption\s([A-Z])\b)")
+_EXPLICIT = re.compile(
+    r"\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter):?\s([A-Z])\b"
+)
 _NEGATION = re.compile(
     r"""\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b
         |n['’]t\b|\brul\w{1,3}\sout\b
@@ -82,8 +101,8 @@ _DENIED = re.compile(
 )
 _EXPLAINED = re.compile(r"[*_\"'`”’]*[,.!][*_\"'`”’]*\s+(?=\w)")
 _LINE = re.compile(
-    r"""[\s*_>\#"'`“‘-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{]{0,2})(?P<letter>[A-Za-z])(?![\w'’])
-        (?P<close>[)\]}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
+    rf"""[\s*_>\#"'`“‘•-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{{]{{0,2}})(?P<letter>[A-Za-z])
+        {_NO_WORD}(?P<close>,?\s(?:because|since)\b|[)\]}}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
     re.VERBOSE,
 )
 _SUBJECT = re.compile(
@@ -95,53 +114,8 @@ _SUBJECT = re.compile(
 )
 _PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation", "in", "it"))
 _PROSE_STARTS |= {"reason", "since", "that", "the", "there", "these", "this"}
-# Words and numbers, and the symbols that tell options apart ("<" from ">"); light punctuation no.
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s.,;:!?\"'`“”‘’*()\[\]{}]|_")
 _CLAUSE = 200  # characters of a clause that are looked at for a negation
 _SHORT_PROSE = 40  # words: option text named in a longer reply may be part of the reasoning
-
-
-def tokens(text: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """(casefolded token, start, stop) for the words, numbers and symbols of `text[start:stop]`."""
-    for match in _TOKEN.finditer(text, start, len(text) if stop is None else stop):
-        token = unicodedata.normalize("NFKC", match[0]).casefold()
-        yield ("-" if token in "−–—" else token), match.start(), match.end()
-
-
-def _key(text: str) -> tuple[str, ...]:
-    words = tuple(token for token, _, _ in tokens(text))
-    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
-
-
-class _Options:
-    """The options' texts, ready for look-up; a text two options share names neither."""
-
-    def __init__(self, options: Sequence[str]) -> None:
-        keys = [_key(option) for option in options]
-        self.count = min(len(options), 26)
-        self.letter = {key: chr(65 + i) for i, key in enumerate(keys[: self.count]) if key}
-        self.shared = {key for key in keys if keys.count(key) > 1}
-        self.longest = max((len(key) for key in keys), default=0)
-        self.reach = 2 * max((len(option) for option in options), default=0) + 16
-
-    def exactly(self, text: str) -> str | None:
-        key = _key(text)
-        return None if key in self.shared else self.letter.get(key)
-
-    def prefix(self, text: str, start: int) -> tuple[str | None, int, int] | None:
-        """The longest option text that begins at `start`: (letter or None if shared, span)."""
-        found: list[tuple[str, int, int]] = []
-        for token in tokens(text, start, start + self.reach):
-            if found or token[0] not in ("a", "an", "the") or (token[0],) in self.letter:
-                found.append(token)
-            if len(found) == self.longest:
-                break
-        for size in range(len(found), 0, -1):
-            key = tuple(token for token, _, _ in found[:size])
-            if key in self.letter:
-                letter = None if key in self.shared else self.letter[key]
-                return letter, found[0][1], found[size - 1][2]
-        return None
 
 
 def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
@@ -151,12 +125,12 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     "\boxed{}", "B is correct", "not A but B") or line that it concludes ("so B."); lines that are
     nothing but a letter, a letter with its own text, or an option's text; a letter, or an option's
     text and a comma, that opens the reply; a single explicit letter such as "(B)"; one option's
-    exact text in a short reply. Two different letters at one level, or a letter beyond the options,
-    give None. Negated sentences ("not (A)") name nothing.
+    exact text in a short reply, where it is not denied. Two different letters at one level, or a
+    letter beyond the options, give None. Negated sentences ("not (A)") name nothing.
     """
     text = same_width(reply)
     start = body_start(text)
-    choices = _Options(options)
+    choices = Options(options)
     decided = _by_marker(text, start, choices)
     if decided is None:
         decided = _by_line(text, start, choices)
@@ -167,18 +141,20 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     return decided or NOTHING
 
 
-def _found(letter: str, start: int, stop: int, choices: _Options) -> Parsed:
+def _found(letter: str, start: int, stop: int, choices: Options) -> Parsed:
     letter = letter.upper()
     return Parsed(letter, start, stop) if ord(letter) - 65 < choices.count else NOTHING
 
 
-def _by_marker(text: str, start: int, choices: _Options) -> Parsed | None:
-    marks = [(m.end(), False, m.start()) for m in MARKER.finditer(text, start)]
-    marks += [(m.start(1), True, m.start()) for m in _SAYS_CORRECT.finditer(text, start)]
-    marks += [(m.end(), False, m.start()) for m in _conclusions(text, start, choices)]
+def _by_marker(text: str, start: int, choices: Options) -> Parsed | None:
+    marks = [match.span() for match in MARKER.finditer(text, start)]
+    marks += [match.span() for match in _conclusions(text, start, choices)]
+    marks += [(begin, begin) for begin in _contrasts(text, start, choices)]
+    certain = {(m.start(), m.start(1)) for m in _SAYS_CORRECT.finditer(text, start)}
     excluded: set[str] = set()
-    for position, certain, _ in sorted(marks)[-50:][::-1]:
-        if certain:
+    for mark in last_first(text, [*marks, *certain]):
+        position = mark[1]
+        if mark in certain:
             parsed: Parsed | None = _found(text[position], position, position + 1, choices)
         else:
             begin = _skip_decoration(text, position)
@@ -200,7 +176,7 @@ def _by_marker(text: str, start: int, choices: _Options) -> Parsed | None:
     return None
 
 
-def _conclusions(text: str, start: int, choices: _Options) -> Iterator[re.Match[str]]:
+def _conclusions(text: str, start: int, choices: Options) -> Iterator[re.Match[str]]:
     """What leads to a letter or an option's text that ends a line."""
     for match in _CONCLUDES.finditer(text, start):
         rest, ended, _ = text[match.end() : match.end() + choices.reach].partition("\n")
@@ -213,12 +189,20 @@ def _conclusions(text: str, start: int, choices: _Options) -> Iterator[re.Match[
                 yield match
 
 
+def _contrasts(text: str, start: int, choices: Options) -> Iterator[int]:
+    """Where "not A but B" begins."""
+    for match in re.compile(r"\bnot\s", re.IGNORECASE).finditer(text, start):
+        denied = _after_marker(text, match.end(), choices)
+        if denied and denied.answer and _INSTEAD.match(text, denied.stop):
+            yield match.start()
+
+
 def _skip_decoration(text: str, position: int) -> int:
     match = _DECORATION.match(text, position)
     return match.end() if match else position
 
 
-def _after_marker(text: str, position: int, choices: _Options) -> Parsed | None:
+def _after_marker(text: str, position: int, choices: Options) -> Parsed | None:
     """The option named right after a marker; NOTHING when two are, None when none is."""
     begin = _skip_decoration(text, position)
     named = choices.prefix(text, begin)
@@ -241,18 +225,17 @@ def _after_marker(text: str, position: int, choices: _Options) -> Parsed | None:
     return _found(letter[1], begin, letter.end(), choices)
 
 
-def _or_another(text: str, named: tuple[str | None, int, int], choices: _Options) -> bool:
+def _or_another(text: str, named: tuple[str | None, int, int], choices: Options) -> bool:
     """Whether the text of another option is offered with the one named."""
     joined = _OR.match(text, named[2])
     other = choices.prefix(text, joined.end()) if joined else None
     return other is not None and other[0] != named[0]
 
 
-def _is_letter(text: str, begin: int, position: int, choices: _Options) -> bool:
+def _is_letter(text: str, begin: int, position: int, choices: Options) -> bool:
     """Whether the single letter at `begin` is a choice rather than the start of a sentence."""
     after = text[begin + 1 : begin + 2]
-    before = text[begin - 1 : begin]
-    if after in ")].:;,!?*_}<>$\n" + QUOTES or before in "([{*" + QUOTES:
+    if after in ")].:;,!?*_}<>$\n" + QUOTES:
         return True  # the empty string after the last character counts too
     if not text[begin].isupper():
         return False
@@ -268,7 +251,7 @@ def _is_letter(text: str, begin: int, position: int, choices: _Options) -> bool:
     return own is not None and own[0] == text[begin]
 
 
-def _by_line(text: str, start: int, choices: _Options) -> Parsed | None:
+def _by_line(text: str, start: int, choices: Options) -> Parsed | None:
     stated: dict[str, Parsed] = {}
     opening: Parsed | None = None
     first = True
@@ -311,7 +294,7 @@ def _opens_reply(line: re.Match[str], rest: str) -> bool:
     return word is not None and (word[0].islower() or word[0].lower() in _PROSE_STARTS)
 
 
-def _denied(text: str, position: int, choices: _Options) -> bool:
+def _denied(text: str, position: int, choices: Options) -> bool:
     """Whether an option's text stands there and is said not to be it: "neutral is not right".
 
     In "neutral, not positive" another one is.
@@ -321,7 +304,7 @@ def _denied(text: str, position: int, choices: _Options) -> bool:
     return denial is not None and choices.prefix(text, denial.end()) is None
 
 
-def _by_opening(text: str, start: int, choices: _Options) -> Parsed | None:
+def _by_opening(text: str, start: int, choices: Options) -> Parsed | None:
     """The option whose text opens the reply, which goes on to explain: "No, it is not shown"."""
     named = choices.prefix(text, _skip_decoration(text, start))
     if named is None or not named[0] or not any(map(str.isalpha, text[named[1] : named[2]])):
@@ -344,7 +327,7 @@ def _sentence_denies(text: str, start: int, stop: int) -> bool:
     return _NEGATION.search(text, left + 1, right) is not None
 
 
-def _by_mention(text: str, start: int, choices: _Options) -> Parsed | None:
+def _by_mention(text: str, start: int, choices: Options) -> Parsed | None:
     first: tuple[str, int, int] | None = None
     for mention in _mentions(text, start):
         if first and mention[0] != first[0]:
@@ -360,9 +343,20 @@ def _by_mention(text: str, start: int, choices: _Options) -> Parsed | None:
     named: dict[str | None, tuple[str | None, int, int]] = {}
     position = start
     for _, begin, _ in words:
-        if begin >= position and (hit := choices.prefix(text, begin)):
+        if begin < position or (hit := choices.prefix(text, begin)) is None:
+            continue
+        begin, position = hit[1:]
+        # "Not positive, but neutral": what is denied names nothing, nor does what a reason tells.
+        aside = _DENIED.match(text, position)
+        before = _NOT_IT.search(text, max(begin - 14, 0), begin)
+        if aside is None and before and _ENDS_CLAUSE.match(text, position):
+            begin = before.start()
+        elif aside is None:
             named[hit[0]] = hit
-            position = hit[2]
+            begin = position
+            aside = _BECAUSE.match(text, position)
+        position = aside.end() if aside else position
+        text = text[:begin] + " " * (position - begin) + text[position:]
     if len(named) != 1:
         return None
     letter, begin, stop = next(iter(named.values()))

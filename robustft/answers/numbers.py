@@ -133,9 +133,8 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     start = body_start(reply)
     whole = reply[start:].strip(" \t\r\n*_").strip("$").strip()
     one = "\n" not in whole and "boxed{" not in whole and not _COMES_TO.fullmatch(whole)
-    last = last_number(reply, start, _aside(reply, start)) or last_number(
-        reply, start, len(reply)
-    )
+    aside = _aside(reply, start)
+    last = last_number(reply, start, aside) or last_number(reply, aside, len(reply))
     alone = whole_number(whole) if last is None else is_formula(whole) or _TUPLE.fullmatch(whole)
     if one and alone and not _PROSE.search(whole):
         begin = reply.index(whole, start)

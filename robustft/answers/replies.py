@@ -37,20 +37,29 @@ QUOTES = "\"'`“”‘’"
 # "answer is", "**Answer:**", `"answer":`, "<answer>", "the correct option is", "\boxed{", "####",
 # and "answer" in other languages that models reply in.
 MARKER = re.compile(
-    r"""(?=[abcfimrsjođовاउ答正정답回故应應因所\\\#])(?:  # first letters: to try the rest there alone
-      (?<![^\W_])(?<!</)(?:answers?|(?:correct|right|best|final|my|selected|chosen)\s(?:option|choice|letter))\b
-        (?:\sto\s[^.:\n]{1,100}?(?=\sis\b))?
+    r"""(?=[abcfimrsjođовاउ答正정답回故应應因所我题选選\\\#"'])(?:  # first letters, for speed
+      (?<![^\W_])(?<!</)(?<!incorrect[\s_])(?<!wrong[\s_])(?:answers?(?:_choice)?
+        |(?:correct|right|best|final|my|selected|chosen)\s(?:option|choice|letter))\b
+        (?:(?:\sto\s[^.:\n]{1,100}?|,?\s(?:that|here|(?:in|for)\sthis|I|then|therefore)\b
+          [^.:\n\d]{0,60}?)(?=,?\sis\b),?)?
         [ \t*_"'`)\]]{0,8}
-        (?:(?:would|should|must)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
-      |\\(?:boxed|fbox)\{|\#\#\#\#
+        (?:(?:would|should|must|will|has\sto)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
+      |["'](?:choice|option|label)["']:|\\(?:boxed|fbox)\{|\#\#\#\#
       |\bI(?:\s(?:would|will|must|shall)|['’](?:d|ll))?\s(?:choose|pick|select|say|go\swith)\b
-      |\b(?:antwort|respuesta|réponse|resposta|risposta|antwoord|odpowiedź|svar|cevap|jawaban
+      |\b(?:antwort|respuesta|opción|opção|opzione|réponse|resposta|risposta|antwoord|odpowiedź|svar|cevap|jawaban
         |đáp\sán|ответ|відповідь|الإجابة|الجواب|उत्तर)\b
-        (?:\s(?:correct[ae]|corretta|correta|exacte|juste|finale?)\b)?
-        [ \t*_"'`)\]]{0,8}(?:(?:ist|lautet|es|est|é|è|is|to|är|là|adalah)\b|[:=\n]|\s[-–—]\s)
+        (?:\s(?:correct[ae]|corretta|correta|exacte|juste|finale?|yang\sbenar|đúng|الصحيحة?)\b)?
+        [ \t*_"'`)\]]{0,8}(?:(?:ist|lautet|es|est|é|è|is|to|är|là|adalah|هي|هو)\b|[:=\n]|\s[-–—]\s)
+      |उत्तर\s(?=[A-Z]\b)
       |(?:答案|答え|正解|정답|답)\s?(?:应该|應該|应|應)?(?:(?:是|为|為|选|選|は|은)[:：]?|[:：])|回答[:：]
-      |(?:故|应|應|因此|所以)(?:选|選))""",
+      |(?:故|应|應|因此|所以|[我题]|(?<![^\s，。,:]))(?:选|選)(?:择|擇)?(?![项項]))""",
     re.VERBOSE | re.IGNORECASE,
+)
+# "Some might think the answer is", "if it were red, the answer would be"
+_SUPPOSED = re.compile(
+    r"\b(?:might|may|could)\s(?:\w+\s)?(?:think|say|argue|believe|guess|assume|choose|pick)\b[^,;]*\Z"
+    r"|\bif\b.*\bwould\sbe\Z",
+    re.IGNORECASE,
 )
 BOXES = ("boxed{", "fbox{")
 NOT = re.compile(r"(?:not|nicht|no|non|niet|не)\s", re.IGNORECASE)
@@ -123,10 +132,22 @@ def is_refusal(text: str) -> bool:
 
 
 def marked(reply: str, start: int) -> list[int]:
-    """Where final-answer markers and "A:" end, the last ones first."""
-    marks = [match.end() for match in MARKER.finditer(reply, start)]
-    marks += [match.end() for match in _A_COLON.finditer(reply, start)]
-    return sorted(marks)[-50:][::-1]
+    """Where final-answer markers and "A:" end, in the order of `last_first`."""
+    marks = [match.span() for match in MARKER.finditer(reply, start)]
+    marks += [match.span() for match in _A_COLON.finditer(reply, start)]
+    return [end for _, end in last_first(reply, marks)]
+
+
+def last_first(reply: str, marks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The last fifty marks (start, stop), last ones first and what is only supposed after them."""
+    kept = sorted(marks, key=lambda mark: mark[1])[:-51:-1]
+    return sorted(kept, key=lambda mark: _is_supposed(reply, *mark))
+
+
+def _is_supposed(reply: str, start: int, stop: int) -> bool:
+    near = max(start - 200, 0)
+    sentence = max(near, *(reply.rfind(mark, near, start) + 1 for mark in ".!?\n"))
+    return _SUPPOSED.search(reply, sentence, stop) is not None
 
 
 def closing(reply: str, begin: int) -> int | None:
