@@ -14,6 +14,7 @@ from commandline import read, write
 from runs import all_doubt, chat, choice_rows, run
 from scripted import LetterEmbedder, ScriptedEngine
 
+from robustft.answers import answer_kind
 from robustft.cleaning import clean
 from robustft.engines import Prompt
 from robustft.errors import UserError
@@ -72,6 +73,29 @@ def test_a_new_answer_that_the_column_does_not_hold_drops_its_record(
         12,
     )
     assert result.reasons["drop: new answer does not fit the column"] == counts["drop"]
+
+
+@pytest.mark.parametrize(
+    ("given", "reply", "answer"),
+    [
+        ("$7", "The answer is **$1,300**, not 7.", "1300"),
+        ("Paris", "The answer is Rome, since it is the capital.", "Rome"),
+        (
+            "It is Paris, as far as I know.",
+            "Answer: It is Rome, and has been so for long.",
+            "It is Rome, and has been so for long.",
+        ),
+    ],
+)
+def test_a_new_answer_is_of_the_kind_of_the_given_one(
+    tmp_path: Path, given: str, reply: str, answer: str
+) -> None:
+    rows = [{"question": f"What is it, {n}?", "answer": given} for n in range(8)]
+    engine = ScriptedEngine(choose=all_doubt, reply=lambda prompt: reply)
+    source = write(tmp_path / "in.jsonl", rows)
+    run(source, tmp_path / "out", engine, detector="paper", beta=1.0)
+    assert [row["answer"] for row in read(tmp_path / "out/cleaned.jsonl")] == [answer] * 8
+    assert answer_kind(answer) == answer_kind(given)
 
 
 def test_the_training_set_keeps_schema_order_and_unknown_fields(tmp_path: Path) -> None:
