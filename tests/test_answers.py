@@ -585,7 +585,7 @@ def test_an_option_that_opens_a_reply_decides_whatever_is_denied_later() -> None
 
 
 def test_a_range_is_one_in_a_box_and_outside() -> None:
-    for reply in ("\\boxed{5-10}", "5-10", "The answer is 5-10.", "$5-$10"):
+    for reply in ("\\boxed{5-10}", "5-10", "The answer is 5-10.", "$5-$10", "5–10", "5 to 10"):
         found = parse_number(reply).answer
         assert found is not None
         assert normalise(found, "number") == "5-10", reply
@@ -603,6 +603,28 @@ def test_a_span_ends_where_it_is_explained() -> None:
         assert parse_span(f"The answer is {'**' * told.count('**')}Paris{told}.").answer == "Paris"
     assert parse_span("The answer is because it rained.").answer == "because it rained"
     assert parse_span("Answer: since 1998").answer == "since 1998"
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("The answer is Paris, not Rome.", "Paris"),
+        ("The answer is not Rome but Paris.", "Paris"),
+        ("The answer is not guilty.", "not guilty"),
+        ("The answer is not only Rome but Paris", "not only Rome but Paris"),
+        ("The answer is Paris. Some say Lyon.", "Paris"),
+        ("The answer is Prof. Smith.", "Prof. Smith"),
+        ("The answer is St. Louis.", "St. Louis"),
+        ('{"answer": "New York", "confidence": 0.9}', "New York"),
+        ('{"reason": "It says so", "final_answer": "New York"}', "New York"),
+        ('Answer: "Paris", "Rome"', '"Paris", "Rome"'),
+        ("Sure!\n\nParis", "Paris"),
+        ("Here is the answer:\nParis", "Paris"),
+        ("Yes, because the text says so.", "Yes"),
+    ],
+)
+def test_span_leaves_out_what_leads_to_it_and_what_follows(reply: str, answer: str) -> None:
+    assert parse_span(reply).answer == answer
 
 
 def test_span_takes_what_follows_the_marker() -> None:
@@ -799,6 +821,10 @@ def test_normalise() -> None:
         "1 from 5 to " * 8_500,
         "5, which is " * 8_500,
         "()" * 50_000,
+        "answer is not " * 7_000,
+        'answer: "' * 11_000,
+        "Paris. Rome" * 9_000,
+        "a:\n" * 33_000,
     ],
 )
 def test_replies_of_100_kb_take_linear_time(reply: str) -> None:

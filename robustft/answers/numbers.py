@@ -53,6 +53,7 @@ _STRUNG = re.compile(  # times, dates, ranges, lists without spaces: no sum, quo
     re.DOTALL,
 )
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)\s?[-–]\s?(\d+(?:\.\d+)?)")
+_BETWEEN = re.compile(r"(?<=\d)\s?(?:[-–]|\bto\b)\s?(?=\d)")  # "5 to 10", "5–10"
 _PLAINLY = re.compile(r"[$€£¥%]|(?<=\d),(?=\d{3}(?!\d))")
 _ITEM = r"[$€£¥(]?[-−]?\.?\d(?:[\d.,/]*\d)?\s?%?"
 _JOINS = r"(?:[,;&]|\b(?:or|and|to|through|oder|und|bis|ou|et|o|y|或|和)\b)"
@@ -219,7 +220,8 @@ def spelt(answer: str) -> str:
     bare = " ".join(answer.split())
     if whole := whole_number(bare):
         return canonical(whole)
-    return _PLAINLY.sub("", bare) if _strung(bare) else formula(answer)
+    range_ = _BETWEEN.sub("-", bare)
+    return _PLAINLY.sub("", range_) if _strung(range_) else formula(answer)
 
 
 def _strung(text: str) -> bool:

@@ -86,10 +86,17 @@ _TEXT_MARKER = re.compile(
 _LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf|mathrm|mathbf)\{)*")
 _IN_TEXT = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mathrm|mathbf)\{([^{}]*)\}\s*\Z")
 _CLOSERS = {"**": "**", "__": "__", "}$": "{", "}": "{", "</answer>": "<answer>"}
-# "Paris, since it is the capital": the answer is given, and then why.
+# "Paris, since it is the capital", "Paris, not Rome", "Paris. Rome is": what follows the answer.
 _REASON = re.compile(
-    r"(?<=[\w)\"'”’*])(?:,\s(?:since|because|as|given)|\s\(?because)\b", re.IGNORECASE
+    r"(?<=[\w)\"'”’*])(?:,\s(?:since|because|as|given|not|rather\sthan)|\s\(?because)\b"
+    r"|(?<=(?-i:[a-zß-ÿ]){4})(?<!Prof)\.\s(?=(?-i:[A-Z]))",
+    re.IGNORECASE,
 )
+_NOT_BUT = re.compile(
+    r"not\s(?!only\b|just\b)[^\n]{1,80}?,?\s(?:but(?:\srather)?|it\sis)\s", re.IGNORECASE
+)
+_JSON_STRING = re.compile(r'"((?:[^"\\\n]|\\.){1,400})"(?=\s*(?:,\s*"\w{1,40}"\s*:|\}))')
+_LEADS_IN = re.compile(r"[^\n]{1,80}[:!][ *_]*\n\s*(?=\S)")  # "Sure!", "Here is the answer:"
 _INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}\Z")  # "U.S."
 _THOUGHT = "think(?:ing)?|thought|reasoning"
 THOUGHT_BEGINS = re.compile(rf"\s*(?:<(?:{_THOUGHT})>|\[THINK\])")
@@ -202,6 +209,10 @@ def parse_span(reply: str) -> Parsed:
                 return parsed
         lead = _LEAD.match(reply, position)
         begin = lead.end() if lead else position
+        if string := _JSON_STRING.match(reply, begin):
+            return _unwrapped(reply, *string.span(1))
+        if denied := _NOT_BUT.match(reply, begin):
+            begin = denied.end()
         fence = reply.find("```", begin + 3) if reply.startswith("```", begin) else -1
         stop = fence + 3 if fence >= 0 else reply.find("\n", begin)
         stop = end if stop < 0 else stop
@@ -213,9 +224,14 @@ def parse_span(reply: str) -> Parsed:
     parsed = parse_text(reply)
     if parsed.answer is None:
         return NOTHING
-    first = short_opening(parsed.answer)
-    stop = parsed.start + len(first) if first else parsed.stop
-    return _unwrapped(reply, parsed.start, stop, sentence=True)
+    leads = _LEADS_IN.match(reply, parsed.start, parsed.stop)
+    begin, stop = leads.end() if leads else parsed.start, parsed.stop
+    if first := short_opening(reply[begin:stop]):
+        stop = begin + len(first)
+    reason = _REASON.search(reply, begin, stop)
+    if reason and len(reply[begin : reason.start()].split()) <= SPAN_WORDS:
+        stop = reason.start()
+    return _unwrapped(reply, begin, stop, sentence=True)
 
 
 def short_opening(text: str) -> str:
