@@ -70,16 +70,28 @@ _SAYS_CORRECT = re.compile(
     r"[(\[*_]*([A-Z])[)\]*_]*\s(?:is|would\sbe|es|é|è|est|ist)\s(?:the\s|la\s|a\s)?(?:most\s)?"
     r"(?:correct[ae]?|corretta|right|best|answer|richtig)\b"
 )
-# What concludes a line: "Therefore B", ", so neutral.", "It must be (C)", "leaving B", "Label: B",
-# or corrects what was said: "No wait, B", "Wait, no, B", "actually B".
+# What takes back what was said before, and ends a line: "No wait, B", "Wait, no, B", "actually B".
+_CORRECTS = re.compile(
+    r"""(?:(?:^|[.!?;,:])[ \t]*|\b(?:and|but)[ \t])
+        (?:(?:no,?\s)?wait(?:,\s(?:no(?=,)|actually))?|actually)\b[,:]?
+        (?:[ ]it(?:['’]s|[ ]is)\b)?""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+# What concludes a line: "Therefore B", ", so neutral.", "It must be (C)", "Label: B", "Final: B".
+# In "some think it is B" and "the worst option is B" nothing is concluded.
 _CONCLUDES = re.compile(
-    r"""(?:(?:^|[.!?;,:])[ \t]*|\b(?:and|but)[ \t])(?:therefore|thus|hence|so
-        |(?:no,?\s)?wait(?:,\s(?:no(?=,)|actually))?|actually|(?:leaving|left\swith))\b[,:]?
-      |∴|(?P<it>\bit(?:['’]s|\sis|\smust\sbe)|\b(?:letter|option|choice)\sis)\b
+    r"""(?:^|[.!?;,])[ \t]*(?:(?:and|but|so|then|therefore|thus|hence|wait|no|actually|clearly|here
+          |probably|i\s(?:think|believe|guess))[,:]?[ ]){0,4}
+        (?:it(?:['’]s|\sis|\smust\sbe)|the\s(?:remaining\s)?(?:letter|option|choice)\sis)\b
+      |(?:(?:^|[.!?;,:])[ \t]*|\b(?:and|but)[ \t])
+         (?:therefore|thus|hence|so|leaving|left\swith)\b[,:]?
+      |∴
       |^[ \t*_\#>]*+(?:final|label|selected|response|result|output|prediction|verdict|solution
         |decision|conclusion|ans|correct|category|class|classification|sentiment)[*_ ]{0,4}:""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
+_SUPPOSED = re.compile(r"\b(?:if|unless|whether|suppos\w+|assuming)\b", re.IGNORECASE)
+_RETRACTS = re.compile(r"\b(?:wait|actually|hmm+|instead|correction|mistake)\b", re.IGNORECASE)
 _CAPITAL = re.compile(r"[\s*_(\[{<$\"'`“‘]*[A-Z][\s*_)\]}>$.!\"'`”’]*")
 _EXPLICIT = re.compile(
     r"\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter):?\s([A-Z])\b"
@@ -99,7 +111,12 @@ _DENIED = re.compile(
         |[ *_)"']{0,4}(?:是?[不错錯]|아니|틀)""",
     re.VERBOSE | re.IGNORECASE,
 )
-_EXPLAINED = re.compile(r"[*_\"'`”’]*[,.!][*_\"'`”’]*\s+(?=\w)")
+# What follows an option's text that answers; in "Iron, which ..." and "No. 3" it is a subject.
+_EXPLAINED = re.compile(
+    r"""[*_"'`”’]*(?P<stop>[,.!])[*_"'`”’]*\s+(?!(?:which|who|unlike|like)\b|\d)(?=\w)
+        (?P<reason>as|because|since)?\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _LINE = re.compile(
     rf"""[\s*_>\#"'`“‘•-]*+(?:A:\s*(?=\W?[A-Za-z]\W*$))?(?P<open>[(\[{{]{{0,2}})(?P<letter>[A-Za-z])
         {_NO_WORD}(?P<close>,?\s(?:because|since)\b|[)\]}}.:*_"'`”’]*|\s[-–—])[ \t]*(?P<rest>.*)""",
@@ -114,7 +131,7 @@ _SUBJECT = re.compile(
 )
 _PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation", "in", "it"))
 _PROSE_STARTS |= {"reason", "since", "that", "the", "there", "these", "this"}
-_CLAUSE = 200  # characters of a clause that are looked at for a negation
+_SENTENCE = 200  # characters of a sentence that are looked at for "if" or "not"
 _SHORT_PROSE = 40  # words: option text named in a longer reply may be part of the reasoning
 
 
@@ -122,11 +139,11 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     r"""The one option a reply decides for, as a letter; None rather than a guess.
 
     In order: the last final-answer marker that names an option ("answer is", "Answer:",
-    "\boxed{}", "B is correct", "not A but B") or line that it concludes ("so B."); lines that are
-    nothing but a letter, a letter with its own text, or an option's text; a letter, or an option's
-    text and a comma, that opens the reply; a single explicit letter such as "(B)"; one option's
-    exact text in a short reply, where it is not denied. Two different letters at one level, or a
-    letter beyond the options, give None. Negated sentences ("not (A)") name nothing.
+    "\boxed{}", "B is correct", "not A but B"); lines that are nothing but a letter, a letter with
+    its own text, or an option's text; a letter that opens the reply; an option that concludes a
+    line ("so B."); an option's text that opens the reply, and is explained; a single explicit
+    letter such as "(B)"; one option's exact text in a short reply. Two different letters at one
+    level, or a letter beyond the options, give None. Negated sentences ("not (A)") name nothing.
     """
     text = same_width(reply)
     start = body_start(text)
@@ -134,6 +151,8 @@ def parse_choice(reply: str, options: Sequence[str]) -> Parsed:
     decided = _by_marker(text, start, choices)
     if decided is None:
         decided = _by_line(text, start, choices)
+        if decided is None or decided.answer is None:  # options echoed, say, and then "So B."
+            decided = _by_conclusion(text, start, choices) or decided
     if decided is None:
         decided = _by_opening(text, start, choices)
     if decided is None:
@@ -148,7 +167,11 @@ def _found(letter: str, start: int, stop: int, choices: Options) -> Parsed:
 
 def _by_marker(text: str, start: int, choices: Options) -> Parsed | None:
     marks = [match.span() for match in MARKER.finditer(text, start)]
-    marks += [match.span() for match in _conclusions(text, start, choices)]
+    marks += [
+        match.span()
+        for match in _CORRECTS.finditer(text, start)
+        if _ends_line(text, match.end(), choices)
+    ]
     marks += [(begin, begin) for begin in _contrasts(text, start, choices)]
     certain = {(m.start(), m.start(1)) for m in _SAYS_CORRECT.finditer(text, start)}
     excluded: set[str] = set()
@@ -176,17 +199,31 @@ def _by_marker(text: str, start: int, choices: Options) -> Parsed | None:
     return None
 
 
-def _conclusions(text: str, start: int, choices: Options) -> Iterator[re.Match[str]]:
-    """What leads to a letter or an option's text that ends a line."""
+def _ends_line(text: str, start: int, choices: Options) -> bool:
+    """Whether a capital letter or an option's text stands between `start` and its line's end."""
+    end = start + choices.reach
+    rest, ended, after = text[start : end + 1].partition("\n")
+    if (not ended and end < len(text)) or after[:1].islower():
+        return False  # longer than any option, or a sentence goes on
+    return _CAPITAL.fullmatch(rest) is not None or choices.exactly(rest) is not None
+
+
+def _by_conclusion(text: str, start: int, choices: Options) -> Parsed | None:
+    """The option that lines conclude with; of two the last only where the first is taken back."""
+    concluded: Parsed | None = None
     for match in _CONCLUDES.finditer(text, start):
-        rest, ended, _ = text[match.end() : match.end() + choices.reach].partition("\n")
-        if not ended and match.end() + choices.reach < len(text):
-            continue  # longer than any option
-        if _CAPITAL.fullmatch(rest) or choices.exactly(rest):
-            near = max(start, match.start() - _CLAUSE)
-            clause = max(near, *(text.rfind(mark, near, match.start()) + 1 for mark in ".!?;,\n"))
-            if not match["it"] or not _NEGATION.search(text, clause, match.start()):
-                yield match
+        if not _ends_line(text, match.end(), choices):
+            continue
+        near = max(start, match.start() - _SENTENCE)
+        sentence = max(near, *(text.rfind(mark, near, match.start()) + 1 for mark in ".!?\n"))
+        named = _after_marker(text, match.end(), choices)
+        if not named or not named.answer or _SUPPOSED.search(text, sentence, match.start()):
+            continue
+        changed = concluded is not None and concluded.answer != named.answer
+        if concluded and changed and not _RETRACTS.search(text, concluded.stop, match.end()):
+            return NOTHING
+        concluded = named
+    return concluded
 
 
 def _contrasts(text: str, start: int, choices: Options) -> Iterator[int]:
@@ -310,9 +347,31 @@ def _by_opening(text: str, start: int, choices: Options) -> Parsed | None:
     if named is None or not named[0] or not any(map(str.isalpha, text[named[1] : named[2]])):
         return None  # "1." may begin a list
     goes_on = _EXPLAINED.match(text, named[2])
-    if goes_on is None or choices.prefix(text, goes_on.end()) is not None:
+    if goes_on is None or any(letter != named[0] for letter, *_ in _mentions(text, start)):
+        return None
+    if not goes_on["reason"] and _answers_too(text, goes_on, named[0], choices):
         return None
     return Parsed(*named)
+
+
+def _answers_too(text: str, opened: re.Match[str], letter: str, choices: Options) -> bool:
+    """Whether another option's text begins or ends a clause later ("Yes, in men. In women, no").
+
+    After "Neutral." what is denied does not count, after "Iron, a metal, does not" it does.
+    """
+    firsts = {key[0] for key in choices.letter}
+    for token, begin, _ in tokens(text, opened.end("stop")):
+        other = choices.prefix(text, begin) if token in firsts else None
+        if other is None or other[0] == letter:
+            continue
+        begins = text[max(begin - 8, 0) : begin].rstrip(" *_" + QUOTES)[-1:] in tuple(".,;:!?\n")
+        ends = text[other[2] : other[2] + 8].lstrip("*_" + QUOTES)[:1] in ("", *".,;:!?\n")
+        low = max(begin - _SENTENCE, 0)
+        near = text[low : other[2] + _SENTENCE]
+        denied = opened["stop"] != "," and _sentence_denies(near, begin - low, other[2] - low)
+        if (begins or ends) and not denied:
+            return True
+    return False
 
 
 def _mentions(text: str, start: int) -> Iterator[tuple[str, int, int]]:
