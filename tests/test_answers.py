@@ -573,6 +573,60 @@ def test_what_decides_for_no_option(reply: str) -> None:
     assert parse_choice(reply, SENTIMENT).answer is None
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "neutral\n\nSome would say it is positive.",
+        "B\n\nA careless reader may think it is negative.",
+        "The answer is B. A common mistake is to think it is A.",
+        "**B. neutral**\n\nThe CEO says it is positive.",
+        "The answer is (B), although he argues that it is negative.",
+        "The answer is B.\nAnother tempting option is A.",
+        "B is correct. The next closest choice is C.",
+        "Answer: neutral\nSentiment: negative",
+        "The answer is B.\nIf it had been a loss, it would be bad news, so C.",
+        "A) positive\nB) neutral\nC) negative\n\nNothing changed, so B.",
+    ],
+)
+def test_a_line_in_passing_does_not_replace_the_answer(reply: str) -> None:
+    assert parse_choice(reply, SENTIMENT).answer == "B"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "If profits rise, it is positive.\nIf profits fall, it is negative.",
+        "The worst option is A.",
+        "The headline says it is positive.",
+        "The question is whether it is neutral.",
+        "A gain was announced and so positive\nnews may follow.",
+        "- the first line: a gain, so positive.\n- the second line: a loss, so negative.",
+    ],
+)
+def test_what_is_supposed_or_said_by_others_concludes_nothing(reply: str) -> None:
+    long = "The results of the quarter were published. " * 8  # a short one that names one is read
+    assert parse_choice(long + "\n" + reply, SENTIMENT).answer is None
+
+
+def test_an_option_that_is_the_subject_of_the_first_sentence_is_no_answer() -> None:
+    cells = ("mitochondria", "chloroplasts", "ribosomes")
+    for reply in (
+        "Mitochondria, the powerhouse of the cell, do not make sugars. Chloroplasts do.",
+        "Mitochondria, which burn sugars, do not make them.",
+    ):
+        assert parse_choice(reply, cells).answer != "A"
+    assert parse_choice("Mitochondria, unlike plastids, burn sugars. (B)", cells).answer == "B"
+    options = ("yes", "no", "maybe")
+    for reply in (
+        "Yes, but only in women. In men, no.",
+        "No. 3 on the list is the study in question.",
+        "I'll say no more about the methods. The finding is significant.",
+    ):
+        assert parse_choice(reply, options).answer is None, reply
+    assert parse_choice("Yes, there was no difference in harm.", options).answer == "A"
+    assert parse_choice("Maybe. It is not clearly yes.", options).answer == "C"
+
+
 def test_an_option_that_opens_a_reply_decides_whatever_is_denied_later() -> None:
     options = ("yes", "no", "maybe")
     assert parse_choice("No, this is not supported by the data.", options).answer == "B"
@@ -625,6 +679,37 @@ def test_a_span_ends_where_it_is_explained() -> None:
 )
 def test_span_leaves_out_what_leads_to_it_and_what_follows(reply: str, answer: str) -> None:
     assert parse_span(reply).answer == answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Paris, as well as London",
+        "John, given name Johannes",
+        "Just because",
+        "He left because he was ill",
+        "partly because of rain",
+        "(Paris, since it is old)",
+        'the song "Sad, because I said so" by X',
+        '{"a": "x, as y"}',
+    ],
+)
+def test_a_span_that_holds_a_reason_itself(answer: str) -> None:
+    assert parse_span(f"Answer: {answer}").answer == answer
+
+
+def test_a_span_of_code_is_not_cut() -> None:
+    assert parse_span("Answer: ```\n# no, because\nx = 1\n```").answer == "# no, because\nx = 1"
+
+
+def test_what_will_be_chosen_in_the_course_of_a_calculation_is_no_answer() -> None:
+    assert parse_number("I will pick 3 apples first and then 5 more, which makes 8").answer == "8"
+    assert parse_number("I'll choose 2 of them, so there are 10 ways").answer == "10"
+
+
+def test_a_formula_without_digits_is_one() -> None:
+    assert normalise("\\pi", "number") == normalise("π", "number") == "π"
+    assert parse_number("x+y").answer == "x+y"
 
 
 def test_span_takes_what_follows_the_marker() -> None:

@@ -136,8 +136,8 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     one = "\n" not in whole and "boxed{" not in whole and not _COMES_TO.fullmatch(whole)
     aside = _aside(reply, start)
     last = last_number(reply, start, aside) or last_number(reply, aside, len(reply))
-    alone = whole_number(whole) if last is None else is_formula(whole) or _TUPLE.fullmatch(whole)
-    if one and alone and not _PROSE.search(whole):
+    bare = last is None and whole_number(whole)  # "_18_"
+    if one and (bare or is_formula(whole) or _TUPLE.fullmatch(whole)) and not _PROSE.search(whole):
         begin = reply.index(whole, start)
         return _formula(reply, begin, begin + len(whole))
     if last is None:

@@ -45,7 +45,8 @@ MARKER = re.compile(
         [ \t*_"'`)\]]{0,8}
         (?:(?:would|should|must|will|has\sto)\sbe\b|is\b|are\b|[:=>\n]|\s[-–—]\s)
       |["'](?:choice|option|label)["']:|\\(?:boxed|fbox)\{|\#\#\#\#
-      |\bI(?:\s(?:would|will|must|shall)|['’](?:d|ll))?\s(?:choose|pick|select|say|go\swith)\b
+      |\bI(?:\swould|['’]d)?\s(?:choose|pick|select|say)\b
+      |\bI(?:\s(?:would|will|must|shall)|['’](?:d|ll))?\sgo\swith\b
       |\b(?:antwort|respuesta|opción|opção|opzione|réponse|resposta|risposta|antwoord|odpowiedź|svar|cevap|jawaban
         |đáp\sán|ответ|відповідь|الإجابة|الجواب|उत्तर)\b
         (?:\s(?:correct[ae]|corretta|correta|exacte|juste|finale?|yang\sbenar|đúng|الصحيحة?)\b)?
@@ -87,11 +88,15 @@ _LEAD = re.compile(r"(?:\s|[:=]|[*_]+(?=\s)|[-–—→]+(?=\s)|\\(?:text|textbf
 _IN_TEXT = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mathrm|mathbf)\{([^{}]*)\}\s*\Z")
 _CLOSERS = {"**": "**", "__": "__", "}$": "{", "}": "{", "</answer>": "<answer>"}
 # "Paris, since it is the capital", "Paris, not Rome", "Paris. Rome is": what follows the answer.
+# "He left because he was ill" and "Rome, as well as Paris" are answers as a whole.
 _REASON = re.compile(
-    r"(?<=[\w)\"'”’*])(?:,\s(?:since|because|as|given|not|rather\sthan)|\s\(?because)\b"
-    r"|(?<=(?-i:[a-zß-ÿ]){4})(?<!Prof)\.\s(?=(?-i:[A-Z]))",
-    re.IGNORECASE,
+    r"""(?<=[\w)"'”’*])(?:
+          ,\s(?:since|because|as(?!\s(?:well|of|in|if|such|long|much|far)\b)|not|rather\sthan)
+          |\s\(?because)\s
+        |(?<=(?-i:[a-zß-ÿ]){4})(?<!Prof)\.\s(?=(?-i:[A-Z]))""",
+    re.VERBOSE | re.IGNORECASE,
 )
+_WHY = re.compile(r"(?:i|it|he|she|we|they|just|only|part|\w+ly)\b", re.IGNORECASE)
 _NOT_BUT = re.compile(
     r"not\s(?!only\b|just\b)[^\n]{1,80}?,?\s(?:but(?:\srather)?|it\sis)\s", re.IGNORECASE
 )
@@ -216,8 +221,9 @@ def parse_span(reply: str) -> Parsed:
         fence = reply.find("```", begin + 3) if reply.startswith("```", begin) else -1
         stop = fence + 3 if fence >= 0 else reply.find("\n", begin)
         stop = end if stop < 0 else stop
-        reason = _REASON.search(reply, begin, stop)
-        stop = _unclosed(reply, begin, reason.start() if reason else stop)
+        if fence < 0:
+            stop = _before_reason(reply, begin, stop)
+        stop = _unclosed(reply, begin, stop)
         parsed = _unwrapped(reply, begin, stop, sentence=True)
         if parsed.answer is not None:
             return parsed
@@ -228,10 +234,21 @@ def parse_span(reply: str) -> Parsed:
     begin, stop = leads.end() if leads else parsed.start, parsed.stop
     if first := short_opening(reply[begin:stop]):
         stop = begin + len(first)
-    reason = _REASON.search(reply, begin, stop)
-    if reason and len(reply[begin : reason.start()].split()) <= SPAN_WORDS:
-        stop = reason.start()
+    short = _before_reason(reply, begin, stop)
+    if len(reply[begin:short].split()) <= SPAN_WORDS:
+        stop = short
     return _unwrapped(reply, begin, stop, sentence=True)
+
+
+def _before_reason(reply: str, begin: int, stop: int) -> int:
+    """Where an answer ends that is explained on its line; within quotes and brackets nothing is."""
+    reason = _REASON.search(reply, begin, stop)
+    if reason is None or (reason[0][0].isspace() and _WHY.match(reply, begin)):
+        return stop
+    answer = reply[begin : reason.start()]
+    opened = any(answer.count(mark) % 2 for mark in ('"', "**", "`"))
+    opened |= any(answer.count(left) > answer.count(right) for left, right in ("()", "{}", "“”"))
+    return stop if opened else reason.start()
 
 
 def short_opening(text: str) -> str:
