@@ -84,7 +84,7 @@ _MATHS = re.compile(
     rf"[\s*_:]*(?:\$\$?|\\\(|\\\[)\s*([^\n$]+?)\s*(?:\$|\\\)|\\\])(?!\d|,?\s?{_JOINS}\s?(?:\$|\\\())"
 )
 _NEGATIVE = re.compile(  # "is minus 5" and "negative 5", but not "9 minus 5"
-    r"\b(?:negative|(?:(?<=\bis\s)|(?<![\w)\]}%$]\s))minus)\s(?=[$€£¥]?\d)", re.IGNORECASE
+    r"(?=[nm])\b(?:negative|(?:(?<=\bis\s)|(?<![\w)\]}%$]\s))minus)\s(?=[$€£¥]?\d)", re.IGNORECASE
 )
 _CLAUSE_ENDS = re.compile(r"[.,;](?:\s|\Z)")
 _TUPLE = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
@@ -125,7 +125,7 @@ def parse_number(reply: str, begun: str = "", *, finished: bool = True) -> Parse
     number ("10^5"); any other, and several numbers, are read as they stand ("2\sqrt{3}", "5 or 7").
     """
     reply = _plain(reply)
-    found = parse_final_number(reply)
+    found = _final_number(reply)
     if found.answer is not None or is_refusal(reply):
         return found
     opening = _opening_number(reply, begun) if begun else NOTHING
@@ -165,7 +165,10 @@ def parse_final_number(reply: str) -> Parsed:
     What the answer is said not to be does not count. What does not come to one number is read as
     `parse_number` reads it; of "\boxed{}" that is everything in it.
     """
-    reply = _plain(reply)
+    return _final_number(_plain(reply))
+
+
+def _final_number(reply: str) -> Parsed:
     for begin in marked(reply, body_start(reply)):
         boxed = reply.endswith(BOXES, 0, begin)
         while begin < len(reply) and reply[begin].isspace():
