@@ -97,7 +97,7 @@ _EXPLICIT = re.compile(
     r"\(([A-Za-z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter):?\s([A-Z])\b"
 )
 _NEGATION = re.compile(
-    r"""\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except)\b
+    r"""\b(?:not?|never|neither|nor|cannot|wrong|incorrect|false|unlikely|eliminated?|except|doubt)\b
         |n['’]t\b|\brul\w{1,3}\sout\b
         |\b(?:nicht|kein\w{0,2}|falsch|non\s(?:è|é|sono|può)|est\s(?:pas|faux)|niet|incorrect\w
           |fals[ao]|fausse|è\serrat[ao]|sbagliat[ao]|не|неверн\w{1,3}|неправильн\w{1,3})\b|[不错錯誤违違]|아니|아닙|틀""",

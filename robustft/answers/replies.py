@@ -62,6 +62,12 @@ _SUPPOSED = re.compile(
     r"|\bif\b.*\bwould\sbe\Z",
     re.IGNORECASE,
 )
+# "I don't think the answer is", "I doubt that the answer is"
+_DOUBTED = re.compile(
+    r"(?:(?:\bnot|n['’]t)\s(?:\w+\s)?(?:think|believe|say|agree|true|sure|certain|clear)|\bdoubt)\b"
+    r"[^,;]*\Z",
+    re.IGNORECASE,
+)
 BOXES = ("boxed{", "fbox{")
 NOT = re.compile(r"(?:not|nicht|no|non|niet|не)\s", re.IGNORECASE)
 SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
@@ -151,15 +157,21 @@ def marked(reply: str, start: int) -> list[int]:
 
 
 def last_first(reply: str, marks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The last fifty marks (start, stop), last ones first and what is only supposed after them."""
+    """The last fifty marks (start, stop) that are not doubted.
+
+    Last ones first, and what is only supposed after them.
+    """
     kept = sorted(marks, key=lambda mark: mark[1])[:-51:-1]
-    return sorted(kept, key=lambda mark: _is_supposed(reply, *mark))
+    kept = [mark for mark in kept if not _before(reply, mark, _DOUBTED)]
+    return sorted(kept, key=lambda mark: _before(reply, mark, _SUPPOSED))
 
 
-def _is_supposed(reply: str, start: int, stop: int) -> bool:
+def _before(reply: str, mark: tuple[int, int], what: re.Pattern[str]) -> bool:
+    """Whether the sentence of a mark says that up to the mark's end."""
+    start, stop = mark
     near = max(start - 200, 0)
-    sentence = max(near, *(reply.rfind(mark, near, start) + 1 for mark in ".!?\n"))
-    return _SUPPOSED.search(reply, sentence, stop) is not None
+    sentence = max(near, *(reply.rfind(end, near, start) + 1 for end in ".!?\n"))
+    return what.search(reply, sentence, stop) is not None
 
 
 def closing(reply: str, begin: int) -> int | None:
