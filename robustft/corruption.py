@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from robustft.answers import Kind, answer_kind, matches, normalise
+from robustft.answers import Kind, matches, normalise
 from robustft.errors import UserError
 from robustft.files import replacing, spare, spare_others
 from robustft.metrics import share_of
@@ -132,7 +132,7 @@ def _survey(
             rejected = leave_out(item, source, rejected)
             continue
         ranks.append(_hash(seed, "rank", item.id))
-        kind = answer_kind(item.answer, item.options)
+        kind = item.kind
         fixed = kind == "choice" and not _wrong_options(item, source)
         kinds.append(FIXED if fixed else KINDS.index(kind))
         if kind == "choice" or len(item.answer) > DONOR_CHARACTERS:
@@ -188,7 +188,7 @@ def _wrong_answer(
     if record.options is not None:
         wrong = _wrong_options(record, source)
         return wrong[draw % len(wrong)]
-    kind = answer_kind(record.answer)  # donors stood in the same column: any of them fits
+    kind = record.kind  # donors stood in the same column: any of them fits
     normal, found = normalise(record.answer, kind), donors[kind]
     start = draw % len(found)
     others = [d for d in found[start : start + 64] + found[:64] if d.normal != normal]

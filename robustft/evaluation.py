@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from robustft.answers import answer_kind, matches, parse
+from robustft.answers import matches, parse
 from robustft.config import EvalConfig
 from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.encoding import cuts_told
@@ -128,7 +128,7 @@ Judge = Callable[[Record, str], tuple[str | None, bool, float]]
 
 def ask_plainly(records: Sequence[Record]) -> list[Prompt]:
     """The base expert's prompt for each record (eq. 1)."""
-    return [answer_prompt(r, answer_kind(r.answer, r.options)) for r in records]
+    return [answer_prompt(record) for record in records]
 
 
 def judge(record: Record, reply: str) -> tuple[str | None, bool, float]:
@@ -136,7 +136,7 @@ def judge(record: Record, reply: str) -> tuple[str | None, bool, float]:
 
     One that was cut off is judged as far as it goes.
     """
-    kind = answer_kind(record.answer, record.options)
+    kind = record.kind
     answer = parse(reply, kind=kind, options=record.options, begun=opening(kind)).answer
     right = matches(answer, accepted_answers(record), kind=kind, options=record.options)
     return answer, right, float(right)

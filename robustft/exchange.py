@@ -13,10 +13,9 @@ from typing import Any
 
 import orjson
 
-from robustft.answers import answer_kind
 from robustft.files import atomic_file, write_atomically
 from robustft.outputs import DATASET_INFO, EXCHANGE, MESSAGES
-from robustft.prompts import answer_prompt
+from robustft.prompts import answer_prompt, response
 from robustft.records import Record, RecordSource, reopened
 
 __all__ = ["DATASET_INFO", "MESSAGES", "chat_turns", "exchange", "kept_ids", "write_exchange"]
@@ -45,9 +44,9 @@ _ENTRIES: dict[str, dict[str, Any]] = {
 
 def chat_turns(record: Record) -> list[dict[str, str]]:
     """The record as chat turns, the given answer last: what `robustft train` trains on."""
-    prompt = answer_prompt(record, answer_kind(record.answer, record.options))
+    prompt = answer_prompt(record)
     turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
-    answer = f"{prompt.prefix} {record.answer}" if prompt.prefix else record.answer
+    answer = prompt.prefix + response(prompt, record.answer)
     return [*turns, {"role": "assistant", "content": answer}]
 
 

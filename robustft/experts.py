@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from robustft import answers, prompts
-from robustft.answers import Kind
+from robustft import prompts
 from robustft.config import ExpertConfig
 from robustft.consensus import consensus
 from robustft.engines import Engine, Failure, Prompt
@@ -26,11 +25,6 @@ from robustft.store import UNIT_ROWS, Stopwatch, Store
 Neighbour = tuple[str, Sequence[str] | None, str]  # question, options, answer
 _Neutral = tuple[Prompt, tuple[str, ...]]  # a content-free prompt and its candidates
 _SHORT_ANSWER_TOKENS = 32
-
-
-def record_kind(record: Record) -> Kind:
-    """choice, number, span or text, by the given answer."""
-    return answers.answer_kind(record.answer, record.options)
 
 
 class Panel:
@@ -69,15 +63,13 @@ class Panel:
 
     def base(self, records: Sequence[Record]) -> list[Opinion]:
         """The base model's own answer (eq. 1)."""
-        return self._ask(
-            "base", 0, records, [self._answer_question(r, prompts.answer_prompt(r, record_kind(r)))
-                        for r in records],
-        )  # fmt: skip
+        questions = [self._answer_question(r, prompts.answer_prompt(r)) for r in records]
+        return self._ask("base", 0, records, questions)
 
     def tuned(self, records: Sequence[Record], basis: str) -> list[Opinion]:
         """The answer of a fine-tuned model to the base expert's prompt; `basis` names the model."""
         questions = [
-            self._answer_question(record, prompts.answer_prompt(record, record_kind(record)), basis)
+            self._answer_question(record, prompts.answer_prompt(record), basis)
             for record in records
         ]
         return self._ask("tuned", 0, records, questions)
@@ -100,7 +92,7 @@ class Panel:
             return [one for one in settled if one]
         chains = [self._reasoned(records, sample) for sample in range(1, samples + 1)]
         found = [
-            consensus(said, prompts.LETTERS, record_kind(record))
+            consensus(said, prompts.LETTERS, record.kind)
             for record, said in zip(records, zip(*chains, strict=True), strict=True)
         ]
         said = [Said(r.index % UNIT_ROWS, "", one) for r, one in zip(records, found, strict=True)]
@@ -127,9 +119,7 @@ class Panel:
                     transcript.append(said.text.strip())
                 failures = [said.failure for said in replies]
         questions = [
-            self._answer_question(
-                record, prompts.conclusion_prompt(record, transcript, record_kind(record))
-            )
+            self._answer_question(record, prompts.conclusion_prompt(record, transcript))
             for record, transcript in zip(records, transcripts, strict=True)
         ]
         name = "sampled" if sample else "reasoned"
@@ -161,7 +151,7 @@ class Panel:
         """The answer with the nearest clean questions and answers as context (eq. 4, 5)."""
         questions = []
         for record, near in zip(records, neighbours, strict=True):
-            prompt = prompts.context_prompt(record, record_kind(record), near)
+            prompt = prompts.context_prompt(record, near)
             questions.append(self._answer_question(record, prompt, basis=_digest(prompt)))
         return self._ask("context", 0, records, questions)
 
@@ -177,10 +167,9 @@ class Panel:
         """
         questions = []
         for record, first, second in zip(records, context, reasoned, strict=True):
-            kind = record_kind(record)
-            prompt = prompts.review_prompt(record, kind, first.answer, second.answer)
+            prompt = prompts.review_prompt(record, first.answer, second.answer)
             basis = _digest(prompt)
-            if kind == "choice":
+            if record.kind == "choice":
                 questions.append(self._answer_question(record, prompt, basis))
             else:
                 names = (first.answer or "", second.answer or "")
@@ -190,7 +179,7 @@ class Panel:
         return self._ask("review", 0, records, questions, failures)
 
     def _answer_question(self, record: Record, prompt: Prompt, basis: str = "") -> Question:
-        kind = record_kind(record)
+        kind = record.kind
         if (
             kind == "choice"
             and self._config.choice == "likelihood"

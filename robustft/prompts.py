@@ -68,8 +68,8 @@ def _alternating(turns: Sequence[str]) -> list[Message]:
     return [Message(roles[index % 2], turn) for index, turn in enumerate(turns)]
 
 
-def _ask(record: Record, kind: Kind, how: str | None = None) -> str:
-    how = _HOW[kind] if how is None else how
+def _ask(record: Record, how: str | None = None) -> str:
+    how = _HOW[record.kind] if how is None else how
     return "\n\n".join(filter(None, (question_text(record.question, record.options), how)))
 
 
@@ -78,9 +78,14 @@ def opening(kind: Kind) -> str:
     return "" if kind == "text" else _ANSWER
 
 
-def answer_prompt(record: Record, kind: Kind, how: str | None = None) -> Prompt:
+def answer_prompt(record: Record, how: str | None = None) -> Prompt:
     """The base expert: the question as it is (eq. 1); `how` words the instruction otherwise."""
-    return _prompt(record, _ask(record, kind, how), prefix=opening(kind))
+    return _prompt(record, _ask(record, how), prefix=opening(record.kind))
+
+
+def response(prompt: Prompt, answer: str) -> str:
+    """An answer as the model would have to write it after `answer_prompt`."""
+    return f" {answer}" if prompt.prefix else answer
 
 
 def neutral_prompt(record: Record) -> Prompt:
@@ -107,11 +112,11 @@ def reflection_prompt(record: Record, transcript: Sequence[str]) -> Prompt:
     return _prompt(record, *_discussion(record, transcript))
 
 
-def conclusion_prompt(record: Record, transcript: Sequence[str], kind: Kind) -> Prompt:
+def conclusion_prompt(record: Record, transcript: Sequence[str]) -> Prompt:
     """The reasoning expert's answer after its last round."""
     turns = _discussion(record, transcript)
-    turns[-1] = " ".join(filter(None, ("Now give the final answer.", _HOW[kind])))
-    return _prompt(record, *turns, prefix=opening(kind))
+    turns[-1] = " ".join(filter(None, ("Now give the final answer.", _HOW[record.kind])))
+    return _prompt(record, *turns, prefix=opening(record.kind))
 
 
 def _discussion(record: Record, transcript: Sequence[str]) -> list[str]:
@@ -171,23 +176,24 @@ def neutral_select_prompt() -> Prompt:
 
 
 def context_prompt(
-    record: Record, kind: Kind, neighbours: Sequence[tuple[str, Sequence[str] | None, str]]
+    record: Record, neighbours: Sequence[tuple[str, Sequence[str] | None, str]]
 ) -> Prompt:
     """The question after its nearest clean neighbours and their answers (eq. 4, 5).
 
     `neighbours`: (question, options, answer), nearest first; the nearest is placed last, beside
     the question, or the conversation that it ends.
     """
+    kind = record.kind
     turns: list[str] = []
     for question, options, answer in reversed(neighbours):
         asked = "\n\n".join(filter(None, (question_text(question, options), _HOW[kind])))
         turns += [asked, f"{opening(kind)} {answer}".strip()]
-    return _prompt(record, _ask(record, kind), prefix=opening(kind), examples=turns)
+    return _prompt(record, _ask(record), prefix=opening(kind), examples=turns)
 
 
-def review_prompt(record: Record, kind: Kind, context: str | None, reasoned: str | None) -> Prompt:
+def review_prompt(record: Record, context: str | None, reasoned: str | None) -> Prompt:
     """The reviewer settles the label between the two answers (eq. 6)."""
-    how = _HOW["choice"] if kind == "choice" else "Which answer is better? Reply 1 or 2."
+    how = _HOW["choice"] if record.kind == "choice" else "Which answer is better? Reply 1 or 2."
     text = (
         f"{question_text(record.question, record.options)}\n\n"
         f"Answer 1: {shown(context, record.options)}\n"

@@ -16,7 +16,6 @@ from robustft.config import EngineConfig
 from robustft.engines import Engine, Failure, Prompt
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.experts import record_kind
 from robustft.files import spare
 from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
@@ -91,8 +90,8 @@ class ScoreSummary:
 
 def response_request(record: Record) -> tuple[Prompt, str]:
     """The prompt of a record and its given response as the model would have to write it."""
-    prompt = prompts.answer_prompt(record, record_kind(record))
-    return prompt, (f" {record.answer}" if prompt.prefix else record.answer)
+    prompt = prompts.answer_prompt(record)
+    return prompt, prompts.response(prompt, record.answer)
 
 
 def score_file(

@@ -243,7 +243,7 @@ def test_confidence_is_that_of_an_expert_who_answered(silent: str) -> None:
 def test_neighbours_stand_before_the_conversation() -> None:
     context = (("system", "Be brief."), ("user", "How warm is it?"), ("assistant", "68 F"))
     record = Record(0, 1, "0", "And in Celsius?", None, "20", context, {})
-    asked = context_prompt(record, "number", [("2 + 2?", None, "4"), ("1 + 1?", None, "2")])
+    asked = context_prompt(record, [("2 + 2?", None, "4"), ("1 + 1?", None, "2")])
     roles = [message.role for message in asked.messages]
     assert roles == ["system", *["user", "assistant"] * 3, "user"]
     said = [message.content for message in asked.messages]

@@ -18,7 +18,6 @@ from robustft import answers, crowd
 from robustft.crowd import Estimate, Judgement
 from robustft.detection.conclusion import PANEL, Conclusion
 from robustft.detection.rule import Asked, paper_rule, unjudged
-from robustft.experts import record_kind
 from robustft.opinions import Opinion
 from robustft.prompts import LETTERS
 from robustft.records import Record
@@ -150,9 +149,8 @@ class CrowdDetector:
                 # One model, one witness: what it says twice is not confirmed twice.
                 own = (one.reasoned or one.base).answer or one.base.answer
                 said = [own, *(other.answer for other in one.others)]
-                kind = record_kind(one.record)
                 kinds[position] = _FREE_TEXT if is_free_text(one.record) else 0
-                clusters[position] = crowd.partition([one.record.answer, *said], kind)
+                clusters[position] = crowd.partition([one.record.answer, *said], one.record.kind)
                 answered[position] = any(answer is not None for answer in said)
                 continue
             letter = LETTERS.index(one.record.answer)
@@ -378,7 +376,7 @@ def _kind_of(options: tuple[str, ...]) -> int:
 
 def is_free_text(record: Record) -> bool:
     """Whether an answer has no options, no few words and no final number to be compared by."""
-    return record_kind(record) == "text" and not answers.parse_final_number(record.answer).answer
+    return record.kind == "text" and not answers.parse_final_number(record.answer).answer
 
 
 def option_probabilities(said: Opinion, options: int) -> NDArray[np.float32]:

@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 from robustft import answers
-from robustft.experts import record_kind
 from robustft.opinions import Opinion
 from robustft.prompts import LETTERS
 from robustft.records import Record
@@ -74,8 +73,7 @@ def agrees(record: Record, opinion: Opinion) -> bool:
     options = record.options
     if options is not None and opinion.answer in LETTERS[: len(options)]:
         return options[LETTERS.index(opinion.answer)] == record.given_option
-    kind = record_kind(record)
-    return answers.matches(record.answer, opinion.answer, kind=kind, options=record.options)
+    return answers.matches(record.answer, opinion.answer, kind=record.kind, options=options)
 
 
 def doubt(record: Record, opinion: Opinion) -> float:
@@ -90,6 +88,7 @@ def doubt(record: Record, opinion: Opinion) -> float:
         given = record.given_option
         pairs = zip(record.options, opinion.probabilities, strict=True)
         return max(1.0 - sum(share for option, share in pairs if option == given), 0.0)
-    kind = record_kind(record)
-    agreement = answers.agreement(record.answer, opinion.answer, kind=kind, options=record.options)
+    agreement = answers.agreement(
+        record.answer, opinion.answer, kind=record.kind, options=record.options
+    )
     return min(max(1.0 - agreement, 0.0), 1.0)

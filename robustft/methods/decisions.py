@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from robustft.answers import answer_kind, matches
+from robustft.answers import matches
 from robustft.cleaning import open_source, refuse_runs, spare_folder
 from robustft.config import CleanConfig
 from robustft.engines import Engine
@@ -133,6 +133,7 @@ def write_decisions(
 def _action(record: Record, decision: Decision) -> str:
     if decision.answer is None:
         return "drop"
-    kind = answer_kind(record.answer, record.options)
-    same = matches(record.answer, decision.answer, kind=kind, options=record.options, threshold=1.0)
+    same = matches(
+        record.answer, decision.answer, kind=record.kind, options=record.options, threshold=1.0
+    )
     return "keep" if same else "relabel"

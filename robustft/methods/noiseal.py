@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from robustft.answers import normalise
 from robustft.cleaning import open_source
 from robustft.evaluation import predict
-from robustft.experts import record_kind
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
 from robustft.methods.scorers import Scorer, ngram_features, sharpened
@@ -150,7 +149,7 @@ class _NoiseAL:
             shown = [[i for i in near if i >= 0] for near in ids.tolist()]
         records = [self._records[int(row)] for row in rows]
         prompts = [
-            context_prompt(record, record_kind(record), [self._example(i) for i in near])
+            context_prompt(record, [self._example(i) for i in near])
             for record, near in zip(records, shown, strict=True)
         ]
         limit = self._setting.config.experts.answer_tokens
@@ -170,7 +169,7 @@ class _NoiseAL:
         record, candidates = self._records[row], self._answers[row]
         if record.options is not None:
             return LETTERS.index(answer)
-        kind = record_kind(record)
+        kind = record.kind
         normal = [normalise(one, kind) for one in candidates]
         if normalise(answer, kind) not in normal:
             candidates[max(len(candidates) - 1, 1) :] = [answer]
@@ -198,13 +197,14 @@ def _candidates(records: Sequence[Record]) -> list[list[str]]:
     pools: dict[str, list[str]] = {}
     for record in records:
         if record.options is None:
-            pools.setdefault(record_kind(record), []).append(record.answer)
+            pools.setdefault(record.kind, []).append(record.answer)
     found = []
     for record in records:
         if record.options is not None:
             found.append(list(record.options))
             continue
-        pool, kind = pools[record_kind(record)], record_kind(record)
+        kind = record.kind
+        pool = pools[kind]
         start = int.from_bytes(hashlib.blake2b(record.key, digest_size=4).digest(), "big")
         others: dict[str, str] = {}
         for step in range(min(len(pool), 64)):

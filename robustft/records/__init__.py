@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from robustft.answers import Kind, answer_kind
 from robustft.errors import UserError
 from robustft.files import replacing
 from robustft.progress import Progress
@@ -66,6 +67,11 @@ class Record:
     def place(self) -> Place:
         """Where it stands in the input."""
         return Place(self.line, self.file)
+
+    @property
+    def kind(self) -> Kind:
+        """choice, number, span or text, by the given answer."""
+        return answer_kind(self.answer, self.options)
 
     @property
     def given_option(self) -> str | None:

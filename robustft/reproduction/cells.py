@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robustft.answers import answer_kind
 from robustft.config import ReproduceConfig
 from robustft.engines import Prompt
 from robustft.errors import UserError
@@ -157,9 +156,8 @@ def demonstrating(examples: Sequence[Record], embedder: Any, count: int) -> Ask:
         prompts = []
         for record, near in zip(records, ids.tolist(), strict=True):
             shown = [examples[i] for i in near if i >= 0]
-            kind = answer_kind(record.answer, record.options)
             prompts.append(
-                context_prompt(record, kind, [(s.question, s.options, s.answer) for s in shown])
+                context_prompt(record, [(s.question, s.options, s.answer) for s in shown])
             )
         return prompts
 
@@ -170,11 +168,7 @@ def rephrased(instruction: str) -> Ask:
     """Prompts whose instruction is worded otherwise."""
 
     def ask(records: Sequence[Record]) -> list[Prompt]:
-        kinds = [answer_kind(record.answer, record.options) for record in records]
-        return [
-            answer_prompt(record, kind, instruction)
-            for record, kind in zip(records, kinds, strict=True)
-        ]
+        return [answer_prompt(record, instruction) for record in records]
 
     return ask
 

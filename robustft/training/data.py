@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustft.answers import answer_kind
 from robustft.engines.encoding import PromptEncoder
-from robustft.prompts import answer_prompt
+from robustft.prompts import answer_prompt, response
 from robustft.records import Record
 
 _CHUNK = 256  # records tokenised in one call …
@@ -48,10 +47,9 @@ def encode_records(records: Iterable[Record], tokenizer: Any, cutoff: int) -> Tr
     end = end_of_turn(tokenizer)
     made = TrainingSet([])
     for chunk in _chunks(records):
-        prompts = [answer_prompt(r, answer_kind(r.answer, r.options)) for r in chunk]
+        prompts = [answer_prompt(record) for record in chunk]
         for record, prompt, head in zip(chunk, prompts, encoder.encode(prompts), strict=True):
-            text = f" {record.answer}" if prompt.prefix else record.answer
-            tail = [*encoder.response(prompt, text), *end]
+            tail = [*encoder.response(prompt, response(prompt, record.answer)), *end]
             example, cut = fit(head, tail, cutoff)
             made.examples.append(example)
             made.shortened += cut
