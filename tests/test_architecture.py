@@ -22,7 +22,7 @@ CONFINED = {
     "sqlite3": {"robustft.store", "robustft.cache"},
     "accelerate": {"robustft.training"},
     "datatrove": {"robustft.integrations.datatrove_step"},
-    "datasets": {"robustft.records.columnar"},
+    "datasets": {"robustft.records.column_sources"},
     "faiss": {"robustft.retrieval.approximate", "robustft.benchmarks"},
     "ray": {"robustft.distributed.raycluster"},
     "trl": {"robustft.benchmarks"},

@@ -16,7 +16,7 @@ import pytest
 
 from robustft.errors import UserError
 from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records, output_name
-from robustft.records.columnar import open_stream
+from robustft.records.column_sources import open_stream
 
 SCHEMA = pa.schema(
     [

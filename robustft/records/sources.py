@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from robustft.errors import UserError
-from robustft.records.columnar import open_arrow, open_hub, open_parquet
+from robustft.records.column_sources import open_arrow, open_hub, open_parquet
 from robustft.records.formats import Reader, TextReader, csv_header
 from robustft.records.framing import (
     BOM,
