@@ -105,13 +105,10 @@ class Panel:
         failures = [""] * len(records)
         first = 1 + max(sample - 1, 0) * self._config.rounds
         for round_ in range(first, first + self._config.rounds):
-            for expert, build in (
-                ("reasoning", prompts.reasoning_prompt),
-                ("reflection", prompts.reflection_prompt),
-            ):
+            for expert in ("reasoning", "reflection"):
                 limit = self._config.reasoning_tokens
                 questions = [
-                    Question(build(record, transcript), max_tokens=limit)
+                    Question(prompts.reasoning_prompt(record, transcript), max_tokens=limit)
                     for record, transcript in zip(records, transcripts, strict=True)
                 ]
                 replies = self._ask(expert, round_, records, questions, failures)

@@ -100,15 +100,11 @@ def _neutral(options: tuple[str, ...] | None) -> Prompt:
 
 
 def reasoning_prompt(record: Record, transcript: Sequence[str]) -> Prompt:
-    """Reason, or reason again in the light of all reasoning and reflection so far (eq. 2).
+    """The next step of reasoning, reflection on it, reasoning again, … (eq. 2).
 
-    `transcript` alternates reasoning, reflection, reasoning, …, oldest first.
+    `transcript` holds the steps so far, oldest first: after reasoning comes its criticism, and
+    after that, or at first, reasoning in the light of everything before.
     """
-    return _prompt(record, *_discussion(record, transcript))
-
-
-def reflection_prompt(record: Record, transcript: Sequence[str]) -> Prompt:
-    """Criticise the newest reasoning (eq. 2); `transcript` ends with it."""
     return _prompt(record, *_discussion(record, transcript))
 
 
