@@ -17,8 +17,9 @@ from scripted import ScriptedEngine
 from robustft.config import EngineConfig, EvalConfig
 from robustft.engines import Prompt
 from robustft.errors import UserError
-from robustft.evaluation import Prediction, _line, _read, evaluate
+from robustft.evaluation import evaluate
 from robustft.metrics import Tally, macro_f1, wilson
+from robustft.predictions import Prediction, as_line, from_line
 from robustft.records import Record, open_records
 
 torch.set_num_threads(1)
@@ -209,8 +210,8 @@ def test_a_resumed_evaluation_reads_what_it_wrote(tmp_path: Path) -> None:
         Prediction(record, None, False, "no idea"),
         Prediction(record, None, False, failure="503"),
     ):
-        assert _read(record, _line(prediction)) == prediction
-    assert "score" not in json.loads(_line(Prediction(record, "x", True, "x", score=1.0)))
+        assert from_line(record, as_line(prediction)) == prediction
+    assert "score" not in json.loads(as_line(Prediction(record, "x", True, "x", score=1.0)))
 
 
 def test_predictions_of_an_adapter_with_other_settings_are_not_gone_on_with(

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from robustft.answers import normalise
 from robustft.cleaning import open_source
-from robustft.evaluation import predict
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
 from robustft.methods.scorers import Scorer, ngram_features, sharpened
+from robustft.predictions import predict
 from robustft.progress import Progress
 from robustft.prompts import LETTERS, context_prompt
 from robustft.records import Record

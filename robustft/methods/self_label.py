@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from robustft.evaluation import Prediction, ask_plainly, predict
 from robustft.methods.base import Method, Setting
 from robustft.methods.decisions import Decision, write_decisions
+from robustft.predictions import Prediction, ask_plainly, predict
 from robustft.records import Record
 from robustft.verdicts import CleanResult
 

@@ -12,9 +12,10 @@ from typing import Any
 from robustft.config import ReproduceConfig
 from robustft.engines import Prompt
 from robustft.errors import UserError
-from robustft.evaluation import Ask, EvalResult, ask_plainly
+from robustft.evaluation import EvalResult
 from robustft.methods import find_method
 from robustft.models import find_model
+from robustft.predictions import Ask, ask_plainly
 from robustft.prompts import answer_prompt, context_prompt
 from robustft.records import Record, open_records
 from robustft.reproduction.presets import preset_for

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from robustft.config import EvalConfig, ReproduceConfig
 from robustft.engines.encoding import PromptEncoder
 from robustft.errors import UserError
-from robustft.evaluation import ask_plainly
 from robustft.methods import METHODS
 from robustft.models import load_tokenizer
+from robustft.predictions import ask_plainly
 from robustft.records import Record
 from robustft.reproduction.cells import Bench, Cell
 from robustft.reproduction.studies import Study

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from robustft.config import ReproduceConfig
 from robustft.errors import UserError
-from robustft.evaluation import category_of
 from robustft.files import write_atomically
 from robustft.methods import METHODS
 from robustft.models import DEFAULT_MODEL
+from robustft.predictions import category_of
 from robustft.progress import Progress
 from robustft.provenance import made_by
 from robustft.reproduction import plots

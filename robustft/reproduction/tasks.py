@@ -20,8 +20,8 @@ import orjson
 from robustft.answers import answer_kind, parse
 from robustft.corruption import corrupt
 from robustft.errors import UserError
-from robustft.evaluation import Judge, judge
 from robustft.files import atomic_file, locked
+from robustft.predictions import Judge, judge
 from robustft.prompts import opening
 from robustft.records import Record, open_records
 from robustft.records.framing import MAX_LINE_BYTES, Reject

@@ -23,7 +23,7 @@ from robustft.engines import Engine, Failure
 from robustft.engines.cached import CachedEngine
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
-from robustft.evaluation import Ask, EvalResult, Judge, ask_plainly, evaluate
+from robustft.evaluation import EvalResult, evaluate
 from robustft.files import locked
 from robustft.methods import Method, Setting
 from robustft.metrics import Tally
@@ -35,6 +35,7 @@ from robustft.models import (
     find_model,
 )
 from robustft.outputs import read_manifest
+from robustft.predictions import Ask, Judge, ask_plainly
 from robustft.provenance import made_by
 from robustft.records import Record, open_records
 from robustft.reproduction.presets import Preset

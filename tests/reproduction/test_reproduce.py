@@ -24,9 +24,10 @@ from robustft.cli import main
 from robustft.config import EngineConfig, ReproduceConfig
 from robustft.engines import Prompt
 from robustft.errors import UserError
-from robustft.evaluation import EvalResult, judge
+from robustft.evaluation import EvalResult
 from robustft.methods import METHODS
 from robustft.metrics import Tally, wilson
+from robustft.predictions import judge
 from robustft.reproduction import paper, plots
 from robustft.reproduction.categories import CATEGORY, by_category
 from robustft.reproduction.cells import Bench, Cell, Outcome

@@ -8,7 +8,7 @@ import pytest
 
 from robustft.corruption import corrupt
 from robustft.errors import UserError
-from robustft.evaluation import judge
+from robustft.predictions import judge
 from robustft.records import Record, open_records
 from robustft.reproduction import tasks
 from robustft.reproduction.tasks import TASKS, judge_drop, task_files
