@@ -56,7 +56,7 @@ _EXPERTS = {
     "checker": "whether it calls the given answer right",
     "tuned": "the model fine-tuned on other records",
     "context": "its answer with clean neighbours shown",
-    "review": "its choice between the last two",
+    "review": "its decision, given the reasoned answer and that one",
 }
 
 
