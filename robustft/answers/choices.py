@@ -14,10 +14,12 @@ from robustft.answers.replies import (
     MARKER,
     NOTHING,
     QUOTES,
+    SENTENCE,
     Parsed,
     body_start,
     last_first,
     same_width,
+    sentence_start,
 )
 
 _DECORATION = re.compile(
@@ -60,6 +62,7 @@ _REASON_FOLLOWS = re.compile(
 _BECAUSE = re.compile(
     r"[*_\"'`”’]*,?\s(?:because|since)\b[^.!?;\n]*?(?=[.!?;\n]|\b(?:but|however|so|thus)\b|\Z)"
 )
+_NOT = re.compile(r"\bnot\s", re.IGNORECASE)
 _NOT_IT = re.compile(r"\b(?:not|rather\sthan|instead\sof)\s\Z", re.IGNORECASE)
 _ENDS_CLAUSE = re.compile(r"[*_\"'`”’]*\s*(?:[.,;!?\n]|but\b|\Z)")
 _NO_CHOICE = re.compile(
@@ -131,7 +134,6 @@ _SUBJECT = re.compile(
 )
 _PROSE_STARTS = frozenset(("all", "as", "based", "because", "both", "explanation", "in", "it"))
 _PROSE_STARTS |= {"reason", "since", "that", "the", "there", "these", "this"}
-_SENTENCE = 200  # characters of a sentence that are looked at for "if" or "not"
 _SHORT_PROSE = 40  # words: option text named in a longer reply may be part of the reasoning
 
 
@@ -214,8 +216,7 @@ def _by_conclusion(text: str, start: int, choices: Options) -> Parsed | None:
     for match in _CONCLUDES.finditer(text, start):
         if not _ends_line(text, match.end(), choices):
             continue
-        near = max(start, match.start() - _SENTENCE)
-        sentence = max(near, *(text.rfind(mark, near, match.start()) + 1 for mark in ".!?\n"))
+        sentence = sentence_start(text, match.start(), start)
         named = _after_marker(text, match.end(), choices)
         if not named or not named.answer or _SUPPOSED.search(text, sentence, match.start()):
             continue
@@ -228,7 +229,7 @@ def _by_conclusion(text: str, start: int, choices: Options) -> Parsed | None:
 
 def _contrasts(text: str, start: int, choices: Options) -> Iterator[int]:
     """Where "not A but B" begins."""
-    for match in re.compile(r"\bnot\s", re.IGNORECASE).finditer(text, start):
+    for match in _NOT.finditer(text, start):
         denied = _after_marker(text, match.end(), choices)
         if denied and denied.answer and _INSTEAD.match(text, denied.stop):
             yield match.start()
@@ -366,8 +367,8 @@ def _answers_too(text: str, opened: re.Match[str], letter: str, choices: Options
             continue
         begins = text[max(begin - 8, 0) : begin].rstrip(" *_" + QUOTES)[-1:] in tuple(".,;:!?\n")
         ends = text[other[2] : other[2] + 8].lstrip("*_" + QUOTES)[:1] in ("", *".,;:!?\n")
-        low = max(begin - _SENTENCE, 0)
-        near = text[low : other[2] + _SENTENCE]
+        low = max(begin - SENTENCE, 0)
+        near = text[low : other[2] + SENTENCE]
         denied = opened["stop"] != "," and _sentence_denies(near, begin - low, other[2] - low)
         if (begins or ends) and not denied:
             return True

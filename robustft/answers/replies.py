@@ -114,6 +114,7 @@ THOUGHT_BEGINS = re.compile(rf"\s*(?:<(?:{_THOUGHT})>|\[THINK\])")
 THOUGHT_ENDS = re.compile(rf"</(?:{_THOUGHT})>|\[/THINK\]")
 _BRACES = re.compile(r"\\.|[{}]")
 _BOXED = 400  # characters in a box
+SENTENCE = 200  # characters of a sentence, on either side, that are looked at
 _ASKS = re.compile(r"\?[ \t*_]*$", re.MULTILINE)
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\n?(.*?)\n?```\s*\Z", re.DOTALL)
 _A_COLON = re.compile(r"(?:^|\n)[ \t]*A:")
@@ -169,9 +170,13 @@ def last_first(reply: str, marks: list[tuple[int, int]]) -> list[tuple[int, int]
 def _before(reply: str, mark: tuple[int, int], what: re.Pattern[str]) -> bool:
     """Whether the sentence of a mark says that up to the mark's end."""
     start, stop = mark
-    near = max(start - 200, 0)
-    sentence = max(near, *(reply.rfind(end, near, start) + 1 for end in ".!?\n"))
-    return what.search(reply, sentence, stop) is not None
+    return what.search(reply, sentence_start(reply, start), stop) is not None
+
+
+def sentence_start(reply: str, place: int, low: int = 0) -> int:
+    """Where the sentence around `place` begins, from `low` on; of a long one its last part."""
+    low = max(low, place - SENTENCE)
+    return max(low, *(reply.rfind(end, low, place) + 1 for end in ".!?\n"))
 
 
 def closing(reply: str, begin: int) -> int | None:

@@ -26,6 +26,7 @@ from robustft.terminal import counted, plural_of
 from robustft.verdicts import CleanResult
 
 _CHUNK = 512
+_Chunk = tuple[list[Record | Reject], list[Record]]  # of the input, and those of it read
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +78,13 @@ def write_decisions(
         total = None if quiet else count_records(source)
         shown = stack.enter_context(Progress(method, total, unit="records", quiet=quiet))
 
-        def jobs() -> Iterator[tuple[list[Record | Reject], Callable[[], Sequence[Decision]]]]:
+        def jobs() -> Iterator[tuple[_Chunk, Callable[[], Sequence[Decision]]]]:
             stream = iter(source)
             while items := list(itertools.islice(stream, _CHUNK)):
                 records = [item for item in items if isinstance(item, Record)]
-                yield items, functools.partial(decide, records, shown.update)
+                yield (items, records), functools.partial(decide, records, shown.update)
 
-        for items, decisions in stack.enter_context(asked(engine, jobs())):
-            records = [item for item in items if isinstance(item, Record)]
+        for (items, records), decisions in stack.enter_context(asked(engine, jobs())):
             for record, decision in zip(records, decisions, strict=True):
                 action = _action(record, decision)
                 if action == "relabel" and decision.answer is not None:
