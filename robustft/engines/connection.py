@@ -86,6 +86,7 @@ class Connection:
         self._timeout = timeout
         self._largest = largest
         self._in_flight: set[Future[Any]] = set()
+        self._noting = threading.Lock()  # what is asked is in the set before anyone can cancel
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=_turn, args=(self._loop,), name="robustft-http", daemon=True
@@ -131,19 +132,23 @@ class Connection:
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """`work`, done on the connection's own loop: the caller may be running one itself."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._in_flight.add(future)
+        with self._noting:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._in_flight.add(future)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
         finally:
-            self._in_flight.discard(future)
+            with self._noting:
+                self._in_flight.discard(future)
 
     def cancel(self) -> None:
         """Give up what other threads are waiting for: they get a CancelledError."""
-        for future in list(self._in_flight):
+        with self._noting:
+            asked = list(self._in_flight)
+        for future in asked:
             future.cancel()
 
     async def exchange(self, path: str, body: Any, read: Callable[[bytes], _T]) -> _T:

@@ -99,9 +99,21 @@ def test_how_many_texts_it_takes_is_not_learnt_from_letters(server: FaultyServer
         assert len(said.result(60)) == 100
 
 
-def test_cancel_ends_what_another_thread_waits_for(server: FaultyServer, tiny_model: Path) -> None:
+@pytest.mark.parametrize("slow", [False, True])
+def test_cancel_ends_what_another_thread_waits_for(
+    server: FaultyServer, tiny_model: Path, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = engine(server, tiny_model)
     go_on, asked = threading.Event(), threading.Event()
+    submit = asyncio.run_coroutine_threadsafe
+
+    def submit_and_sleep(work: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        future = submit(work, loop)
+        time.sleep(0.3)  # the request is out before the thread that asks goes on
+        return future
+
+    if slow:
+        monkeypatch.setattr(connection.asyncio, "run_coroutine_threadsafe", submit_and_sleep)
 
     def wait(body: dict[str, Any], reply: dict[str, Any]) -> None:
         asked.set()
