@@ -29,6 +29,26 @@ float caution(const double* row, double inv_norm, std::size_t dim) {
     return static_cast<float>(1 + std::min(1.0, 4 * std::sqrt(fourth)));
 }
 
+// The largest |code| that a query may have: no sum of its products overflows. Where they are summed
+// in 16 bits this depends on how its large columns lie.
+std::int32_t largest_code(const double* row, std::size_t dim, const Kernels& kernels) {
+    if (kernels.narrow_steps == 1) return kLargestCode;
+    const std::size_t group = 4 * kernels.narrow_steps;
+    double largest = 0, most = 0;
+    for (std::size_t first = 0; first < dim; first += group) {
+        double positive[2] = {}, negative[2] = {};  // by lane: columns 0 and 1 or 2 and 3 of a step
+        for (std::size_t i = first; i < std::min(dim, first + group); ++i) {
+            (row[i] > 0 ? positive : negative)[i / 2 % 2] += std::abs(row[i]);
+            largest = std::max(largest, std::abs(row[i]));
+        }
+        most = std::max({most, positive[0], positive[1], negative[0], negative[1]});
+    }
+    // Each of a lane's codes may be rounded up by a half.
+    const double room = kNarrowSum - static_cast<double>(kernels.narrow_steps);
+    const double code = most > 0 ? room * (largest / most) : room;
+    return std::min(kLargestCode, static_cast<std::int32_t>(code));
+}
+
 // Where query q of `count` lies when they are cut into tiles.
 struct Place {
     std::size_t first;  // query of its tile
@@ -68,8 +88,8 @@ Batch::Batch(const Plan& plan, std::size_t first, std::size_t count)
         inv_norm_[q] = inverse_norm(wide, dim_);
         floors_[q].store(plan.options.threshold, std::memory_order_relaxed);
         if (int8) {
-            const Quantised x =
-                quantise(wide, inv_norm_[q], dim_, kernels_.query_max, codes.data());
+            const std::int32_t limit = largest_code(wide, dim_, kernels_);
+            const Quantised x = quantise(wide, inv_norm_[q], dim_, limit, codes.data());
             std::int32_t sum = 0;
             for (std::size_t i = 0; i < dim_; ++i) sum += codes[i];
             const Place place(q, count, kernels_.int8_tile);

@@ -194,7 +194,7 @@ void BlockStore::put(std::size_t position, const double* row, double inv_norm, s
     char* block = const_cast<char*>(at(position / kBlockRows));  // grow() made it writable
     if (lane == 0) std::memset(block, 0, bytes_);  // what is saved to disk holds no stale memory
     std::vector<std::int8_t> codes(steps_ * 4);
-    const Quantised result = quantise(row, inv_norm, dim, 127, codes.data());
+    const Quantised result = quantise(row, inv_norm, dim, kLargestCode, codes.data());
     auto* head = reinterpret_cast<BlockHead*>(block);
     head->scale[lane] = result.scale;
     head->error[lane] = result.error;

@@ -147,6 +147,29 @@ def test_every_tier(isa: str, tier: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_no_sum_of_codes_overflows(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_isa(monkeypatch, isa)
+    rng = np.random.default_rng(0)
+    for d in (7, 16, 50, 200):
+        columns = np.arange(d)
+        shapes = [  # where a query's large columns lie, as seen by one lane of a few steps
+            np.ones(d),
+            columns // 2 % 2 == 0,
+            columns // 2 % 2 == 1,
+            columns % 16 < 8,
+            columns == d // 2,
+            np.where(columns % 2 == 0, 1, 0.01),
+        ]
+        queries = np.array([sign * shape for shape in shapes for sign in (1.0, -1.0)])
+        queries += 1e-3 * rng.standard_normal(queries.shape)
+        rows = np.concatenate([np.where(queries > 0, 1.0, -1.0), rng.choice([-1.0, 1.0], (500, d))])
+        rows, queries = rows.astype(np.float32), queries.astype(np.float32)
+        index = CosineKNN(rows, threads=1)
+        index._tier = "int8"
+        assert_same(index.search(queries, 5), brute_force(rows, queries, 5))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("allowed", [1.0, 0.7, 0.3])
 def test_the_filter_changes_with_the_rows(
     isa: str, allowed: float, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,9 @@ struct Block {
     std::size_t next_bytes;
 };
 
+inline constexpr std::int32_t kLargestCode = 127;
+inline constexpr std::int32_t kNarrowSum = 32767 / (128 + kLargestCode);  // row codes are raised
+
 // Filters one block for `count` queries. Their codes lie in tiles of queries (the last one
 // narrower), int8 [groups][width][int8_group], padded with zeros, or float [steps][width]. Returns
 // whether some sieve now holds more than `limit` survivors.
@@ -63,8 +66,10 @@ struct Kernels {
     std::size_t int8_tile;   // queries per tile of the integer filter
     std::size_t int8_group;  // bytes of one query that lie together in it
     std::size_t float_tile;  // queries per tile of the fp32 filter
-    std::int32_t query_max;  // largest |query code| for which no sum overflows
-    bool fast_int8;          // whether the integer filter beats the fp32 one
+    // So many steps' products are summed in 16 bits, two of each to a lane: where that is more than
+    // one, the positive query codes of a lane sum up to kNarrowSum at most, and so do the negative.
+    std::size_t narrow_steps;
+    bool fast_int8;  // whether the integer filter beats the fp32 one
     FilterFn filter_int8;
     FilterFn filter_float;
     DotFn dot[4];                  // by DType

@@ -256,6 +256,6 @@ constexpr Kernels with_amx(Kernels kernels) {
 
 }  // namespace
 
-const Kernels kAmx = with_amx(make_kernels<Avx512Vnni>("", 127, true));
+const Kernels kAmx = with_amx(make_kernels<Avx512Vnni>("", true));
 
 }  // namespace robustft::knn

@@ -2,6 +2,6 @@
 
 namespace robustft::knn {
 
-const Kernels kAvx512Vnni = make_kernels<Avx512Vnni>("avx512vnni", 127, true);
+const Kernels kAvx512Vnni = make_kernels<Avx512Vnni>("avx512vnni", true);
 
 }  // namespace robustft::knn

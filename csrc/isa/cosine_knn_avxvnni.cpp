@@ -16,6 +16,6 @@ struct Isa : Avx2 {
 
 }  // namespace
 
-const Kernels kAvxVnni = make_kernels<Isa>("avxvnni", 127, true);
+const Kernels kAvxVnni = make_kernels<Isa>("avxvnni", true);
 
 }  // namespace robustft::knn

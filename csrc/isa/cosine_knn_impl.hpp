@@ -91,10 +91,15 @@ void pack(const void* const* rows, const double* inv_norm, std::size_t dim, floa
     }
 }
 
+// Steps whose products are summed in 16 bits; see Kernels::narrow_steps.
+template <class Isa>
+constexpr std::size_t narrow_steps = 1;
+
 // Codes of one kind: how a tile starts, steps and ends.
 template <class Isa>
 struct IntCodes {
     using Sum = typename Isa::Ints;
+    static constexpr std::size_t kTogether = narrow_steps<Isa>;
     static constexpr std::size_t kStepBytes = 4;
     static Sum start(const Sieve& sieve) { return Isa::start(sieve.offset); }
     static Sum load(const void* codes) { return Isa::load_ints(codes); }
@@ -113,6 +118,7 @@ struct IntCodes {
 template <class Isa>
 struct FloatCodes {
     using Sum = typename Isa::Floats;
+    static constexpr std::size_t kTogether = 1;
     static constexpr std::size_t kStepBytes = 4;
     static Sum start(const Sieve&) { return Isa::splat(0.0F); }
     static Sum load(const void* codes) { return Isa::load(static_cast<const float*>(codes)); }
@@ -169,6 +175,45 @@ template <class Isa, std::size_t panels>
     return count > limit;
 }
 
+// Adds the products of some steps to the sums; of several, those of each lane in narrow integers
+// first.
+template <class Isa, class C, std::size_t Q, std::size_t kSteps>
+[[gnu::always_inline]] inline void add_products(const char* codes, const char* query,
+                                                typename C::Sum (&sums)[Q][Isa::kPanels]) {
+    constexpr std::size_t panels = Isa::kPanels;
+    typename C::Sum narrow[Q][panels];
+#pragma GCC unroll 8
+    for (std::size_t step = 0; step < kSteps; ++step) {
+        typename C::Sum x[panels];
+#pragma GCC unroll 8
+        for (std::size_t p = 0; p < panels; ++p) {
+            x[p] = C::load(codes + (step * kBlockRows + p * Isa::kWidth) * C::kStepBytes);
+        }
+#pragma GCC unroll 8
+        for (std::size_t q = 0; q < Q; ++q) {
+            const typename C::Sum y = C::query(query + (step * Q + q) * C::kStepBytes);
+#pragma GCC unroll 8
+            for (std::size_t p = 0; p < panels; ++p) {
+                if constexpr (kSteps == 1) {
+                    sums[q][p] = C::step(sums[q][p], x[p], y);
+                } else {
+                    const typename C::Sum pairs = Isa::multiply(x[p], y);
+                    narrow[q][p] = step == 0 ? pairs : Isa::add_narrow(narrow[q][p], pairs);
+                }
+            }
+        }
+    }
+    if constexpr (kSteps > 1) {
+#pragma GCC unroll 8
+        for (std::size_t q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+            for (std::size_t p = 0; p < panels; ++p) {
+                sums[q][p] = Isa::add_wide(sums[q][p], narrow[q][p]);
+            }
+        }
+    }
+}
+
 // All rows of a block against Q queries.
 template <class Isa, template <class> class Codes, std::size_t Q>
 bool filter_tile(const Block& block, const char* queries, std::size_t steps, Sieve* sieves,
@@ -188,21 +233,15 @@ bool filter_tile(const Block& block, const char* queries, std::size_t steps, Sie
         }
         const char* codes = static_cast<const char*>(block.codes) + first * C::kStepBytes;
         const char* query = queries;
-        for (std::size_t step = 0; step < steps; ++step) {
-            typename C::Sum x[panels];
-#pragma GCC unroll 8
-            for (std::size_t p = 0; p < panels; ++p) {
-                x[p] = C::load(codes + p * Isa::kWidth * C::kStepBytes);
-            }
-#pragma GCC unroll 8
-            for (std::size_t q = 0; q < Q; ++q) {
-                const typename C::Sum y = C::query(query + q * C::kStepBytes);
-#pragma GCC unroll 8
-                for (std::size_t p = 0; p < panels; ++p) sums[q][p] = C::step(sums[q][p], x[p], y);
-            }
-            codes += kBlockRows * C::kStepBytes;
-            query += Q * C::kStepBytes;
+        const auto advance = [&](std::size_t taken) {
+            codes += taken * kBlockRows * C::kStepBytes;
+            query += taken * Q * C::kStepBytes;
+        };
+        std::size_t left = steps;
+        for (; left >= C::kTogether; left -= C::kTogether, advance(C::kTogether)) {
+            add_products<Isa, C, Q, C::kTogether>(codes, query, sums);
         }
+        for (; left != 0; --left, advance(1)) add_products<Isa, C, Q, 1>(codes, query, sums);
 #pragma GCC unroll 8
         for (std::size_t q = 0; q < Q; ++q) {
             typename Isa::Floats dots[panels];
@@ -261,13 +300,13 @@ template <class Isa>
 }
 
 template <class Isa>
-constexpr Kernels make_kernels(const char* name, std::int32_t query_max, bool fast_int8) {
+constexpr Kernels make_kernels(const char* name, bool fast_int8) {
     return {
         .name = name,
         .int8_tile = Isa::kTile,
         .int8_group = 4,
         .float_tile = Isa::kTile,
-        .query_max = query_max,
+        .narrow_steps = narrow_steps<Isa>,
         .fast_int8 = fast_int8,
         .filter_int8 = filter<Isa, IntCodes>,
         .filter_float = filter<Isa, FloatCodes>,

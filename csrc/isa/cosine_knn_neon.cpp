@@ -15,6 +15,6 @@ struct Isa : Neon {
 
 }  // namespace
 
-const Kernels kNeon = make_kernels<Isa>("neon", 127, true);
+const Kernels kNeon = make_kernels<Isa>("neon", true);
 
 }  // namespace robustft::knn

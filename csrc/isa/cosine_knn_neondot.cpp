@@ -12,6 +12,6 @@ struct Isa : Neon {
 
 }  // namespace
 
-const Kernels kNeonDot = make_kernels<Isa>("neondot", 127, true);
+const Kernels kNeonDot = make_kernels<Isa>("neondot", true);
 
 }  // namespace robustft::knn

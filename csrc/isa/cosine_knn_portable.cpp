@@ -82,6 +82,6 @@ struct Isa {
 
 }  // namespace
 
-const Kernels kPortable = make_kernels<Isa>("portable", 127, false);
+const Kernels kPortable = make_kernels<Isa>("portable", false);
 
 }  // namespace robustft::knn
