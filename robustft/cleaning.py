@@ -56,8 +56,8 @@ def clean(
 
     Parameters
     ----------
-    data: a file (JSONL, JSON, CSV, Parquet, .gz, .zst; here, or s3:// and the like), a hub dataset
-        id, or rows as mappings.
+    data: a file (JSONL, JSON, CSV, TSV, Parquet, .gz, .zst; here, or s3:// and the like), a hub
+        dataset id, or rows as mappings.
     out: the output folder (see `robustft.remote` for s3:// and the like); an unfinished run in it
         is resumed.
     model: hub id, folder or .gguf file; None is the embedded small model.

@@ -119,11 +119,11 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Permission denied" in refused(path)
 
 
-@pytest.mark.parametrize("name", ["d.txt", "d.tsv", "d", "d.gz", "d.jsonl.bz2", "d.parquet.gz"])
+@pytest.mark.parametrize("name", ["d.txt", "d.tab", "d", "d.gz", "d.jsonl.bz2", "d.parquet.gz"])
 def test_wrong_extension(tmp_path: Path, name: str) -> None:
     message = refused(save(tmp_path / name, LINE))
     assert "unknown extension" in message
-    assert ".jsonl .ndjson .json .csv (also with .gz or .zst) and .parquet" in message
+    assert ".jsonl .ndjson .json .csv .tsv (also with .gz or .zst) and .parquet" in message
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ def add_input(parser: Parser, split: str = "train") -> None:
     """What is read."""
     parser.add_argument(
         "input", metavar="INPUT",
-        help="JSONL, JSON, CSV or Parquet file (also .gz, .zst), a folder of them, or a Hugging "
-        "Face dataset id",
+        help="JSONL, JSON, CSV, TSV or Parquet file (also .gz, .zst), a folder of files of one "
+        "kind, or a Hugging Face dataset id",
     )  # fmt: skip
     parser.add_argument(
         "--schema",

@@ -18,7 +18,14 @@ from robustft.errors import UserError
 from robustft.files import replacing
 from robustft.progress import Progress
 from robustft.records.columnar import ColumnReader
-from robustft.records.formats import BadRowError, Reader, RowWriter, TextRow, dump_json
+from robustft.records.formats import (
+    BadRowError,
+    Reader,
+    RowWriter,
+    TextReader,
+    TextRow,
+    dump_json,
+)
 from robustft.records.framing import MAX_LINE_BYTES, Place, Reject, reject, short
 from robustft.records.options import LETTERS
 from robustft.records.schemas import ChoiceSchema, Context, Schema, find_schema, kind_of
@@ -409,7 +416,10 @@ class RecordWriter:
 
 def reopened(source: RecordSource, path: Path) -> RecordSource:
     """The records of `path`, a file that a `RecordWriter` made from `source`: the same layout."""
-    reader = open_reader(str(path), "train", MAX_LINE_BYTES)
+    if isinstance(source.reader, TextReader):  # fewer rows might be taken for another dialect
+        reader: Reader = replace(source.reader, files=(path,), names=("",))
+    else:
+        reader = open_reader(str(path), "train", MAX_LINE_BYTES)
     return RecordSource(str(path), reader, source.layout, source.fields, None)
 
 

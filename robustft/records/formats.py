@@ -1,4 +1,4 @@
-"""The text formats of input and output files: JSONL, JSON array and CSV, plain, .gz or .zst.
+"""The text formats of files: JSONL, JSON array and CSV (.tsv, too), plain, .gz or .zst.
 
 Rows remember the bytes they came from, so that a row whose answer stays is written back byte for
 byte.
@@ -239,10 +239,10 @@ class TextReader:
     def _file_rows(
         self, path: Path, *, parsed: bool
     ) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        chunks = without_bom(read_chunks(path, self.compression))
         if self.format == "csv":
-            yield from self._csv_rows(path, chunks)
+            yield from self._csv_rows(path)
             return
+        chunks = without_bom(read_chunks(path, self.compression))
         split = split_array if self.format == "json" else split_lines
         for item in split(chunks, self.limit):
             if isinstance(item, Reject):
@@ -250,10 +250,15 @@ class TextReader:
             elif (data := item[1].strip()) or self.format == "json":
                 yield parse_json(item[0], data) if parsed else (item[0], RawRow(data))
 
-    def _csv_rows(
-        self, path: Path, chunks: Iterator[bytes]
-    ) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
-        records = split_csv(split_lines(chunks, self.limit), self.limit, self.delimiter)
+    def csv_records(
+        self, delimiter: str, path: Path | None = None
+    ) -> Iterator[tuple[int, bytes, list[str]] | Reject]:
+        """The records of a CSV file (of the first one), its header among them."""
+        chunks = without_bom(read_chunks(path or self.files[0], self.compression))
+        return split_csv(split_lines(chunks, self.limit), self.limit, delimiter)
+
+    def _csv_rows(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
+        records = self.csv_records(self.delimiter, path)
         header = next(records, None)
         names = csv_header(path, header)[0]
         if names != self.fields:

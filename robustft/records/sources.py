@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ from robustft.records.framing import (
     DamagedError,
     Reject,
     read_chunks,
-    split_csv,
-    split_lines,
     system_error,
-    without_bom,
 )
 from robustft.remote import fetched, is_remote
 from robustft.terminal import listed
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
-DELIMITERS = ",;\t|"  # of CSV, as spreadsheets write it
+FORMATS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
+# Of CSV, as spreadsheets write it; where two divide the columns equally well, the first is meant.
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
+DELIMITED_RECORDS = 64  # are looked at to tell them apart
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
-KNOWN = ".jsonl .ndjson .json .csv (also with .gz or .zst) and .parquet"
+KNOWN = ".jsonl .ndjson .json .csv .tsv (also with .gz or .zst) and .parquet"
 _HUB_SCHEME = "hf://datasets/"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
 # How file and folder names of datasets mark their splits, as the hub reads them.
@@ -210,8 +212,8 @@ def _open_text(path: Path, limit: int) -> TextReader:
     if not start:
         raise UserError(f"{path}: the file is empty")
     reader = TextReader((path,), ("",), FORMATS[suffix], compression, suffix + compressed, limit)
-    if suffix == ".csv":
-        delimiter, first = _csv_start(path, compression, limit)
+    if suffix in DELIMITERS:
+        delimiter, first = _csv_start(reader, DELIMITERS[suffix])
         fields, header = csv_header(path, first)
         return replace(reader, fields=fields, header=bom + header, delimiter=delimiter)
     # Many ".json" files hold one object a line, so the first byte decides.
@@ -223,19 +225,26 @@ def _open_text(path: Path, limit: int) -> TextReader:
 
 
 def _csv_start(
-    path: Path, compression: str | None, limit: int
+    reader: TextReader, delimiters: str
 ) -> tuple[str, tuple[int, bytes, list[str]] | Reject | None]:
-    """The delimiter and the header: by the first one that tells columns apart, else by commas."""
+    """The delimiter and the header.
 
-    def first(delimiter: str) -> tuple[int, bytes, list[str]] | Reject | None:
-        lines = split_lines(without_bom(read_chunks(path, compression)), limit)
-        return next(split_csv(lines, limit, delimiter), None)
+    The delimiter divides the header, and after it the most of the first records into as many
+    fields; of several the one into the most, for a column's name may hold another.
+    """
+    heads = {mark: next(reader.csv_records(mark), None) for mark in delimiters}
+    found = [
+        mark for mark, head in heads.items() if isinstance(head, tuple) and len(head[2]) > 1
+    ] or [delimiters[0]]
 
-    for delimiter in DELIMITERS:
-        item = first(delimiter)
-        if isinstance(item, tuple) and len(item[2]) > 1:
-            return delimiter, item
-    return ",", first(",")
+    def fit(mark: str) -> tuple[int, int]:
+        head, *others = islice(reader.csv_records(mark), 1 + DELIMITED_RECORDS)
+        columns = 0 if isinstance(head, Reject) else len(head[2])
+        fits = (not isinstance(one, Reject) and len(one[2]) == columns for one in others)
+        return sum(fits), columns
+
+    best = found[0] if len(found) == 1 else max(found, key=fit)
+    return best, heads[best]
 
 
 def _layout(reader: TextReader) -> tuple[str, tuple[str, ...], str]:

@@ -29,7 +29,9 @@ from robustft.records.sources import open_reader
 from robustft.reproduction.drop import best_score, gold_spans
 
 Row = dict[str, Any]
-_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet", ".csv.gz", ".jsonl.gz", ".jsonl.zst")
+_SUFFIXES = (
+    ".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".jsonl.zst",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

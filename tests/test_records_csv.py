@@ -1,0 +1,73 @@
+"""The dialects of CSV: what divides the columns is found, and kept in what is written."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from robustft.records import Record, RecordSource, RecordWriter, open_records
+
+
+def save(path: Path, text: str) -> str:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def rewrite(path: str, answer: str, schema: str | None = None) -> tuple[RecordSource, str]:
+    """A file's source, and what is written with every answer replaced."""
+    source = open_records(path, schema=schema)
+    out = Path(path).with_name(f"out{source.suffix}")
+    with RecordWriter(out, source) as writer:
+        for item in source:
+            assert isinstance(item, Record)
+            writer.write(item, answer)
+    data = out.read_bytes()
+    return source, (gzip.decompress(data) if source.suffix.endswith(".gz") else data).decode()
+
+
+def joined(lines: list[list[str]], mark: str) -> str:
+    return "".join(mark.join(line) + "\n" for line in lines)
+
+
+@pytest.mark.parametrize("name", ["d.tsv", "d.TSV", "d.tsv.gz"])
+def test_a_tsv_is_a_csv_with_tabs(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / name, 'question\tanswer\na, b;c?\t"x\ty"\n')
+    source, written = rewrite(path, "z, z")
+    assert (source.format, source.suffix) == ("csv", name.lower().removeprefix("d"))
+    assert next(iter(source)).answer == "x\ty"  # type: ignore[union-attr]
+    assert written == "question\tanswer\na, b;c?\tz, z\n"
+
+
+def test_a_tsv_may_hold_another_dialect_of_csv_but_a_tab_comes_first(tmp_path: Path) -> None:
+    _, written = rewrite(save(tmp_path / "a.tsv", "question;answer\na;b\n"), "c")
+    assert written == "question;answer\na;c\n"
+    path = save(tmp_path / "b.tsv", "question\tanswer, short\na, b?\tc\n")
+    _, written = rewrite(path, "d", "qa:question,answer, short")
+    assert written == "question\tanswer, short\na, b?\td\n"
+
+
+@pytest.mark.parametrize(
+    ("mark", "other"), [(";", ", "), ("\t", ", "), ("|", "; "), (",", "; "), (";", "|")]
+)
+def test_a_columns_name_may_hold_another_delimiter(tmp_path: Path, mark: str, other: str) -> None:
+    lines = [["question", f"notes{other}more", "answer"], ["a", "b", "c"], ["a", "b", "d"]]
+    source, written = rewrite(save(tmp_path / "d.csv", joined(lines, mark)), "e")
+    assert source.fields == tuple(lines[0])
+    assert written == joined([lines[0], ["a", "b", "e"], ["a", "b", "e"]], mark)
+
+
+def test_where_several_delimiters_divide_the_rows_the_one_with_most_columns_is_meant(
+    tmp_path: Path,
+) -> None:
+    text = "question;notes, more;answer\na;1,5;c\n"  # one comma in every line
+    source, _ = rewrite(save(tmp_path / "d.csv", text), "c")
+    assert source.fields == ("question", "notes, more", "answer")
+
+
+def test_rows_and_not_names_tell_what_divides_them(tmp_path: Path) -> None:
+    text = "question,answer;a;b;c\n" + "x,y\n" * 3 + "x;y;z;1\n"
+    source = open_records(save(tmp_path / "d.csv", text), schema="qa:question,answer;a;b;c")
+    assert source.fields == ("question", "answer;a;b;c")
