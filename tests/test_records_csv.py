@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from robustft.records import Record, RecordSource, RecordWriter, open_records
+from robustft.errors import UserError
+from robustft.records import Record, RecordSource, RecordWriter, Reject, open_records
 
 
 def save(path: Path, text: str) -> str:
@@ -71,3 +72,33 @@ def test_rows_and_not_names_tell_what_divides_them(tmp_path: Path) -> None:
     text = "question,answer;a;b;c\n" + "x,y\n" * 3 + "x;y;z;1\n"
     source = open_records(save(tmp_path / "d.csv", text), schema="qa:question,answer;a;b;c")
     assert source.fields == ("question", "answer;a;b;c")
+
+
+@pytest.mark.parametrize(
+    ("first", "mark"),
+    [("sep=;", ";"), ("SEP=,", ","), ("sep=\t", "\t"), ('"sep=;"', ";"), ("sep=#", "#")],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_that_tells_excel_the_delimiter_is_believed_and_kept(
+    tmp_path: Path, first: str, mark: str, end: str
+) -> None:
+    head = f"\ufeff{first}{end}question{mark}answer|more{end}"
+    path = save(tmp_path / "d.csv", f"{head}a{mark}b{end}'{mark}{end}")
+    source = open_records(path, schema="qa:question,answer|more")
+    record, reject = source
+    assert isinstance(record, Record)
+    assert isinstance(reject, Reject)
+    assert (record.question, record.answer, record.line, reject.line) == ("a", "b", 3, 4)
+    with RecordWriter(tmp_path / "out.csv", source) as writer:
+        writer.write(record, "c")
+    assert (tmp_path / "out.csv").read_bytes().decode() == f"{head}a{mark}c{end}"
+
+
+def test_a_line_that_tells_excel_the_delimiter_is_no_header(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"d\.csv: the file is empty"):
+        open_records(save(tmp_path / "d.csv", "sep=;\n"))
+    (tmp_path / "d.csv").unlink()
+    save(tmp_path / "a.csv", "sep=;\nquestion;answer\na;b\n")
+    save(tmp_path / "b.csv", "question;answer\na;b\n")
+    with pytest.raises(UserError, match=r"b\.csv: expected the layout and columns of a\.csv"):
+        open_records(str(tmp_path))

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -215,8 +216,9 @@ class TextReader:
     suffix: str  # of the output's name: ".jsonl.gz"
     limit: int = MAX_LINE_BYTES
     fields: tuple[str, ...] = ()
-    header: bytes = b""
-    delimiter: str = ","  # of CSV
+    header: bytes = b""  # of CSV, as are the following
+    delimiter: str = ","
+    sep_line: bytes = b""  # before the header: "sep=;", by which Excel is told the delimiter
 
     @property
     def size(self) -> int | None:
@@ -255,7 +257,8 @@ class TextReader:
     ) -> Iterator[tuple[int, bytes, list[str]] | Reject]:
         """The records of a CSV file (of the first one), its header among them."""
         chunks = without_bom(read_chunks(path or self.files[0], self.compression))
-        return split_csv(split_lines(chunks, self.limit), self.limit, delimiter)
+        lines = split_lines(chunks, self.limit)
+        return split_csv(islice(lines, bool(self.sep_line), None), self.limit, delimiter)
 
     def _csv_rows(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any]] | Reject]:
         records = self.csv_records(self.delimiter, path)

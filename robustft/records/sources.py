@@ -30,6 +30,7 @@ FORMATS = {
 }  # fmt: skip
 # Of CSV, as spreadsheets write it; where two divide the columns equally well, the first is meant.
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
+_SEP_LINE = re.compile(rb'"?sep=([^\w\s"\x80-\xff]|\t)"?\r?\n', re.IGNORECASE)
 DELIMITED_RECORDS = 64  # are looked at to tell them apart
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
@@ -208,14 +209,20 @@ def _open_text(path: Path, limit: int) -> TextReader:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path}: expected UTF-8, found UTF-16; convert it first")
     bom = BOM if start.startswith(BOM) else b""
-    start = start.removeprefix(BOM).lstrip()
+    start = start.removeprefix(BOM)
+    declared = _SEP_LINE.match(start)
+    start = start.lstrip()
     if not start:
         raise UserError(f"{path}: the file is empty")
     reader = TextReader((path,), ("",), FORMATS[suffix], compression, suffix + compressed, limit)
     if suffix in DELIMITERS:
-        delimiter, first = _csv_start(reader, DELIMITERS[suffix])
+        delimiters = DELIMITERS[suffix]
+        if declared:
+            reader, delimiters = replace(reader, sep_line=declared[0]), declared[1].decode()
+        delimiter, first = _csv_start(reader, delimiters)
         fields, header = csv_header(path, first)
-        return replace(reader, fields=fields, header=bom + header, delimiter=delimiter)
+        header = bom + reader.sep_line + header
+        return replace(reader, fields=fields, header=header, delimiter=delimiter)
     # Many ".json" files hold one object a line, so the first byte decides.
     if start.startswith(b"["):
         return replace(reader, format="json")
@@ -247,5 +254,5 @@ def _csv_start(
     return best, heads[best]
 
 
-def _layout(reader: TextReader) -> tuple[str, tuple[str, ...], str]:
-    return reader.format, reader.fields, reader.delimiter
+def _layout(reader: TextReader) -> tuple[str, tuple[str, ...], str, bytes]:
+    return reader.format, reader.fields, reader.delimiter, reader.sep_line
