@@ -14,6 +14,7 @@ import orjson
 
 from robustft.errors import UserError
 from robustft.records.column_sources import open_arrow, open_hub, open_parquet
+from robustft.records.encodings import refuse_other, refuse_unicode
 from robustft.records.formats import Reader, TextReader, csv_header
 from robustft.records.framing import (
     BOM,
@@ -206,16 +207,22 @@ def _open_text(path: Path, limit: int) -> TextReader:
         start = next(read_chunks(path, compression), b"")
     except DamagedError as error:
         raise UserError(f"{path}: not one byte can be decompressed: {error}") from None
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: expected UTF-8, found UTF-16; convert it first")
+    refuse_unicode(path, start, compression)
     bom = BOM if start.startswith(BOM) else b""
     start = start.removeprefix(BOM)
-    declared = _SEP_LINE.match(start)
-    start = start.lstrip()
-    if not start:
+    text = start.lstrip()
+    if not text:
         raise UserError(f"{path}: the file is empty")
-    reader = TextReader((path,), ("",), FORMATS[suffix], compression, suffix + compressed, limit)
-    if suffix in DELIMITERS:
+    format = FORMATS[suffix]
+    # Many ".json" files hold one object a line, so the first byte decides.
+    if format != "csv":
+        format = "json" if text.startswith(b"[") else "jsonl"
+    refuse_other(path, start, format, compression, limit)
+    if suffix == ".json" and format == "jsonl" and text.split(b"\n", 1)[0].strip() == b"{":
+        raise UserError(f"{path}: expected an array of objects or one a line, found one object")
+    reader = TextReader((path,), ("",), format, compression, suffix + compressed, limit)
+    if format == "csv":
+        declared = _SEP_LINE.match(start)
         delimiters = DELIMITERS[suffix]
         if declared:
             reader, delimiters = replace(reader, sep_line=declared[0]), declared[1].decode()
@@ -223,12 +230,7 @@ def _open_text(path: Path, limit: int) -> TextReader:
         fields, header = csv_header(path, first)
         header = bom + reader.sep_line + header
         return replace(reader, fields=fields, header=header, delimiter=delimiter)
-    # Many ".json" files hold one object a line, so the first byte decides.
-    if start.startswith(b"["):
-        return replace(reader, format="json")
-    if suffix == ".json" and start.split(b"\n", 1)[0].strip() == b"{":
-        raise UserError(f"{path}: expected an array of objects or one a line, found one object")
-    return replace(reader, format="jsonl")
+    return reader
 
 
 def _csv_start(
