@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from robustft.errors import UserError
@@ -84,6 +86,61 @@ def test_a_new_answer_that_would_be_read_as_another_option_is_its_label_or_lette
     assert again.answer == "B"
 
 
+COLUMNS = {
+    "columns": ({"label": list("ABC"), "text": TEXTS}, "B"),
+    "columns of ids": ({"id": ["x", "y", "z"], "value": TEXTS}, "y"),
+    "one object": (dict(zip("ABC", TEXTS, strict=True)), "B"),
+    "one object of more": (dict(zip("ABCD", [*TEXTS, "?"], strict=True)), "B"),
+    "one object, small": (dict(zip("abc", TEXTS, strict=True)), "b"),
+}  # fmt: skip
+OBJECTS = {
+    "id and text": (called("id", "text"), "B"),
+    "label and text": (LABELLED, "B"),
+    "numbers": (called("label", "text", "123"), "2"),
+    "key and value": (called("key", "value"), "B"),
+}
+
+
+@pytest.mark.parametrize("forms", [COLUMNS, OBJECTS])
+def test_parquet_that_mixes_forms_holds_what_its_rows_held(
+    tmp_path: Path, forms: dict[str, tuple[Any, str]]
+) -> None:
+    """In Parquet an object has the fields of all, which are null where a row has them not."""
+    made = [{"question": "Which?", "options": o, "answer": a} for o, a in forms.values()]
+    pq.write_table(pa.Table.from_pylist(made), tmp_path / "in.parquet")
+    for path in (rows(tmp_path / "in.jsonl", *made), str(tmp_path / "in.parquet")):
+        source = open_records(path)
+        found = list(source)
+        assert [(r.options, r.answer) for r in found if isinstance(r, Record)] == [
+            ((*TEXTS, "?") if "more" in form else tuple(TEXTS), "B") for form in forms
+        ]
+        out = tmp_path / f"out{source.suffix}"
+        with RecordWriter(out, source) as writer:
+            for record in found:
+                assert isinstance(record, Record)
+                writer.write(record, "C")
+        answers = [r.answer for r in open_records(str(out)) if isinstance(r, Record)]
+        assert answers == ["C"] * len(forms)
+
+
+def test_a_map_in_parquet_is_an_object_of_labels(tmp_path: Path) -> None:
+    kinds = {"question": pa.string(), "options": pa.map_(pa.string(), pa.string())}
+    options = [list(zip("xyz", TEXTS, strict=True)), list(zip("xx", TEXTS, strict=False))]
+    made = [{"question": "Which?", "options": o, "answer": "y"} for o in options]
+    table = pa.Table.from_pylist(made, schema=pa.schema({**kinds, "answer": pa.string()}))
+    pq.write_table(table, tmp_path / "in.parquet")
+    source = open_records(str(tmp_path / "in.parquet"))
+    record, reject = source
+    assert isinstance(record, Record)
+    assert isinstance(reject, Reject)
+    assert (record.options, record.answer) == (tuple(TEXTS), "B")
+    assert "expected different labels, found x, x" in reject.reason
+    with RecordWriter(tmp_path / "out.parquet", source) as writer:
+        writer.write(record, "C")
+    written = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert written == [{**made[0], "answer": "z"}]
+
+
 def test_questions_as_arc_publishes_them(tmp_path: Path) -> None:
     row = {"id": "q", "question": {"stem": "Which?", "choices": LABELLED}, "answerKey": "B"}
     path = rows(tmp_path / "in.jsonl", row)
@@ -101,7 +158,9 @@ def test_questions_as_arc_publishes_them(tmp_path: Path) -> None:
         (called("id", "text", "BAC"), "(b)", "found '(b)'"),
         (called("id", "text", "AAA"), "A", "expected different labels, found A, A, A"),
         (called("id", "text", key="A"), "A", "expected text"),
-        (LABELLED[0], "A", "expected a list"),
+        (LABELLED[0], "A", "expected a list, found text"),
+        ({"label": None, "text": TEXTS}, "A", "expected a list, found nothing (null)"),
+        ({"label": list("ABC"), "text": None}, "A", "expected a list, found nothing (null)"),
         (["A. apple", "C. stone", "B. car"], "stone", "found 'stone'"),
         (TEXTS, "A. stone", "found 'A. stone'"),
     ],

@@ -21,8 +21,9 @@ _LETTERED = re.compile(r"\s*\(?([A-Za-z])[).:]+\s+(?=\S)")
 def read_options(value: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Labels, () where there are none, and texts of the options in field `name`.
 
-    A list, one in JSON, `{"A": text}`, `[{"label": "A", "text": …}]` or the same by columns; a
-    label may also be called `id` or `key`, a text `value`. Raises BadRowError.
+    A list, one in JSON, `{"A": text}` (in Parquet a struct or a map), `[{"label": "A", "text": …}]`
+    or the same by columns; a label may also be called `id` or `key`, a text `value`. Raises
+    BadRowError.
     """
     if type(value) is list and 2 <= len(value) <= len(LETTERS) and _plain(value):
         return (), tuple(value)  # the usual case; what follows says the same of it
@@ -31,17 +32,20 @@ def read_options(value: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...
     labels: Sequence[Any] = ()
     if isinstance(value, (list, tuple)) and value and (names := _named(value)):
         labels, value = ([option[key] for option in value] for key in names)
+    elif isinstance(value, (list, tuple)) and value and all(map(_pair, value)):
+        labels, value = zip(*value, strict=True)
     elif isinstance(value, Mapping):
         found = _named([value])
+        value = {label: option for label, option in value.items() if option is not None}
         if found and (
-            len(value) == 2 or any(isinstance(value[key], (list, tuple)) for key in found)
+            set(value) <= set(found) or any(isinstance(value.get(k), (list, tuple)) for k in found)
         ):  # by columns, or one option where a list of them belongs
-            labels, value = (value[key] for key in found)
-        else:  # Arrow gives every row the keys of all, with null where it has none
-            value = {label: option for label, option in value.items() if option is not None}
+            labels, value = map(value.get, found)
+        else:
             labels, value = list(value), list(value.values())
     if not isinstance(value, (list, tuple)) or not isinstance(labels, (list, tuple)):
-        raise BadRowError(f"field {name!r}: expected a list, found {type_name(value)}")
+        wrong = labels if isinstance(value, (list, tuple)) else value
+        raise BadRowError(f"field {name!r}: expected a list, found {type_name(wrong)}")
     if not 2 <= len(value) <= len(LETTERS):
         raise BadRowError(
             f"field {name!r}: expected 2 to {len(LETTERS)} options, found {len(value)}"
@@ -107,12 +111,25 @@ def _named(options: Iterable[Any]) -> tuple[str, str] | None:
     for option in options:
         if not isinstance(option, Mapping):
             return None
-        labels = [name for name in _LABELS if name in option]
-        texts = [name for name in _TEXTS if name in option]
+        labels, texts = (_present(names, option) for names in (_LABELS, _TEXTS))
         if len(labels) != 1 or len(texts) != 1:
             return None
         found.add((labels[0], texts[0]))
     return found.pop() if len(found) == 1 else None
+
+
+def _pair(option: Any) -> bool:
+    """Whether this is an entry of one of Arrow's maps."""
+    return isinstance(option, tuple) and len(option) == 2
+
+
+def _present(names: tuple[str, ...], option: Mapping[str, Any]) -> list[str]:
+    """Those of `names` that an option has.
+
+    Arrow gives every row the keys of all, with null where it has none; a null alone is its own.
+    """
+    found = [name for name in names if name in option]
+    return [name for name in found if option[name] is not None] or found
 
 
 def _plain(values: Sequence[Any]) -> bool:
