@@ -22,6 +22,17 @@ class BusyError(UserError):
     """Another process holds what this one needs."""
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those it lies in; an OSError names the file that is in the way, if any."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        places = (folder, *folder.parents)
+        file = next((one for one in places if one.exists() and not one.is_dir()), folder)
+        told = f"{file} is a file; expected a folder"
+        raise NotADirectoryError(errno.ENOTDIR, told, str(file)) from None
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, wait: str | None = None) -> Iterator[int | None]:
     """Hold the file `path` against other processes; yields its handle.
@@ -36,11 +47,10 @@ def locked(path: Path, *, wait: str | None = None) -> Iterator[int | None]:
         UserError: there can be no such file.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except (FileExistsError, NotADirectoryError):
-        file = next(filter(Path.is_file, path.parents), path.parent)
-        raise UserError(f"{file}: is a file; expected a folder") from None
+    except NotADirectoryError as error:
+        raise UserError(f"{error.filename}: is a file; expected a folder") from None
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written: {error.strerror}") from error
     held: int | None = handle
@@ -85,7 +95,7 @@ def drafted(path: Path) -> Iterator[Path]:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove_abandoned(path)
         with _marked_as_alive(draft):
             yield draft

@@ -25,7 +25,7 @@ import orjson
 
 from robustft.engines import Engine
 from robustft.errors import UserError
-from robustft.files import replacing, spare_others
+from robustft.files import make_folder, replacing, spare_others
 from robustft.overlap import asked
 from robustft.store import UNIT_ROWS
 
@@ -118,7 +118,7 @@ class ResumableLines:
 
     def __enter__(self) -> Self:
         with self._telling():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             while True:
                 self._file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
                 try:

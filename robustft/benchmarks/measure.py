@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robustft.errors import UserError
+from robustft.files import make_folder
 from robustft.provenance import commit
 
 Case = TypeVar("Case")
@@ -287,7 +288,7 @@ _NAMES = [field.name for field in fields(Row)]
 def _columns(path: Path) -> list[str]:
     """The columns of a CSV file of rows; none of a new one, which is made with its folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with path.open("a+", newline="", encoding="utf-8", errors="replace") as file:
             file.seek(0)
             found = next(csv.reader(file), [])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from robustft.config import ReproduceConfig
 from robustft.errors import UserError
-from robustft.files import write_atomically
+from robustft.files import make_folder, write_atomically
 from robustft.methods import METHODS
 from robustft.models import DEFAULT_MODEL
 from robustft.predictions import category_of
@@ -46,7 +46,7 @@ def reproduce(config: ReproduceConfig) -> str:
         return estimate(study, config)
     # What the last step needs, before the first takes hours.
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.out)
     except OSError as error:
         raise UserError(f"{config.out}: cannot be written: {error.strerror}") from error
     plots.require_matplotlib()

@@ -1,0 +1,86 @@
+"""Places where no output can be: every command says so in one line, and leaves nothing there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commandline import CommandLine, quiz, write
+
+FILES: dict[str, tuple[object, ...]] = {  # whose --out is a file
+    "corrupt": ("corrupt", "IN", "--rate", 0.3),
+    "score": ("score", "IN"),
+    "eval": ("eval", "IN"),
+    "bench": ("bench", "consistency", "--quick"),
+}
+FOLDERS: dict[str, tuple[object, ...]] = {
+    "clean": ("clean", "IN"),
+    "shard": ("clean", "IN", "--shard", "0/2"),
+    "method": ("clean", "IN", "--method", "self-label"),
+    "train": ("train", "IN"),
+    "reproduce": ("reproduce", "table1", "--data", "TASKS", "--tasks", "fpb", "--noise", 30),
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[object, object]:
+    source = write(tmp_path / "in.jsonl", quiz(4))
+    tasks = tmp_path / "tasks"
+    (tasks / "fpb").mkdir(parents=True)
+    for name in ("labeled", "test"):
+        write(tasks / "fpb" / f"{name}.jsonl", quiz(4))
+    return {"IN": source, "TASKS": tasks}
+
+
+def arguments(command: tuple[object, ...], inputs: dict[object, object]) -> list[object]:
+    return [inputs.get(word, word) for word in command]
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", [*FILES, *FOLDERS])
+@pytest.mark.parametrize("below", ["", "more"])
+def test_a_file_in_the_way_is_named(
+    run: CommandLine, tmp_path: Path, inputs: dict[object, object], command: str, below: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    out = tmp_path / "notes.txt" / below / ("out.jsonl" if command in FILES else "")
+    before = tree(tmp_path)
+    asked = arguments({**FILES, **FOLDERS}[command], inputs)
+    said = run.refused(*asked, "--out", out)
+    file = tmp_path / "notes.txt"
+    if command in FOLDERS and command != "reproduce":
+        assert said == f"robustft: {file}: is a file; expected a folder"
+    else:
+        assert said == f"robustft: {out}: cannot be written: {file} is a file; expected a folder"
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [*FILES, *FOLDERS])
+def test_a_place_that_cannot_be_written_is_named(
+    run: CommandLine, tmp_path: Path, inputs: dict[object, object], command: str
+) -> None:
+    """/proc takes files of nobody, so this holds for root, too."""
+    before = tree(tmp_path)
+    asked = arguments({**FILES, **FOLDERS}[command], inputs)
+    said = run.refused(*asked, "--out", f"/proc/robustft/{'out.jsonl' * (command in FILES)}")
+    assert said.startswith("robustft: /proc/robustft")
+    assert "cannot be written: No such file or directory" in said
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_of_several_kinds_is_told_and_nothing_made(
+    run: CommandLine, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", quiz(4))
+    (folder / "b.tsv").write_text("question\tanswer\na\tb\n")
+    (folder / "README.md").write_text("what this is")
+    said = run.refused("clean", folder, "--out", tmp_path / "out")
+    assert "expected data files of one kind, found .jsonl (a.jsonl), .tsv (b.tsv): give" in said
+    assert not (tmp_path / "out").exists()
+    (folder / "b.tsv").unlink()
+    assert run("clean", folder, "--out", tmp_path / "out", "--detector", "paper").status == 0
