@@ -188,7 +188,7 @@ def engine(url: str, concurrency: int, *, alone: bool) -> Engine:
     config = EngineConfig(engine="openai", base_url=url, tokenizer=str(model))
     made = connect(config, JsonClient(url, concurrency=concurrency))
     if alone:
-        made.at_a_time = 1  # type: ignore[attr-defined]
+        made.at_a_time = 1
     return made
 
 

@@ -24,8 +24,9 @@ def asked(
     A server is kept busy by as many jobs as its engine says; others, and who asks none, do one
     after the other.
     """
-    at_a_time = getattr(engine, "at_a_time", 1)
-    return contextlib.closing(in_order(jobs, at_a_time, getattr(engine, "cancel", lambda: None)))
+    if engine is None:
+        return contextlib.closing(in_order(jobs, 1))
+    return contextlib.closing(in_order(jobs, engine.at_a_time, engine.cancel))
 
 
 def in_order(

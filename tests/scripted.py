@@ -22,6 +22,7 @@ class ScriptedEngine:
     revision = "1"
     embedded = False
     truncated = 0
+    at_a_time = 1
     abilities = Abilities()
 
     def __init__(
@@ -62,6 +63,9 @@ class ScriptedEngine:
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[ResponseScore]:
         self._ask(prompts)
         return [ResponseScore(len(r), 1.0, 1.0, 1.0, 1.0, 1.0) for r in responses]
+
+    def cancel(self) -> None:
+        pass
 
     def _ask(self, prompts: Sequence[Prompt]) -> None:
         self.before_batch()

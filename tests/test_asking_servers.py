@@ -74,7 +74,7 @@ def engine(server: FaultyServer, tiny_model: Path, at_a_time: int) -> Engine:
     config = EngineConfig(engine="openai", base_url=server.url, tokenizer=str(tiny_model))
     client = JsonClient(server.url, concurrency=64, retries=0, backoff=0.005)
     made = connect(config, client)
-    made.at_a_time = at_a_time  # type: ignore[attr-defined]
+    made.at_a_time = at_a_time
     return made
 
 

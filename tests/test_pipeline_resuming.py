@@ -102,7 +102,7 @@ def test_a_server_is_asked_about_several_units_at_a_time(tmp_path: Path) -> None
 
     source = write(tmp_path / "in.jsonl", choice_rows(2 * UNIT_ROWS + 60))
     engine = ScriptedEngine(before_batch=meet)
-    engine.at_a_time = 2  # type: ignore[attr-defined]
+    engine.at_a_time = 2
     run(source, tmp_path / "together", engine)
     assert_asked_once(tmp_path / "together/run.sqlite")
     run(source, tmp_path / "alone")

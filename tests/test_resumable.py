@@ -150,7 +150,7 @@ def test_a_unit_is_kept_as_soon_as_it_is_done(
             time.sleep(0.01)
         return list(items)
 
-    engine: Any = SimpleNamespace(at_a_time=at_a_time)
+    engine: Any = SimpleNamespace(at_a_time=at_a_time, cancel=lambda: None)
     with (
         ResumableLines(tmp_path / "out.jsonl", {}) as lines,
         answer_in_units(

@@ -140,9 +140,6 @@ class Engine(Protocol):
     resumed run forms the same batches. The other methods take one such batch (or anything
     smaller) and return results in the order of the requests, a `Failure` where one got no usable
     answer.
-
-    An engine that waits for a server may also have `at_a_time`, how many batches, asked from as
-    many threads, keep that busy, and `cancel()`, which makes what is in flight fail.
     """
 
     name: str  # "transformers", "openai", "vllm"
@@ -150,6 +147,7 @@ class Engine(Protocol):
     revision: str
     abilities: Abilities
     embedded: bool  # the small model that comes with robustft, which gets less room to write
+    at_a_time: int  # batches that keep it busy, asked from as many threads; 1 without a server
 
     @property
     def truncated(self) -> int:
@@ -176,4 +174,8 @@ class Engine(Protocol):
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> Sequence[ResponseScore | Failure]:
         """Teacher-forced statistics of the given responses."""
+        ...
+
+    def cancel(self) -> None:
+        """Make what other threads are waiting for fail; nothing where no server is asked."""
         ...

@@ -27,6 +27,8 @@ class CachedEngine:
     identity: what else than the prompt an answer depends on (dtype, temperature, adapter).
     """
 
+    at_a_time = 1
+
     def __init__(
         self,
         cache: Cache,
@@ -127,6 +129,9 @@ class CachedEngine:
 
         return self._answers(asked, prompts, 16, ask, lambda fields: ResponseScore(**fields))
 
+    def cancel(self) -> None:
+        """Nothing: no server is asked."""
+
     def _answers(
         self,
         asked: Sequence[Sequence[object]],
@@ -194,9 +199,12 @@ class RememberingEngine(CachedEngine):
             embedded=engine.embedded, identity=(engine.revision, config.fingerprint()),
         )  # fmt: skip
         self.name, self.revision, self.abilities = engine.name, engine.revision, engine.abilities
-        self.at_a_time = getattr(engine, "at_a_time", 1)
-        self.cancel = getattr(engine, "cancel", lambda: None)
+        self.at_a_time = engine.at_a_time
 
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """The batches of the engine behind, of which each is kept once it is answered."""
         return self.engine.plan(prompts, max_new_tokens)
+
+    def cancel(self) -> None:
+        """Cancel what the engine behind is asked."""
+        self.engine.cancel()

@@ -81,13 +81,16 @@ class CompletionsEngine(TokenEngine):
         self.encoder = encoder
         self.client = client
         self.at_a_time = _batches_for(client)
-        self.cancel = client.cancel
         self.temperature = config.temperature
         # Settled by the probe:
         self.ids = True  # prompts are token ids, else text
         self.extras: dict[str, Any] = {}  # fields that only some servers know
         self.top: int | None = None  # log-probabilities a token, None for none
         self.scoring = ""  # "prompt_logprobs", "echo", or "" for none
+
+    def cancel(self) -> None:
+        """Give up what other threads are waiting for."""
+        self.client.cancel()
 
     def body(self, prompt: Prompt, ids: list[int], most: int, **more: Any) -> dict[str, Any]:
         """A request for at most `most` tokens."""
@@ -237,7 +240,6 @@ class ChatEngine:
         self.abilities = Abilities(choose=False, score=False, nll=False, entropy=False)
         self.client = client
         self.at_a_time = _batches_for(client)
-        self.cancel = client.cancel
         self.temperature = config.temperature
         # Settled by the probe:
         self.prefill: dict[str, Any] | None = None  # how a begun reply is continued; None: never
@@ -248,6 +250,10 @@ class ChatEngine:
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """`prompts` in their order."""
         return slices(len(prompts), BATCH)
+
+    def cancel(self) -> None:
+        """Give up what other threads are waiting for."""
+        self.client.cancel()
 
     def body(self, prompt: Prompt, most: int, top: int | None) -> dict[str, Any]:
         """A request for at most `most` tokens with the `top` likeliest at each."""

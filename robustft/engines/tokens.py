@@ -69,6 +69,7 @@ class TokenEngine(ABC):
     revision: str
     abilities: Abilities
     embedded: bool
+    at_a_time: int
     encoder: PromptEncoder
     batch: int  # requests that `plan` puts together
 

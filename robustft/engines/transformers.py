@@ -53,6 +53,7 @@ class TransformersEngine(ForwardPasses):
 
     name = "transformers"
     abilities = Abilities()
+    at_a_time = 1
 
     def __init__(
         self, config: EngineConfig, *, model: Any | None = None, tokenizer: Any | None = None
@@ -85,6 +86,9 @@ class TransformersEngine(ForwardPasses):
     def truncated(self) -> int:
         """Prompts cut to the model's window so far."""
         return self.encoder.truncated
+
+    def cancel(self) -> None:
+        """Nothing: no server is asked."""
 
     # --- batches ---------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class VllmEngine(TokenEngine):
 
     name = "vllm"
     abilities = Abilities(entropy=False)
+    at_a_time = 1
     batch = 1024  # vLLM forms its own batches; this is what a killed run loses at most
 
     def __init__(self, config: EngineConfig, adapter: Path | None = None) -> None:
@@ -72,6 +73,9 @@ class VllmEngine(TokenEngine):
             from vllm.lora.request import LoRARequest
 
             self._lora = LoRARequest(adapter.name or "adapter", 1, str(adapter.resolve()))
+
+    def cancel(self) -> None:
+        """Nothing: no server is asked."""
 
     def _ask(self, encoded: Sequence[Sequence[int]], settings: Sequence[Any]) -> list[Any]:
         if not encoded:

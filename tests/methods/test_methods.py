@@ -123,7 +123,7 @@ def test_self_select_asks_a_server_what_it_says_to_an_empty_question_once(tmp_pa
         return knowing(prompt, candidates)
 
     engine = ScriptedEngine(choose=choose)
-    engine.at_a_time = 3  # type: ignore[attr-defined]
+    engine.at_a_time = 3
     path, _ = corpus(tmp_path / "noisy.csv", 3 * 512)
     prepare = METHODS["self-select"].prepare
     assert prepare is not None
