@@ -134,6 +134,7 @@ def parsed(kind: type[_T], payload: bytes) -> _T:
         raise ValueError(f"{where}: {first['msg']}") from None
 
 
+# Fewer marks than `answers` reads past: who writes these is sent enable_thinking.
 _NO_THOUGHTS = re.compile(r"\s*(?:<think>\s*</think>\s*)+")
 
 
