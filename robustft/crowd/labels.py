@@ -94,10 +94,8 @@ def judge_labels(
 
     known = Given(given, classes, options)
     everybody = {name: logs_of(values) for name, values in {**panel, **(tuned or {})}.items()}
-    rows = _telling(len(given), learners)
-    some, taught = known[rows], learners
-    if learners and not isinstance(rows, slice):
-        taught = learners.sample(rows)
+    rows, taught = _telling(len(given), learners)
+    some = known[rows]
     said = {name: everybody[name][rows] for name in panel}
     skills = {name: skill(values, some) for name, values in said.items()}
     anchors = {n: said[n] for n, z in skills.items() if z > _SIGNIFICANT or z < -_CONTRARY}
@@ -113,7 +111,7 @@ def judge_labels(
             team = _Crowd(some, anchors, heard, ceiling, taught, progress)
             found = team.judge(by_panel.noise if by_panel else None)
         alone = found is by_panel
-        if found and not isinstance(rows, slice):
+        if found and len(some) < len(known):
             found = team.on_all(known, everybody, learners, found)
     if found is None:
         return Judgement(np.full(len(given), 0.5), None, weights)
@@ -130,13 +128,15 @@ def judge_labels(
     return Judgement(wrong, rate, weights, labels, learned, rate_by_panel)
 
 
-def _telling(total: int, learners: Learners | None) -> Labels | slice:
-    """The records from which the noise is told, those the learners learn from; or all."""
+def _telling(total: int, learners: Learners | None) -> tuple[Labels | slice, Learners | None]:
+    """The records from which noise is told, of those learners learn from; and learners on them."""
     taught = learners.taught if learners else None
-    among = np.arange(total) if taught is None else taught
-    if len(among) > _TELLING:
-        return np.sort(np.random.default_rng(0).choice(among, _TELLING, replace=False))
-    return slice(None) if taught is None else taught
+    if taught is None and total <= _TELLING:
+        return slice(None), learners
+    rows = np.arange(total) if taught is None else taught
+    if len(rows) > _TELLING:
+        rows = np.sort(np.random.default_rng(0).choice(rows, _TELLING, replace=False))
+    return rows, learners.sample(rows) if learners else None
 
 
 @dataclass(frozen=True)
