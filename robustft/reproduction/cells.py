@@ -35,7 +35,6 @@ class Cell:
     model: str | None = None
     changes: tuple[tuple[str, Any], ...] = ()
     instruction: str | None = None  # in place of the usual one, at test time
-    variant: str = ""  # what tells this row from others of its method
 
     def named(self, row: str) -> str:
         """What a line calls it that belongs to the row of this name."""

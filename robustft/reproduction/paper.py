@@ -9,7 +9,6 @@ from __future__ import annotations
 
 TASK_ORDER = ("mmlu", "arc", "pubmedqa", "drop", "fpb")
 NOISE = (30, 50, 70)
-MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 
 
 def _same(*values: float) -> tuple[float, ...]:
