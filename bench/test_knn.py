@@ -2,7 +2,8 @@
 
 import pytest
 
-from robustft.benchmarks.knn import Case, contenders, make_rows
+from robustft.benchmarks.knn import make_rows
+from robustft.benchmarks.knn_peers import Case, contenders
 
 CASES = [Case("random", 20_000, 384, queries, 10, 2) for queries in (1, 64)]
 
