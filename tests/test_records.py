@@ -28,11 +28,11 @@ from robustft.records import (
     RecordSource,
     RecordWriter,
     Reject,
-    _UniqueIds,
     open_records,
     output_name,
 )
 from robustft.records.formats import BadRowError
+from robustft.records.ids import UniqueIds
 
 CHOICE = [
     {"id": "a", "question": "2+2?", "options": ["3", "4"], "answer": "B", "gt": "never read"},
@@ -425,21 +425,21 @@ def test_ids_that_stand_twice_or_always_take_no_more_memory(
 ) -> None:
     count, looks = 50_000, 0
     for name in (lambda n: f"a rather long name {n // 2}", lambda n: "one name"):
-        ids = _UniqueIds()
+        ids = UniqueIds()
         tracemalloc.start()
         for number in range(count):
             ids.unique(name(number), number)
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert held < 33 * count
-    look = _UniqueIds._slot
+    look = UniqueIds._slot
 
-    def counted(self: _UniqueIds, value: int) -> int:
+    def counted(self: UniqueIds, value: int) -> int:
         nonlocal looks
         looks += 1
         return look(self, value)
 
-    monkeypatch.setattr(_UniqueIds, "_slot", counted)
+    monkeypatch.setattr(UniqueIds, "_slot", counted)
     ids.unique("one name", count)
     assert looks < 50
 
