@@ -12,15 +12,15 @@ from commandline import write
 
 from robustft import crowd
 from robustft.crowd import Estimate, Judgement
-from robustft.detection.detectors import (
+from robustft.detection.detectors import CrowdDetector
+from robustft.detection.evidence import stacked
+from robustft.detection.rule import Asked
+from robustft.detection.warnings import (
     OPEN_ANSWERS_DIFFER,
     RULES_PASS,
     TEXTS_DIFFER,
-    CrowdDetector,
     models_contradict,
-    stacked,
 )
-from robustft.detection.rule import Asked
 from robustft.opinions import Opinion
 from robustft.records import Record, open_records
 

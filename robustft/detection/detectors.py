@@ -5,55 +5,33 @@ A detector turns opinions into evidence unit by unit, then concludes on all of i
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustft import answers, crowd
+from robustft import crowd
 from robustft.crowd import Estimate, Judgement
 from robustft.detection.conclusion import PANEL, Conclusion
+from robustft.detection.evidence import (
+    FREE_TEXT,
+    TUNED,
+    Evidence,
+    as_one,
+    is_free_text,
+    option_probabilities,
+    option_set,
+)
 from robustft.detection.rule import Asked, paper_rule, unjudged
+from robustft.detection.warnings import doubts
 from robustft.opinions import Opinion
 from robustft.prompts import LETTERS
-from robustft.records import Record
-from robustft.terminal import counted, plural_of
-
-_CHANCE = (
-    "agreement with the given answers is no more than chance would give: nothing was changed. "
-)
-_REGARDLESS = "; --detector paper trusts the model's word regardless"
-NO_BETTER_THAN_CHANCE = (
-    f"{_CHANCE}More records or a stronger model (--model) may help (with four options and 30 % of "
-    "the answers wrong, a model right in 90 % stands out from 24 records on, one right in 50 % "
-    f"from 150 on){_REGARDLESS}"
-)
-OPEN_ANSWERS_DIFFER = (
-    f"{_CHANCE}More records, a stronger model (--model) or the finished runs of other models "
-    f"(--second-opinion) may help{_REGARDLESS}"
-)
-TEXTS_DIFFER = (
-    "free texts are compared by their words, and two good answers may share few: "
-    "--detector paper asks the checker instead"
-)
-RULES_PASS = (
-    "almost no wrong answers were found. Errors that depend on the question (a weaker model's "
-    "mistakes, a whole topic) look right to the learners and are not counted in this noise rate: "
-    "with a strong model, --detector panel leaves the judgement to it"
-)
+from robustft.terminal import counted
 
 _ENOUGH = 30  # a set of options that so many records share is judged by itself, with learners
 _MOST_SETS = 32  # the largest so many
-_LETTER = 0.9  # the probability an expert is taken to give the letter it names without one
-_FREE_TEXT = 1  # instead of a set of options
-_WIDE = 0.3  # a noise rate whose interval is wider says little
-_HARDLY_ANY = 0.02  # a noise rate that stays below it says that next to nothing was found
-TUNED = "tuned"  # the model fine-tuned out of fold: [n, options] probabilities, where it was asked
-Evidence = dict[str, NDArray[Any]]  # name -> [n] or [n, width], one row a record
 
 
 class Detector(Protocol):
@@ -68,23 +46,6 @@ class Detector(Protocol):
     ) -> Conclusion:
         """Decide on all records: the evidence of every unit, `stacked`, in input order."""
         ...
-
-
-def stacked(parts: Sequence[Evidence]) -> Evidence:
-    """The evidence of several units as one; narrower columns are filled up with zeros."""
-    found = {}
-    for name in parts[0]:
-        arrays = [part[name] for part in parts]
-        if arrays[0].ndim == 2:
-            width = max(array.shape[1] for array in arrays)
-            arrays = [
-                array
-                if array.shape[1] == width
-                else np.pad(array, ((0, 0), (0, width - array.shape[1])))
-                for array in arrays
-            ]
-        found[name] = np.concatenate(arrays)
-    return found
 
 
 class PaperDetector:
@@ -149,17 +110,17 @@ class CrowdDetector:
                 # One model, one witness: what it says twice is not confirmed twice.
                 own = (one.reasoned or one.base).answer or one.base.answer
                 said = [own, *(other.answer for other in one.others)]
-                kinds[position] = _FREE_TEXT if is_free_text(one.record) else 0
+                kinds[position] = FREE_TEXT if is_free_text(one.record) else 0
                 clusters[position] = crowd.partition([one.record.answer, *said], one.record.kind)
                 answered[position] = any(answer is not None for answer in said)
                 continue
             letter = LETTERS.index(one.record.answer)
             given[position], widths[position] = letter, len(options)
-            kinds[position] = _kind_of(options)
+            kinds[position] = option_set(options)
             opinions: list[Opinion] = [*(getattr(one, name) for name in heard), *one.others]
             for values, opinion in zip(panel.values(), opinions, strict=True):
                 found = option_probabilities(opinion, len(options))
-                values[position, : len(options)] = _as_one(found, options, letter)
+                values[position, : len(options)] = as_one(found, options, letter)
         skipped = _unjudged(asked)
         keys = [one.record.question_key[:8] for one in asked]
         return {
@@ -195,7 +156,7 @@ class CrowdDetector:
         told: list[str] = []
         opened = np.flatnonzero((given < 0) & ~skipped)
         # Models write alike, people do not: among free texts agreement tells whose style it is.
-        apart = (evidence["options"][opened] == _FREE_TEXT) & bool(self.others)
+        apart = (evidence["options"][opened] == FREE_TEXT) & bool(self.others)
         for positions, columns in ((opened[~apart], None), (opened[apart], 2)):
             if len(positions):
                 clusters = evidence["clusters"][positions, :columns].astype(np.int64)
@@ -211,11 +172,12 @@ class CrowdDetector:
         noisy = np.nan_to_num(wrong) > 0.5
         sizes = np.bincount(jury[jury >= 0], minlength=len(found)).tolist()
         rate = _whole_rate([one.noise_rate for one in found], sizes)
+        by_models = _whole_rate([one.rate_by_panel or one.noise_rate for one in found], sizes)
         return Conclusion(
             noisy, skipped, pooled, wrong, jury, [one.weights for one in found],
             bool(found) and all(one.powerless for one in found), rate,
             float(wrong[noisy].mean()) if noisy.any() else math.nan, learned,
-            (*told, *_warnings(found, sizes, rate, evidence)),
+            (*told, *doubts(found, sizes, rate, by_models, evidence)),
         )  # fmt: skip
 
     def _judge_choices(
@@ -293,64 +255,6 @@ def _option_sets(
         yield rest, False
 
 
-def models_contradict(rate: Estimate) -> str:
-    """The warning where models find much more wrong than the learners let stand."""
-    return (
-        f"the models alone would call {rate} of the given answers wrong; the learners, taught by "
-        "these answers, side with them. Either the models are wrong there, or the answers are, in "
-        "a way that depends on the question (a weaker model's mistakes, a whole topic). If the "
-        "models are strong, --detector panel goes by them; without shards and --folds the same "
-        "command with it asks nothing twice"
-    )
-
-
-def _warnings(
-    found: Sequence[Judgement],
-    sizes: Sequence[int],
-    rate: Estimate | None,
-    evidence: Evidence,
-) -> Iterator[str]:
-    """What the user should know of juries that could not tell, or hardly."""
-    judged = ~evidence["unjudged"]
-    if found and all(one.powerless for one in found):
-        if (evidence["options"][judged] == _FREE_TEXT).mean() > 0.5:
-            yield TEXTS_DIFFER
-        yield OPEN_ANSWERS_DIFFER if _mostly_open(evidence) else NO_BETTER_THAN_CHANCE
-        return
-    lost = sum(size for one, size in zip(found, sizes, strict=True) if one.powerless)
-    if lost:
-        yield (
-            f"on {counted(lost, 'record')} no expert is better than chance: "
-            f"{plural_of(lost, 'it is', 'these are')} kept as given"
-        )
-    taught = sum(size for one, size in zip(found, sizes, strict=True) if one.learned)
-    by_models = _whole_rate([one.rate_by_panel or one.noise_rate for one in found], sizes)
-    if rate is not None and by_models is not None and by_models.low > rate.high + _HARDLY_ANY:
-        yield models_contradict(by_models)
-    elif rate is not None and rate.high < _HARDLY_ANY and taught > sum(sizes) / 2:
-        yield RULES_PASS
-    if rate is None or rate.high - rate.low <= _WIDE:
-        return
-    span = f"{rate.low:.0%} to {rate.high:.0%} of the given answers may be wrong"
-    if _mostly_open(evidence):
-        heard = {name for one in found if "model" in one.weights for name in one.weights}
-        witnesses = "one model alone" if len(heard) == 1 else f"{len(heard)} models"
-        yield (
-            f"with {witnesses} the noise rate stays open, {span}: another model's run as "
-            "--second-opinion tells more, and --detector paper trusts this model's word"
-        )
-    else:
-        yield (
-            f"with these experts the noise rate stays open, {span}: a stronger model, or one that "
-            "gives probabilities, tells more; --detector paper trusts the model's word"
-        )
-
-
-def _mostly_open(evidence: Evidence) -> bool:
-    """Whether most records that can be judged offer no options."""
-    return bool((evidence["given"][~evidence["unjudged"]] < 0).mean() > 0.5)
-
-
 def _whole_rate(rates: Sequence[Estimate | None], sizes: Sequence[int]) -> Estimate | None:
     """The noise rate over all records of juries that know one."""
     pairs = zip(rates, sizes, strict=True)
@@ -364,39 +268,3 @@ def _whole_rate(rates: Sequence[Estimate | None], sizes: Sequence[int]) -> Estim
 def _unjudged(asked: Sequence[Asked]) -> NDArray[np.bool_]:
     """[n] records that an expert could not be reached about."""
     return np.array([unjudged(one) is not None for one in asked], np.bool_)
-
-
-@functools.lru_cache(maxsize=4096)
-def _kind_of(options: tuple[str, ...]) -> int:
-    """A number for a set of options; sets that differ in spelling alone share it."""
-    text = "\0".join(answers.option_names(options))
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
-
-
-def is_free_text(record: Record) -> bool:
-    """Whether an answer has no options, no few words and no final number to be compared by."""
-    return record.kind == "text" and not answers.parse_final_number(record.answer).answer
-
-
-def option_probabilities(said: Opinion, options: int) -> NDArray[np.float32]:
-    """[options] an expert's probabilities; most on its letter where only that is known."""
-    if said.probabilities is not None:
-        return np.array(said.probabilities, dtype=np.float32)
-    values = np.full(options, 1.0 / options, dtype=np.float32)
-    if said.answer is not None and said.answer in LETTERS[:options] and options > 1:
-        values[:] = (1.0 - _LETTER) / (options - 1)
-        values[LETTERS.index(said.answer)] = _LETTER
-    return values
-
-
-def _as_one(
-    values: NDArray[np.float32], options: tuple[str, ...], given: int
-) -> NDArray[np.float32]:
-    """Probabilities where options that read like the given one count as it."""
-    same = [n for n, option in enumerate(options) if n != given and option == options[given]]
-    if same:
-        values = values.copy()
-        values[given] += values[same].sum()
-        values[same] = 0.0
-    return values

@@ -13,7 +13,7 @@ from robustft.crowd import labels as crowd_of_labels
 from robustft.crowd import learners
 from robustft.crowd.judgement import Floats
 from robustft.crowd.pool import Given, skill, transition
-from robustft.detection.detectors import NO_BETTER_THAN_CHANCE
+from robustft.detection.warnings import NO_BETTER_THAN_CHANCE
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
