@@ -106,31 +106,7 @@ def finish(
     stages: dict[str, float] = {**seconds, "write": writing.seconds()}
     result.counts["rejected"] = corpus.intake.rejects
     result.counts["input"] = corpus.intake.records + corpus.intake.rejects
-    for warning in conclusion.warnings:
-        result.warn(warning)
-    for letter in vanished(result.answers_before, result.answers_after):
-        before, after = result.answers_before[letter], result.answers_after[letter]
-        result.warn(left_the_set(letter, before, after, config))
-    if not models.abilities.choose and config.experts.choice == "likelihood":
-        result.warn(
-            "the engine gives no probabilities of given words: lettered answers, checker and "
-            "reviewer were read from generated text"
-        )
-    if result.cut_off:
-        result.warn(
-            f"{counted(result.cut_off, 'reply', 'replies')} did not end within --answer-tokens "
-            f"{config.experts.answer_tokens} and {plural_of(result.cut_off, 'counts', 'count')} as "
-            "no answer; raise it"
-        )
-    if truncated:
-        result.warn(cuts_told(truncated))
-    if result.unanswered:
-        # What shards have built on together stays.
-        again = "; the same command asks those questions again" if shards[0].of == 1 else ""
-        result.warn(
-            f"{counted(result.unanswered, 'record')} got no reply from the engine on some question "
-            f"(verdicts.jsonl says why){again}"
-        )
+    _warn(result, config, conclusion, models, truncated, alone=shards[0].of == 1)
     total = watch.seconds()
     if spent is not None:  # whatever was no other stage: reading the input, loading the models
         result.earlier = sum(spent.values())
@@ -151,6 +127,43 @@ def finish(
         exchange(source, result.cleaned, left=result.left)
     write_run_report(config, result, manifest, source.called)
     return result
+
+
+def _warn(
+    result: CleanResult,
+    config: CleanConfig,
+    conclusion: Conclusion,
+    models: Models,
+    truncated: int,
+    *,
+    alone: bool,
+) -> None:
+    """Tell what the user should know of the result; `alone`: the run has one shard."""
+    for warning in conclusion.warnings:
+        result.warn(warning)
+    for letter in vanished(result.answers_before, result.answers_after):
+        before, after = result.answers_before[letter], result.answers_after[letter]
+        result.warn(left_the_set(letter, before, after, config))
+    if not models.abilities.choose and config.experts.choice == "likelihood":
+        result.warn(
+            "the engine gives no probabilities of given words: lettered answers, checker and "
+            "reviewer were read from generated text"
+        )
+    if result.cut_off:
+        result.warn(
+            f"{counted(result.cut_off, 'reply', 'replies')} did not end within --answer-tokens "
+            f"{config.experts.answer_tokens} and {plural_of(result.cut_off, 'counts', 'count')} as "
+            "no answer; raise it"
+        )
+    if truncated:
+        result.warn(cuts_told(truncated))
+    if result.unanswered:
+        # What shards have built on together stays.
+        again = "; the same command asks those questions again" if alone else ""
+        result.warn(
+            f"{counted(result.unanswered, 'record')} got no reply from the engine on some question "
+            f"(verdicts.jsonl says why){again}"
+        )
 
 
 def vanished(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:

@@ -20,7 +20,14 @@ from robustft.next_steps import to_train_and_evaluate
 from robustft.outputs import claim, command, identity, made_by, write_manifest
 from robustft.overlap import asked
 from robustft.progress import Progress
-from robustft.records import Record, RecordWriter, Reject, count_records, output_name
+from robustft.records import (
+    Record,
+    RecordSource,
+    RecordWriter,
+    Reject,
+    count_records,
+    output_name,
+)
 from robustft.store import Stopwatch, folder_lock
 from robustft.terminal import counted, plural_of
 from robustft.verdicts import CleanResult
@@ -86,11 +93,7 @@ def write_decisions(
 
         for (items, records), decisions in stack.enter_context(asked(engine, jobs())):
             for record, decision in zip(records, decisions, strict=True):
-                action = _action(record, decision)
-                if action == "relabel" and decision.answer is not None:
-                    refused = source.refusal(record.row, decision.answer)
-                    if refused is not None:
-                        action, decision = "drop", Decision(None, f"{decision.reason}; {refused}")
+                action, decision = _settled(record, decision, source)
                 result.counts[action] += 1
                 result.unanswered += decision.failed
                 if decision.answer is not None:
@@ -130,10 +133,15 @@ def write_decisions(
     return result
 
 
-def _action(record: Record, decision: Decision) -> str:
+def _settled(record: Record, decision: Decision, source: RecordSource) -> tuple[str, Decision]:
+    """What becomes of a record: keep, relabel, or drop, also where the new answer has no place."""
     if decision.answer is None:
-        return "drop"
-    same = matches(
+        return "drop", decision
+    if matches(
         record.answer, decision.answer, kind=record.kind, options=record.options, threshold=1.0
-    )
-    return "keep" if same else "relabel"
+    ):
+        return "keep", decision
+    refused = source.refusal(record.row, decision.answer)
+    if refused is not None:
+        return "drop", Decision(None, f"{decision.reason}; {refused}")
+    return "relabel", decision
