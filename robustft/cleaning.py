@@ -38,7 +38,7 @@ from robustft.store import Stopwatch, Store, folder_lock
 from robustft.tuned import ask_tuned, require_choices
 from robustft.verdicts import CleanResult
 
-# What is said does not depend on it: a run is resumed with another one, too.
+# Settings that no expert's answer depends on: a run is resumed with others, too.
 _FREE = ("detector",)
 
 
@@ -197,7 +197,7 @@ class Announcement:
     resumed: bool
     limit: int | None = None  # at most so many records are read
     judged_by: str = ""  # a detector that judges anew what was said
-    free_texts: bool = False  # most answers are, of which the detector can tell little
+    free_texts: bool = False  # most of the first answers are: of these a detector can tell little
 
     @classmethod
     def of(

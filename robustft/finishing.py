@@ -34,7 +34,7 @@ _PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetens
 
 _PHASES = ("detected", "relabeled")
 # Stages whose time the store has; of the split, that of those which were taken back.
-_KEPT = ("detect", "split", "folds", "relabel")
+_TIMED = ("detect", "split", "folds", "relabel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def seconds_before(store: Store, target: Path) -> dict[str, float]:
 
     To be asked for once the models are loaded, before a phase begins.
     """
-    spent = Counter({stage: store.seconds(stage) for stage in ("load", *_KEPT)})
+    spent = Counter({stage: store.seconds(stage) for stage in ("load", *_TIMED)})
     if target.is_dir():
         spent.update(Published(target).facts.get("stage_seconds", {}))
     return dict(spent)
@@ -95,7 +95,7 @@ def finish(
             shards.append(shard)
             for expert, cost in store.totals().items():
                 totals.setdefault(expert, Counter()).update(cost)
-            seconds.update({stage: kept for stage in _KEPT if (kept := store.seconds(stage))})
+            seconds.update({stage: took for stage in _TIMED if (took := store.seconds(stage))})
             yield shard, store
 
     selection = select(config, corpus.shards, conclusion)

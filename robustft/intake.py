@@ -51,7 +51,7 @@ def take_in(source: RecordSource, folder: Path) -> Intake:
             remove_leftovers(folder.parent, folder.name)
         if not folder.is_dir():
             with publishing(folder) as (temporary, facts):
-                facts.update(_read(source, temporary))
+                facts.update(_write(source, temporary))
                 source.require_unchanged()  # what `folder` is named by
     return Intake(folder)
 
@@ -77,7 +77,7 @@ def remove_intake(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def _read(source: RecordSource, folder: Path) -> dict[str, Any]:
+def _write(source: RecordSource, folder: Path) -> dict[str, Any]:
     """Write the files of an intake; returns its counts."""
     reasons: Counter[str] = Counter()
     records = rejects = end = 0

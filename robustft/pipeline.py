@@ -90,7 +90,7 @@ def long_lived() -> Iterator[None]:
 
 
 class ShardRun:
-    """The phases of one shard, in the folder that its store holds."""
+    """The phases of one shard, in its folder; what they find one by one goes to its store."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class ShardRun:
         target = self.shard.phase("detected")
         if target.is_dir():
             return
-        self._watch("detect")
+        self._start_clock("detect")
         detector = make_detector(self.config)
         done = set(self.store.finished("detect"))
         held = min(len(self.store.finished("corpus")) * UNIT_ROWS, self.shard.rows)
@@ -179,7 +179,7 @@ class ShardRun:
         target = self.shard.phase("relabeled")
         if target.is_dir():
             return
-        self._watch("relabel")
+        self._start_clock("relabel")
         done = set(self.store.finished("relabel"))
         noisy = np.flatnonzero(conclusion.noisy[self.shard.start : self.shard.stop])
         noisy += self.shard.start
@@ -203,7 +203,7 @@ class ShardRun:
         publish(target, stacked(list(self.store.arrays("relabel"))), self._facts())
         self._keep_time()
 
-    def _watch(self, phase: str) -> None:
+    def _start_clock(self, phase: str) -> None:
         """Keep a phase's time, that of killed sessions included up to their last answers."""
         watch = Stopwatch(self.store.seconds(phase))
         self._keep_time = lambda: self.store.keep_seconds(phase, watch.seconds())
