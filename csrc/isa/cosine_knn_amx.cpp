@@ -55,26 +55,6 @@ class Codes {
     alignas(64) std::uint8_t tail_[kSide * kRowBytes];
 };
 
-// Fetches the next block while this one is multiplied, evenly over the steps: tiles are loaded in a
-// pattern that the hardware does not foresee, and would wait for memory most of the time.
-class Ahead {
-  public:
-    Ahead(const Block& block, std::size_t steps)
-        : at_(static_cast<const char*>(block.next)),
-          left_((block.next_bytes + 63) / 64),
-          share_((left_ + steps - 1) / steps) {}
-    void step() {
-        const std::size_t lines = left_ < share_ ? left_ : share_;
-        for (std::size_t i = 0; i < lines; ++i, at_ += 64) __builtin_prefetch(at_, 0, 2);
-        left_ -= lines;
-    }
-
-  private:
-    const char* at_;
-    std::size_t left_;   // cache lines
-    std::size_t share_;  // lines a step
-};
-
 // Sums of 32 queries by 32 rows or 16 by 64. They are sifted between the instructions of the next
 // product but one: those of the last are still on their way, and to wait for them would leave the
 // tiles idle.
