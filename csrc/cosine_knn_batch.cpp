@@ -36,12 +36,13 @@ std::int32_t largest_code(const double* row, std::size_t dim, const Kernels& ker
     const std::size_t group = 4 * kernels.narrow_steps;
     double largest = 0, most = 0;
     for (std::size_t first = 0; first < dim; first += group) {
-        double positive[2] = {}, negative[2] = {};  // by lane: columns 0 and 1 or 2 and 3 of a step
+        double sums[2][2] = {};  // by sign and lane: columns 0 and 1 or 2 and 3 of a step
         for (std::size_t i = first; i < std::min(dim, first + group); ++i) {
-            (row[i] > 0 ? positive : negative)[i / 2 % 2] += std::abs(row[i]);
-            largest = std::max(largest, std::abs(row[i]));
+            const double size = std::abs(row[i]);
+            sums[row[i] > 0][i / 2 % 2] += size;
+            largest = std::max(largest, size);
         }
-        most = std::max({most, positive[0], positive[1], negative[0], negative[1]});
+        most = std::max({most, sums[0][0], sums[0][1], sums[1][0], sums[1][1]});
     }
     // Each of a lane's codes may be rounded up by a half.
     const double room = kNarrowSum - static_cast<double>(kernels.narrow_steps);
