@@ -98,6 +98,14 @@ def test_damaged_rows_of_a_file_otherwise_utf_8_are_rejects(
     assert all(reason.startswith("not valid UTF-8: byte 0xe9") for reason in rejects)
 
 
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_a_damaged_record_of_many_lines_is_one_reject(tmp_path: Path, mark: str) -> None:
+    lines = [f"question{mark}answer", *[f"plain{mark}a"] * 20, '"', *["caf?"] * 9, f'"{mark}a']
+    data = "\n".join(lines).encode().replace(b"f?", b"f\xe9")
+    *records, reject = open_records(save(tmp_path / "d.csv", data))
+    assert (len(records), isinstance(reject, Reject), reject.line) == (20, True, 22)
+
+
 @pytest.mark.parametrize("name", NAMES[:4])
 def test_where_the_first_block_ends_does_not_matter(tmp_path: Path, name: str) -> None:
     for shift in range(3):

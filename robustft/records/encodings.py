@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robustft.errors import UserError
-from robustft.records.framing import CHUNK_BYTES, Place, Reject, split_array, split_lines
+from robustft.records.formats import TextReader
+from robustft.records.framing import CHUNK_BYTES, Place, Reject, split_array, split_csv, split_lines
 
 # How they begin, with a mark or (as in RFC 4627, section 3) with two characters of ASCII.
 _UNICODE = {
@@ -37,15 +38,14 @@ def refuse_unicode(path: Path, start: bytes, compression: str | None) -> None:
             )
 
 
-def refuse_other(
-    path: Path, start: bytes, format: str, compression: str | None, limit: int
-) -> None:
+def refuse_other(reader: TextReader, start: bytes) -> None:
     """Raise UserError where many rows of a file's `start` are not UTF-8 and hardly any other is.
 
     Rows in ASCII count for neither.
     """
+    path = reader.files[0]
     bad, good, rows, first = 0, 0, 0, ""
-    for number, data in _rows(start, format, limit):
+    for number, data in _rows(reader, start):
         rows += 1
         if data.isascii():
             continue
@@ -55,19 +55,26 @@ def refuse_other(
         except UnicodeDecodeError as error:
             bad += 1
             found = f"found byte 0x{data[error.start]:02x} at offset {error.start}"
-            first = first or f"{Place(number).named(format)}: expected UTF-8, {found}"
+            first = first or f"{Place(number).named(reader.format)}: expected UTF-8, {found}"
     if bad >= max(_FEW, rows / _SHARE) and bad > _SHARE * good:
         raise UserError(
             f"{path}, {first} ({bad} of the first {rows} are not UTF-8); save it as UTF-8, or, if "
-            f"it is Windows-1252: {_command(path, 'WINDOWS-1252', compression)}"
+            f"it is Windows-1252: {_command(path, 'WINDOWS-1252', reader.compression)}"
         )
 
 
-def _rows(start: bytes, format: str, limit: int) -> Iterator[tuple[int, bytes]]:
-    if format != "json" and len(start) >= CHUNK_BYTES:  # the last line may break off
+def _rows(reader: TextReader, start: bytes) -> Iterator[tuple[int, bytes]]:
+    if reader.format == "json":
+        array = split_array([start], reader.limit)
+        return (item for item in array if not isinstance(item, Reject))
+    if len(start) >= CHUNK_BYTES:  # the last line may break off
         start = start[: start.rfind(b"\n") + 1] or start
-    split = split_array if format == "json" else split_lines
-    return (item for item in split([start], limit) if not isinstance(item, Reject))
+    lines = split_lines([start], reader.limit)
+    if reader.format != "csv":
+        return (item for item in lines if not isinstance(item, Reject))
+    # A record of many lines is one row; one that is not UTF-8 is a reject already.
+    records = split_csv(lines, reader.limit, reader.delimiter)
+    return ((one.line, one.data) if isinstance(one, Reject) else one[:2] for one in records)
 
 
 def _command(path: Path, encoding: str, compression: str | None) -> str:

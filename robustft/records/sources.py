@@ -217,20 +217,21 @@ def _open_text(path: Path, limit: int) -> TextReader:
     # Many ".json" files hold one object a line, so the first byte decides.
     if format != "csv":
         format = "json" if text.startswith(b"[") else "jsonl"
-    refuse_other(path, start, format, compression, limit)
-    if suffix == ".json" and format == "jsonl" and text.split(b"\n", 1)[0].strip() == b"{":
-        raise UserError(f"{path}: expected an array of objects or one a line, found one object")
     reader = TextReader((path,), ("",), format, compression, suffix + compressed, limit)
-    if format == "csv":
-        declared = _SEP_LINE.match(start)
-        delimiters = DELIMITERS[suffix]
-        if declared:
-            reader, delimiters = replace(reader, sep_line=declared[0]), declared[1].decode()
-        delimiter, first = _csv_start(reader, delimiters)
-        fields, header = csv_header(path, first)
-        header = bom + reader.sep_line + header
-        return replace(reader, fields=fields, header=header, delimiter=delimiter)
-    return reader
+    if format != "csv":
+        refuse_other(reader, start)
+        if suffix == ".json" and format == "jsonl" and text.split(b"\n", 1)[0].strip() == b"{":
+            raise UserError(f"{path}: expected an array of objects or one a line, found one object")
+        return reader
+    declared = _SEP_LINE.match(start)
+    delimiters = DELIMITERS[suffix]
+    if declared:
+        reader, delimiters = replace(reader, sep_line=declared[0]), declared[1].decode()
+    delimiter, first = _csv_start(reader, delimiters)
+    reader = replace(reader, delimiter=delimiter)
+    refuse_other(reader, start)
+    fields, header = csv_header(path, first)
+    return replace(reader, fields=fields, header=bom + reader.sep_line + header)
 
 
 def _csv_start(
