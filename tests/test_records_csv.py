@@ -74,6 +74,20 @@ def test_rows_and_not_names_tell_what_divides_them(tmp_path: Path) -> None:
     assert source.fields == ("question", "answer;a;b;c")
 
 
+@pytest.mark.parametrize("few", ["", "x,y\n", "x;y\n"])
+@pytest.mark.parametrize("names", [("a.csv", "b.csv"), ("b.csv", "a.csv")])
+def test_files_of_one_header_have_one_delimiter(
+    tmp_path: Path, names: tuple[str, str], few: str
+) -> None:
+    """Also where one holds no record that tells which it is."""
+    head = "question,answer,notes (a; b; c; d)\n"
+    for name, rows in zip(names, ("q,a,\n" * 3, few), strict=True):
+        save(tmp_path / name, head + rows)
+    items = list(open_records(str(tmp_path)))
+    assert [item.answer for item in items if isinstance(item, Record)] == ["a"] * 3
+    assert len(items) == 3 + bool(few)
+
+
 @pytest.mark.parametrize(
     ("first", "mark"),
     [("sep=;", ";"), ("SEP=,", ","), ("sep=\t", "\t"), ('"sep=;"', ";"), ("sep=#", "#")],

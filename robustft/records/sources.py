@@ -173,6 +173,9 @@ def open_files(files: tuple[Path, ...], limit: int, names: tuple[str, ...] = ())
     if split_suffix(files[0])[0] == ".parquet":
         return open_parquet(files, names)
     readers = [_open_text(path, limit) for path in files]
+    if len({reader.delimiter for reader in readers}) > 1:  # a file of few rows tells little of it
+        surest = max(readers, key=lambda reader: _fit(reader, reader.delimiter))
+        readers = [_open_text(path, limit, surest.delimiter) for path in files]
     for path, reader in zip(files, readers, strict=True):
         if _layout(reader) != _layout(readers[0]):
             raise UserError(f"{path}: expected the layout and columns of {files[0].name}")
@@ -200,7 +203,7 @@ def _check_magic(path: Path) -> None:
         )
 
 
-def _open_text(path: Path, limit: int) -> TextReader:
+def _open_text(path: Path, limit: int, delimiters: str = "") -> TextReader:
     suffix, compressed = split_suffix(path)
     compression = COMPRESSIONS.get(compressed)
     try:
@@ -224,7 +227,7 @@ def _open_text(path: Path, limit: int) -> TextReader:
             raise UserError(f"{path}: expected an array of objects or one a line, found one object")
         return reader
     declared = _SEP_LINE.match(start)
-    delimiters = DELIMITERS[suffix]
+    delimiters = delimiters or DELIMITERS[suffix]
     if declared:
         reader, delimiters = replace(reader, sep_line=declared[0]), declared[1].decode()
     delimiter, first = _csv_start(reader, delimiters)
@@ -246,15 +249,16 @@ def _csv_start(
     found = [
         mark for mark, head in heads.items() if isinstance(head, tuple) and len(head[2]) > 1
     ] or [delimiters[0]]
-
-    def fit(mark: str) -> tuple[int, int]:
-        head, *others = islice(reader.csv_records(mark), 1 + DELIMITED_RECORDS)
-        columns = 0 if isinstance(head, Reject) else len(head[2])
-        fits = (not isinstance(one, Reject) and len(one[2]) == columns for one in others)
-        return sum(fits), columns
-
-    best = found[0] if len(found) == 1 else max(found, key=fit)
+    best = found[0] if len(found) == 1 else max(found, key=lambda mark: _fit(reader, mark))
     return best, heads[best]
+
+
+def _fit(reader: TextReader, delimiter: str) -> tuple[int, int]:
+    """How many of the first records have as many fields as the header, and how many it has."""
+    head, *others = islice(reader.csv_records(delimiter), 1 + DELIMITED_RECORDS)
+    columns = 0 if isinstance(head, Reject) else len(head[2])
+    fits = (not isinstance(one, Reject) and len(one[2]) == columns for one in others)
+    return sum(fits), columns
 
 
 def _layout(reader: TextReader) -> tuple[str, tuple[str, ...], str, bytes]:
