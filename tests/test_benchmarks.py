@@ -170,6 +170,18 @@ def test_knn_uses_the_cores_that_it_may_and_tells_peers_apart(
     assert knn.ratios([ours, one, other]) == "c threads=1: x torch matmul, topk 2.0; faiss 4.0"
 
 
+def test_knn_keeps_the_rows_of_what_is_done_when_it_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("knn", "c", "robustft", 1, 1.0, 1.0, 1.0, 8.0, "queries/s", "yes", "", "", "", None)
+    made = iter([[row]])
+    monkeypatch.setattr(knn, "run_case", lambda *_: next(made))
+    out = tmp_path / "rows.csv"
+    with pytest.raises(StopIteration):  # at the second case
+        knn.main(["--quick", "--no-machine", "--out", str(out)])
+    assert "robustft" in out.read_text()
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_wrong_neighbours_of_a_mapped_file_end_with_status_1(
     wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

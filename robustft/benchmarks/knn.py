@@ -236,7 +236,10 @@ def ratios(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table and the ratios, append rows to --out; status 1 when a gate failed."""
+    """Ratios and CSV rows of every case as soon as it is done, then a table.
+
+    Returns 1 when a gate failed.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small corpus, under a minute")
     parser.add_argument("--out", type=Path, help="append CSV rows to this file")
@@ -258,22 +261,29 @@ def main(arguments: list[str] | None = None) -> int:
     real = None
     if options.embeddings:
         real = np.load(options.embeddings, mmap_mode="r", allow_pickle=False)
-    rows = [] if options.no_machine else machine_rows(options.threads)
+    rows: list[Row] = []
+
+    def add(made: list[Row]) -> None:
+        rows.extend(made)
+        if options.out:
+            append_rows(options.out, made)
+
+    if not options.no_machine:
+        add(machine_rows(options.threads))
     shapes = itertools.product(options.kinds, options.rows, options.dims)
     for kind, count, dim in shapes:
         if kind == "real" and real is not None:
             count, dim = len(real) - _held_out(len(real)), real.shape[1]
         for queries, k, threads in itertools.product(options.queries, options.ks, options.threads):
             case = Case(kind, count, dim, queries, k, threads)
-            print(case, f"threads={threads}", file=sys.stderr)
-            rows += run_case(case, real, options.budget, options.peers)
+            print(case, f"threads={threads}", file=sys.stderr, flush=True)
+            made = run_case(case, real, options.budget, options.peers)
+            print(ratios(made), flush=True)
+            add(made)
     print(table(rows))
-    print(ratios(rows))
     missing = [
         peer for peer in [*options.peers, "threadpoolctl"] if importlib.util.find_spec(peer) is None
     ]
     if missing:
         print(f"not run (not installed): {', '.join(missing)}")
-    if options.out:
-        append_rows(options.out, rows)
     return int(any(row.correct == "NO" for row in rows))
