@@ -217,23 +217,25 @@ def _open_text(path: Path, limit: int, delimiters: str = "") -> TextReader:
     if not text:
         raise UserError(f"{path}: the file is empty")
     format = FORMATS[suffix]
-    # Many ".json" files hold one object a line, so the first byte decides.
-    if format != "csv":
-        format = "json" if text.startswith(b"[") else "jsonl"
     reader = TextReader((path,), ("",), format, compression, suffix + compressed, limit)
-    if format != "csv":
-        refuse_other(reader, start)
-        if suffix == ".json" and format == "jsonl" and text.split(b"\n", 1)[0].strip() == b"{":
-            raise UserError(f"{path}: expected an array of objects or one a line, found one object")
-        return reader
-    declared = _SEP_LINE.match(start)
-    delimiters = delimiters or DELIMITERS[suffix]
-    if declared:
+    if format == "csv":
+        return _open_csv(reader, start, bom, delimiters or DELIMITERS[suffix])
+    # Many ".json" files hold one object a line, so the first byte decides.
+    reader = replace(reader, format="json" if text.startswith(b"[") else "jsonl")
+    refuse_other(reader, start)
+    one_object = reader.format == "jsonl" and text.split(b"\n", 1)[0].strip() == b"{"
+    if suffix == ".json" and one_object:
+        raise UserError(f"{path}: expected an array of objects or one a line, found one object")
+    return reader
+
+
+def _open_csv(reader: TextReader, start: bytes, bom: bytes, delimiters: str) -> TextReader:
+    if declared := _SEP_LINE.match(start):
         reader, delimiters = replace(reader, sep_line=declared[0]), declared[1].decode()
     delimiter, first = _csv_start(reader, delimiters)
     reader = replace(reader, delimiter=delimiter)
     refuse_other(reader, start)
-    fields, header = csv_header(path, first)
+    fields, header = csv_header(reader.files[0], first)
     return replace(reader, fields=fields, header=bom + reader.sep_line + header)
 
 
