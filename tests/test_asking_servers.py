@@ -177,7 +177,16 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [
+        ("score", signal.SIGKILL),
+        ("eval", signal.SIGKILL),
+        ("score", signal.SIGINT),
+        ("eval", signal.SIGTERM),
+    ],
+    indirect=["command"],
+)
 def test_a_killed_command_asks_nothing_twice_that_it_kept(
     server: FaultyServer, tiny_model: Path, tmp_path: Path, source: Path, command: str, call: Call,
     how: signal.Signals,

@@ -423,7 +423,7 @@ def test_many_ids_stay_unique(tmp_path: Path) -> None:
 def test_ids_that_stand_twice_or_always_take_no_more_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    count, looks = 50_000, 0
+    count, looks = 6_000, 0
     for name in (lambda n: f"a rather long name {n // 2}", lambda n: "one name"):
         ids = UniqueIds()
         tracemalloc.start()

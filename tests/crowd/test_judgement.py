@@ -39,17 +39,17 @@ def sharpened(rows: int, rate: float, factor: float) -> tuple[np.ndarray, np.nda
     return learners.softmax(factor * scores), truth, flipped(truth, rate, 4, rng)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0, 5.0])
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
-def test_an_expert_may_be_too_sure_of_everything(factor: float, rate: float) -> None:
-    said, truth, labels = sharpened(1500, rate, factor)
-    found, wrong = crowd.judge_labels({"expert": said}, labels, 4), labels != truth
-    assert found.noise_rate is not None
-    assert abs(found.noise_rate.value - rate) < 0.05
-    flagged = found.wrong > 0.5
-    assert abs(found.expected_precision() - wrong[flagged].mean()) < 0.08
-    best = crowd.judge_labels({"expert": sharpened(1500, rate, 1.0)[0]}, labels, 4).wrong > 0.5
-    assert (flagged != best).mean() < 0.02
+def test_an_expert_may_be_too_sure_of_everything(rate: float) -> None:
+    flags = []
+    for factor in (1.0, 0.5, 3.0, 5.0):
+        said, truth, labels = sharpened(1500, rate, factor)
+        found, wrong = crowd.judge_labels({"expert": said}, labels, 4), labels != truth
+        assert found.noise_rate is not None
+        assert abs(found.noise_rate.value - rate) < 0.05
+        flags.append(found.wrong > 0.5)
+        assert abs(found.expected_precision() - wrong[flags[-1]].mean()) < 0.08
+        assert (flags[-1] != flags[0]).mean() < 0.02
 
 
 def test_a_weak_expert_does_not_overrule_right_answers() -> None:
