@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from fractions import Fraction
 
 import pytest
@@ -964,3 +965,15 @@ def test_law_what_is_normalised_stays_as_it_is(text: str) -> None:
     for kind in ("span", "text", "choice"):
         once = normalise(text, kind)
         assert normalise(once, kind) == once
+
+
+def test_long_answers_are_not_hoarded() -> None:
+    """Of ten million free texts no more may be remembered than are compared again soon."""
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            agreement(f"{number} " + "word " * 400, "other " * 400, kind="text")
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 3e6  # of 300 texts in words: 8 MB

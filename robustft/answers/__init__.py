@@ -12,8 +12,8 @@ import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 from robustft.answers.choices import parse_choice
 from robustft.answers.formulas import is_formula, same_formula
@@ -52,6 +52,9 @@ __all__ = [
 ]
 
 Kind = Literal["choice", "number", "span", "text"]
+T = TypeVar("T")
+
+_SHORT = 256  # characters of an answer that is remembered as long as thousands of others
 
 _NO_THOUGHT = re.compile(rf"(?:{THOUGHT_BEGINS.pattern}\s*(?:{THOUGHT_ENDS.pattern})[^\S ]*)+")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -141,10 +144,8 @@ def normalise(text: str, kind: Kind) -> str:
     """
     if kind == "choice":
         return text.strip(" \t\r\n()[]{}.:*_\"'`").upper()
-    if kind == "number":
-        parsed = parse_number(text)
-        if parsed.answer is not None:
-            return spelt(parsed.answer)
+    if kind == "number" and (number := _number_in(text)) is not None:
+        return number
     return " ".join(_words(text)) or unicodedata.normalize("NFKC", text).casefold().strip()
 
 
@@ -168,7 +169,27 @@ def _role(ch: str) -> str:
     return " " if category[0] in "PZC" or category == "Sc" else ch
 
 
-@functools.lru_cache(maxsize=8192)
+def _remembered(compute: Callable[[str], T]) -> Callable[[str], T]:
+    """`compute`, that answers compared again soon are not read again; of long ones only a few."""
+    short, long = (functools.lru_cache(size)(compute) for size in (4096, 64))
+    return lambda text: (short if len(text) <= _SHORT else long)(text)
+
+
+@_remembered
+def _number_in(text: str) -> str | None:
+    """The one spelling of the number that a text gives as its answer."""
+    answer = parse_number(text).answer
+    return None if answer is None else spelt(answer)
+
+
+@_remembered
+def _final_number_in(text: str) -> str | None:
+    """Likewise, of a number that the text marks as final."""
+    answer = parse_final_number(text).answer
+    return None if answer is None else spelt(answer)
+
+
+@_remembered
 def _words(text: str) -> tuple[str, ...]:
     folded = _nfkc(text).casefold().translate(_PLAIN)
     folded = _UNSPACED.sub(r" \1 ", folded)
@@ -223,9 +244,9 @@ def agreement(
         return float(normalise(a, "number") == normalise(b, "number"))
     if kind == "span":
         return _span_agreement(a, b)
-    last_a, last_b = parse_final_number(a).answer, parse_final_number(b).answer
+    last_a, last_b = _final_number_in(a), _final_number_in(b)
     if last_a is not None and last_b is not None:
-        return float(spelt(last_a) == spelt(last_b))
+        return float(last_a == last_b)
     return token_f1(a, b)
 
 
