@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -124,6 +126,30 @@ def test_carries_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(answer_consistency_triton, "_CARRY_BYTES", 1)
     assert_same(ragged(4, (3, 9, 66), vocabulary=3), metric="lcs")
+
+
+def test_kernels_run_on_the_device_of_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, whose memory that of another need not be."""
+    from robustft_kernels import answer_consistency_triton
+
+    current: list[torch.device] = []
+    launched = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Launches:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *arguments, **options: launched.append(list(current))
+
+    monkeypatch.setattr(answer_consistency_triton, "on", on, raising=False)
+    for kernel in ("pairwise_kernel", "summarise_kernel"):
+        monkeypatch.setattr(answer_consistency_triton, kernel, Launches())
+    answer_consistency(torch.zeros(2, 3, 1, dtype=torch.int32), backend="triton")
+    assert launched == [[torch.device("cpu")]] * 2
 
 
 def many_pairs(monkeypatch: pytest.MonkeyPatch, total: int, width: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from robustft_kernels.partials_triton import WARP
+from robustft_kernels.partials_triton import WARP, on
 
 METRICS = {"exact": 0, "token_f1": 1, "lcs": 2, "edit": 3}
 _CARRY_BYTES = 256 << 20  # questions are taken in chunks so that the carries fit
@@ -263,22 +263,23 @@ def pairwise(
     for first in range(0, questions, chunk):
         some = slice(first, first + chunk)
         count = min(chunk, questions - first)
-        pairwise_kernel[(triton.cdiv(count, together),)](
-            tokens,
-            start[some],
-            length[some].to(torch.int32),
-            carry,
-            agreement[some],
-            count,
-            slots,
-            steps,
-            1,
-            METRIC=METRICS[metric],
-            KP=padded,
-            LANES=lanes,
-            CARRY=carries,
-            num_warps=lanes // WARP,
-        )
+        with on(tokens.device):
+            pairwise_kernel[(triton.cdiv(count, together),)](
+                tokens,
+                start[some],
+                length[some].to(torch.int32),
+                carry,
+                agreement[some],
+                count,
+                slots,
+                steps,
+                1,
+                METRIC=METRICS[metric],
+                KP=padded,
+                LANES=lanes,
+                CARRY=carries,
+                num_warps=lanes // WARP,
+            )
     return agreement
 
 
@@ -299,20 +300,21 @@ def summarise(
     if present.numel():
         padded = triton.next_power_of_2(slots)
         votes = fraction if weights is None else weights
-        summarise_kernel[(questions,)](
-            agreement.contiguous(),
-            present.to(torch.int8).contiguous(),
-            votes,
-            mean,
-            cluster,
-            majority,
-            fraction,
-            entropy,
-            threshold,
-            slots,
-            GREEDY=clustering == "greedy",
-            WEIGHTED=weights is not None,
-            KP=padded,
-            num_warps=4 if padded > 32 else 1,
-        )
+        with on(agreement.device):
+            summarise_kernel[(questions,)](
+                agreement.contiguous(),
+                present.to(torch.int8).contiguous(),
+                votes,
+                mean,
+                cluster,
+                majority,
+                fraction,
+                entropy,
+                threshold,
+                slots,
+                GREEDY=clustering == "greedy",
+                WEIGHTED=weights is not None,
+                KP=padded,
+                num_warps=4 if padded > 32 else 1,
+            )
     return mean, cluster, majority, fraction, entropy
