@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from robustft_kernels import answer_consistency_triton as consistency
 from robustft_kernels import gradient_triton, partials_triton
 from robustft_kernels import linear_token_stats_triton as linear
 from robustft_kernels import token_stats_triton as logits
@@ -165,7 +166,7 @@ def compilations(kernel: Any, arch: str) -> int:
     bind = create_function_from_signature(
         kernel.signature, kernel.params, make_backend(TARGETS[arch])
     )
-    fixed = {"width": 4096, "hidden_stride": 4096, "weight_stride": 4096}
+    fixed = {"width": 4096, "hidden_stride": 4096, "weight_stride": 4096, "stride": 1}
     keys = set()
     for number in (1, 3, 16, 1 << 20):
         values: dict[str, Any] = {}
@@ -173,7 +174,7 @@ def compilations(kernel: Any, arch: str) -> int:
             name = param.name
             if param.is_constexpr:
                 values[name] = 0
-            elif name in ("rate", "inverse", "cap"):
+            elif name in ("rate", "inverse", "cap", "threshold"):
                 values[name] = 1.0
             elif name == "target_ptr":  # a slice of a batch's targets lies anywhere
                 values[name] = torch.empty(8, dtype=torch.int64)[number % 2 :]
@@ -217,6 +218,8 @@ if __name__ == "__main__":
             linear.linear_partial_kernel,
             linear.target_logit_kernel,
             partials_triton.finish_kernel,
+            consistency.pairwise_kernel,
+            consistency.summarise_kernel,
         )
         print(json.dumps({k.fn.__name__: compilations(k, sys.argv[1]) for k in kernels}))
     else:

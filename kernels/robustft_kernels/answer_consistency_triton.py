@@ -28,7 +28,8 @@ def _popcount(x):
     return ((x * 0x0101010101010101) >> 56).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["stride"])
+# One compilation serves every number of questions and answers and every length.
+@triton.jit(do_not_specialize=["questions", "slots", "steps", "stride"])
 def pairwise_kernel(
     tokens_ptr,  # [T] int32, not negative
     start_ptr,  # [N, K] int64, where in tokens an answer begins
@@ -150,7 +151,7 @@ def pairwise_kernel(
         tl.store(out_row + b * slots + a, value, mask=both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def summarise_kernel(
     agreement_ptr,  # [N, K, K] float32
     present_ptr,  # [N, K] int8
