@@ -559,6 +559,23 @@ def test_compiles_whole_and_dynamic() -> None:
         torch.testing.assert_close(x.grad, y.grad)
 
 
+def test_packed_sequences_compile_whole_and_are_checked() -> None:
+    def reduced(x: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        s = token_stats(x, t, cu_seqlens=bounds).sequences
+        return s.nll, s.entropy, s.max_entropy, s.margin, s.rank, s.tokens
+
+    compiled = torch.compile(reduced, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 8):
+        x, t = torch.randn(n, 12, requires_grad=True), torch.randint(12, (n,))
+        bounds = torch.tensor([0, 2, 2, n], dtype=torch.int32)
+        found, expected = compiled(x, t, bounds), reduced(x, t, bounds)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        slopes = [torch.autograd.grad(nll.nansum(), x)[0] for nll, *_ in (found, expected)]
+        torch.testing.assert_close(*slopes)
+        with pytest.raises(ValueError, match=rf"cu_seqlens must rise from 0 to {n}, got \[0 9\]"):
+            compiled(x, t, torch.tensor([0, 9]))
+
+
 def test_meta_and_autocast() -> None:
     x = torch.empty(3, 5, 70000, device="meta", dtype=torch.bfloat16)
     stats = token_stats(x, torch.empty(3, 5, device="meta", dtype=torch.int64))

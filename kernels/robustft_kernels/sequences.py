@@ -13,6 +13,23 @@ def is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
+@torch.library.custom_op("robustft::checked_bounds", mutates_args=())
+def checked_bounds(cu_seqlens: Tensor, n: int) -> Tensor:
+    """The bounds as int64 that rise from 0 to n, or ValueError.
+
+    An operator, so that a compiled graph does not break where the values are looked at.
+    """
+    ends = cu_seqlens.to(device="cpu", dtype=torch.int64)
+    if ends[0] != 0 or ends[-1] != n or (ends.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to {n}, got {ends.numpy()}")
+    return cu_seqlens.to(torch.int64, copy=True)
+
+
+@checked_bounds.register_fake
+def _(cu_seqlens: Tensor, n: int) -> Tensor:
+    return torch.empty_like(cu_seqlens, dtype=torch.int64)
+
+
 def reduce_sequences(
     stats: TokenStats, cu_seqlens: Tensor, target_ids: Tensor | None, ignore_index: int
 ) -> SequenceStats:
@@ -32,10 +49,7 @@ def reduce_sequences(
             f"cu_seqlens must be integers [sequences + 1], got {cu_seqlens.dtype} "
             f"shaped {tuple(cu_seqlens.shape)}"
         )
-    ends = cu_seqlens.to(device="cpu", dtype=torch.int64)
-    if ends[0] != 0 or ends[-1] != n or (ends.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to {n}, got {ends.numpy()}")
-    offsets = ends.to(stats.entropy.device)
+    offsets = checked_bounds(cu_seqlens, n).to(stats.entropy.device)
     counted = torch.ones(n, dtype=torch.bool, device=stats.entropy.device)
     if target_ids is not None:
         counted = target_ids != ignore_index

@@ -365,7 +365,8 @@ def token_stats(
         ignore_index: the target of positions that have none.
         vocab_size: use only the first `vocab_size` columns; padded columns beyond are not read.
         cu_seqlens: [sequences + 1] integers from 0 to N; logits must then be [N, V], and
-            `sequences` holds the reductions (eq. 7 of arXiv 2412.14922 among them).
+            `sequences` holds the reductions (eq. 7 of arXiv 2412.14922 among them). To check
+            their values a GPU that holds them is waited for.
 
     Returns:
         TokenStats, each field shaped [...]; see there for -inf, +inf, NaN and ties. Entropy,
