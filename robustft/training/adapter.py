@@ -133,9 +133,10 @@ def load_adapter(model: Any, folder: Path, model_name: str | None = None) -> Any
     """`model` with the LoRA adapter in `folder` applied, in evaluation mode.
 
     The adapter is merged into float32 weights, which is exact to rounding and faster; over
-    weights of lower precision it stays beside them. Only safetensors are read, and only
-    settings that are understood: nothing in the folder can name code to run. Of a model whose
-    `model_name` is not the one that the adapter was trained for, the log warns: shapes may agree.
+    weights of lower precision, or one that serves as both embeddings, it stays beside them. Only
+    safetensors are read, and only settings that are understood: nothing in the folder can name
+    code to run. Of a model whose `model_name` is not the one that the adapter was trained for, the
+    log warns: shapes may agree.
 
     Raises:
         UserError: no adapter there, a pickled one, or one that does not fit the model.
@@ -164,9 +165,16 @@ def load_adapter(model: Any, folder: Path, model_name: str | None = None) -> Any
     if strange or lacking:
         what = f"lacks {lacking[0]}" if lacking else f"has {strange[0]}"
         raise UserError(f"{folder}: the adapter does not fit the model: it {what}")
-    if next(model.parameters()).dtype == torch.float32:
+    if next(model.parameters()).dtype == torch.float32 and not _adapts_tied(model):
         return adapted.merge_and_unload().eval()
     return adapted.get_base_model().eval()
+
+
+def _adapts_tied(model: Any) -> bool:
+    """Whether one embedding is adapted that is tied to the other, which is not to change."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    return tied and any(hasattr(end, "lora_A") for end in ends)
 
 
 def read_settings(folder: Path) -> Any:

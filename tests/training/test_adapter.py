@@ -87,3 +87,25 @@ def test_a_pickled_adapter_is_refused(adapter: Path, tiny_model: Path, tmp_path:
     (folder / WEIGHTS).write_bytes(b"rubbish")
     with pytest.raises(UserError, match="does not fit the model"):
         load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("embedding", ["lm_head", "embed_tokens"])
+def test_of_tied_embeddings_the_adapted_one_alone_changes(
+    tiny_model: Path, tmp_path: Path, embedding: str, dtype: torch.dtype
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    source = find_model(str(tiny_model))
+    settings = LoraConfig(r=4, target_modules=["q_proj", embedding], task_type="CAUSAL_LM")
+    trained = get_peft_model(load_causal_lm(source, dtype=dtype), settings).eval()
+    torch.manual_seed(0)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained.save_pretrained(tmp_path, save_embedding_layers=False)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = trained(input_ids=ids).logits
+        found = load_adapter(load_causal_lm(source, dtype=dtype), tmp_path)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
