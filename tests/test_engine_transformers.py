@@ -43,7 +43,13 @@ from robustft.engines.tokens import piece_offsets
 from robustft.engines.transformers import TransformersEngine
 from robustft.errors import UserError
 from robustft.evaluation import evaluate
-from robustft.models import ModelSource, content_digest, find_model, load_tokenizer
+from robustft.models import (
+    ModelSource,
+    content_digest,
+    find_model,
+    load_causal_lm,
+    load_tokenizer,
+)
 from robustft.scoring import score_file
 
 TEXTS = ["hi", "a much longer question than the others, by far", "B?", "ünïcödé 🙂", ""]
@@ -708,6 +714,28 @@ def test_other_architectures(
             row = reference_logits(engine, said)[-1].log_softmax(-1)
             said.append(int(row.argmax()))
             assert nll == pytest.approx(-float(row.max()), abs=1e-4)
+
+
+def test_a_slight_adapter_on_the_head_is_heard(tiny_model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    source = find_model(str(tiny_model))
+    model = load_causal_lm(source, dtype=torch.bfloat16)
+    settings = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, settings).get_base_model()
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, 0, 0.015)
+    engine = TransformersEngine(
+        EngineConfig(dtype="bfloat16"), model=adapted, tokenizer=load_tokenizer(source)
+    )
+    asked = [prompt("hi")]
+    (found,) = engine.choose(asked, [(" A", " B")])
+    (ids,) = engine.encoder.encode(asked)
+    expected = reference_logits(engine, ids)[-1].float().log_softmax(-1)
+    first = [engine.encoder.continuation("Answer:", text)[0] for text in (" A", " B")]
+    np.testing.assert_allclose(found.logprobs, expected[first], atol=1e-3)
 
 
 def test_the_growing_cache_holds_what_the_concatenating_one_does() -> None:

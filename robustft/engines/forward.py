@@ -270,7 +270,7 @@ class ForwardPasses:
         """Whether logits are exactly `lm_head(hidden)` (no soft cap, scale or bias), once seen.
 
         Architectures differ in what they do to logits; asking the model itself is safer than a
-        list of their names.
+        list of their names. An adapter on the head may add less than rounding hides.
         """
         if self._head_is_linear is None:
             vocabulary = self.model.config.get_text_config().vocab_size
@@ -283,7 +283,8 @@ class ForwardPasses:
                 # Of small logits a soft cap takes little: no more than rounding may differ.
                 limit = max(1e-4, torch.finfo(state.dtype).eps) * float(own.abs().max())
                 same = float((own - again).abs().max()) <= limit
-                self._head_is_linear = same and getattr(head, "bias", None) is None
+                plain = isinstance(head, torch.nn.Linear) and head.bias is None
+                self._head_is_linear = same and plain
             except (AttributeError, RuntimeError, TypeError):
                 self._head_is_linear = False
         return self._head_is_linear
