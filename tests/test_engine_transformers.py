@@ -120,6 +120,32 @@ def test_a_reply_that_ends_at_once_is_empty(
         assert np.isnan(reply.span_mean(reply.nll, 0, 1))
 
 
+def test_a_reply_ends_where_the_template_ends_a_turn(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base models with a chat template (Qwen 2.5) know another token as the end of a text."""
+    source = find_model(str(tiny_model))
+    tokenizer = load_tokenizer(source)
+    tokenizer.eos_token = "<|endoftext|>"
+    model = load_causal_lm(source, dtype=torch.float32)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    engine = TransformersEngine(EngineConfig(dtype="float32"), model=model, tokenizer=tokenizer)
+    written = [*tokenizer.encode("42"), tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    forward = model.forward
+
+    def says_42(*given: Any, **named: Any) -> Any:
+        output = forward(*given, **named)
+        step = named["past_key_values"].get_seq_length() - len(asked)
+        output.logits[:, -1] = -100.0
+        output.logits[:, -1, [*written, *tokenizer.encode("7") * 9][step]] = 0.0
+        return output
+
+    (asked,) = engine.encoder.encode([prompt("hi")])
+    monkeypatch.setattr(model, "forward", says_42)
+    (reply,) = engine.generate([prompt("hi")], 8)
+    assert (reply.text, reply.finished, len(reply.nll)) == ("42", True, 2)
+
+
 def test_every_token_of_a_split_character_counts(engine: TransformersEngine) -> None:
     text = "é 答B🙂"
     tokens = engine.encoder.continuation("", text)  # one a byte

@@ -47,6 +47,30 @@ def _spaced(found: re.Match[str]) -> str:
     return f"{found[0][:1]} {found[0][1:]}"
 
 
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """Return the token that ends an assistant's turn, as the chat template has it, or no token.
+
+    It is not always the tokenizer's end-of-text token. A model that never saw it after its answers
+    would not stop; one that did writes it, and what comes next is no part of the reply.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        slot = _PLACEHOLDER.format(1)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": slot}]
+        try:
+            rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # a template may raise anything; this one takes no such turns
+            rendered = ""
+        after = rendered.rpartition(slot)[2]
+        ids = tokenizer.encode(after, add_special_tokens=False) if after else []
+        # Many templates end a turn in a control token that is none of the tokenizer's named ones.
+        added = tokenizer.added_tokens_decoder.items()
+        control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        if ids and ids[0] in control:
+            return [int(ids[0])]
+    end = tokenizer.eos_token_id
+    return [] if end is None else [int(end)]
+
+
 def _one_thread(
     method: Callable[Concatenate[PromptEncoder, _P], _T],
 ) -> Callable[Concatenate[PromptEncoder, _P], _T]:
@@ -83,7 +107,7 @@ class PromptEncoder:
     Args:
         tokenizer: a Hugging Face tokenizer.
         window: tokens that the model takes, prompt and reply.
-        ends: further ids that end a reply, beside the tokenizer's own.
+        ends: further ids that end a reply, beside the tokenizer's own and its template's.
     """
 
     def __init__(
@@ -93,7 +117,7 @@ class PromptEncoder:
         self._lock = threading.Lock()
         self._next = threading.Lock()  # held by one who waits for a turn: nobody gets in before
         self.window = window
-        own = (*ends, tokenizer.eos_token_id)
+        own = (*ends, tokenizer.eos_token_id, *end_of_turn(tokenizer))
         self.ends = frozenset(int(end) for end in own if end is not None)
         self.truncated = 0  # prompts cut to the window so far
         self._templates: dict[tuple[str, ...], tuple[list[list[int] | int], set[int]]] = {}

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustft.engines.encoding import PromptEncoder
+from robustft.engines.encoding import PromptEncoder, end_of_turn
 from robustft.prompts import answer_prompt, response
 from robustft.records import Record
 
 _CHUNK = 256  # records tokenised in one call …
 _CHUNK_CHARACTERS = 1 << 22  # … and about how long they may be: a character takes 60 bytes
 _SORTED_TOGETHER = 32  # batches whose records are sorted by length together
-_PLACEHOLDER = "\ue0f2"  # private use: no template looks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,29 +82,6 @@ def fit(prompt: Sequence[int], response: Sequence[int], cutoff: int) -> tuple[Ex
         head = head[: keep - keep // 2] + head[len(head) - keep // 2 :]
     ids = np.array(head + tail, np.int32)
     return Example(ids, len(tail)), len(ids) < len(prompt) + len(response)
-
-
-def end_of_turn(tokenizer: Any) -> list[int]:
-    """Return the token that ends an assistant's turn, as the chat template has it, or no token.
-
-    It is not always the tokenizer's end-of-text token, and a model that never saw it after its
-    answers would not stop.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PLACEHOLDER}]
-        try:
-            rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception:  # a template may raise anything; this one takes no such turns
-            rendered = ""
-        after = rendered.rpartition(_PLACEHOLDER)[2]
-        ids = tokenizer.encode(after, add_special_tokens=False) if after else []
-        # Many templates end a turn in a control token that is none of the tokenizer's named ones.
-        added = tokenizer.added_tokens_decoder.items()
-        control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-        if ids and ids[0] in control:
-            return [int(ids[0])]
-    end = tokenizer.eos_token_id
-    return [] if end is None else [int(end)]
 
 
 def epoch_batches(

@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustft.engines.encoding import PromptEncoder
+from robustft.engines.encoding import PromptEncoder, end_of_turn
 from robustft.models import find_model, load_tokenizer
 from robustft.records import open_records
 from robustft.training.data import (
     encode_records,
-    end_of_turn,
     epoch_batches,
     fit,
     learning_rate_at,
