@@ -515,6 +515,31 @@ def test_no_thought_comes_before_an_answer(tiny_model: Path, opens: str) -> None
     assert text.endswith("<turn>model\n<think>\n\n</think>\n\nAnswer:")
 
 
+@pytest.mark.parametrize(
+    ("invites", "begins"),
+    [
+        ("<turn>model", "<turn>model<channel>final<message>"),  # gpt-oss
+        ("<turn>model\n", "<turn>model\n<response>"),  # Command A
+        ("", "<turn>model\n"),
+        ("", "<turn>model\n<think>\n"),
+        ("<turn>model\n<think>\n", "<turn>model\n<think>\n\n</think>\n\n"),
+    ],
+)
+def test_an_answer_begins_where_the_template_lets_it(
+    tiny_model: Path, invites: str, begins: str
+) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<turn>user\n{{ m.content }}<end>\n"
+        f"{{% else %}}{begins}{{{{ m.content }}}}<end>\n{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{invites}{{% endif %}}"
+    )
+    encoder = PromptEncoder(tokenizer)
+    text = tokenizer.decode(encoder.encode([prompt("hi")])[0])
+    closed = "\n</think>\n\n" if begins.endswith("<think>\n") else ""
+    assert text == f"<turn>user\nhi<end>\n{begins}{closed}Answer:" == encoder.render(prompt("hi"))
+
+
 def test_turn_markers_that_are_no_special_tokens(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(find_model(str(tiny_model)))
     plain = [AddedToken(one, special=False) for one in ("<turn>", "<end>", "<think>", "\n")]

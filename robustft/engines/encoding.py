@@ -373,7 +373,7 @@ class PromptEncoder:
         A template that takes user and assistant in turn alone gets neighbours of one role as one
         message, and what the system says at the head of the user's. Models that think before they
         answer are told not to, as answers are read from the first tokens: by the template where it
-        knows how, else by closing the thought that it opens.
+        knows how, else as `_begun` does.
         """
         slots = [_PLACEHOLDER.format(index) for index in range(len(roles))]
         template = getattr(self._tokenizer, "chat_template", None)
@@ -400,7 +400,29 @@ class PromptEncoder:
                 refusal = refusal or f"refuses the roles {', '.join(roles)}: {error}"
                 continue
             if all(rendered.count(slot) == 1 for slot in slots):
-                opened = rendered.rstrip().endswith("<think>")
-                return rendered.rstrip() + "\n\n</think>\n\n" if opened else rendered
+                return self._begun(rendered, messages, thinking)
             refusal = refusal or "drops or repeats a message; use another"
         raise UserError(f"the model's chat template {refusal}")
+
+    def _begun(
+        self, rendered: str, messages: Sequence[dict[str, str]], settings: dict[str, bool]
+    ) -> str:
+        """The rendered conversation up to the first word of an answer.
+
+        Some templates put more before an answer than what they invite it with: the channel of
+        gpt-oss, the mark of Command A, or all of it where they invite none. Left to the model, it
+        would begin with a thought, or with the user's next turn. A thought that is open is closed.
+        """
+        slot = _PLACEHOLDER.format(len(messages))
+        answer = {"role": "assistant", "content": slot}
+        try:
+            answered = str(
+                self._tokenizer.apply_chat_template([*messages, answer], tokenize=False, **settings)
+            )
+        except Exception:  # as above
+            answered = ""
+        begun, found, _ = answered.partition(slot)
+        if found and begun.startswith(rendered) and begun[len(rendered) :].strip():
+            rendered = begun
+        opened = rendered.rstrip().endswith("<think>")
+        return rendered.rstrip() + "\n\n</think>\n\n" if opened else rendered
