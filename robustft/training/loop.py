@@ -247,7 +247,8 @@ class TrainingLoop:
         else:
             columns, slots = kept.unique(return_inverse=True)
             logits = self.model(input_ids=ids, logits_to_keep=columns, **inputs).logits
-            chosen = logits[rows, slots].float()
+            # A model that knows no such choice (xLSTM) gives them all.
+            chosen = logits[rows, slots if logits.shape[1] == len(columns) else kept].float()
         if self._signals is not None:
             ends = torch.bincount(rows, minlength=len(examples)).cumsum(0)
             starts = functional.pad(ends, (1, 0))

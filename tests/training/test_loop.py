@@ -107,6 +107,7 @@ WINDOW = SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "sliding_wi
         ("Qwen3", SMALL | {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8}),
         ("Phimoe", WINDOW | {"num_local_experts": 4}),  # a router that answers with two tensors
         ("Mamba", {"vocab_size": 120, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
+        ("xLSTM", SMALL | {"hidden_size": 128, "num_blocks": 2, "num_heads": 2}),  # all logits
     ],
 )
 def test_other_architectures(
