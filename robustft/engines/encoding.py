@@ -12,6 +12,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from robustft.engines import Prompt
@@ -23,6 +24,8 @@ _T = TypeVar("_T")
 # Private-use characters: no template looks for them, and they stand alone in the rendering.
 _PLACEHOLDER = "\ue0f0{}\ue0f1"
 _SPLIT = re.compile("\ue0f0([0-9]+)\ue0f1")
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DAY = datetime(2024, 7, 26)  # which the templates of Llama 3 name by default
 _REPLY = -1  # stands for the reply where others are messages' numbers
 # Prompts encoded in one turn, and their characters: some milliseconds, in which others wait.
 _MOST_PROMPTS = 16
@@ -45,6 +48,11 @@ def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
 def _spaced(found: re.Match[str]) -> str:
     """A control token's spelling, broken by a space."""
     return f"{found[0][:1]} {found[0][1:]}"
+
+
+def _on_one_day(found: re.Match[str]) -> str:
+    """A template's call for today's date as a text that never changes."""
+    return repr(_DAY.strftime(found[2]))
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
@@ -373,13 +381,18 @@ class PromptEncoder:
         A template that takes user and assistant in turn alone gets neighbours of one role as one
         message, and what the system says at the head of the user's. Models that think before they
         answer are told not to, as answers are read from the first tokens: by the template where it
-        knows how, else as `_begun` does.
+        knows how, else as `_begun` does. A template that tells the date (Llama 3.2, gpt-oss) tells
+        one that never changes: what a run asks must not depend on the day it is resumed or tested.
         """
         slots = [_PLACEHOLDER.format(index) for index in range(len(roles))]
         template = getattr(self._tokenizer, "chat_template", None)
         if not template:
             return "\n\n".join(slots) + "\n"
-        thinking = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
+        settings: dict[str, Any] = {}
+        if "enable_thinking" in str(template):
+            settings["enable_thinking"] = False
+        if isinstance(template, str):  # else several, by name
+            settings["chat_template"] = _TODAY.sub(_on_one_day, template)
         asked = next((n for n, role in enumerate(roles) if role == "user"), 0)
         plain = ["user" if n < asked or role == "system" else role for n, role in enumerate(roles)]
         refusal = ""
@@ -393,19 +406,19 @@ class PromptEncoder:
             try:
                 rendered = str(
                     self._tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=True, **thinking
+                        messages, tokenize=False, add_generation_prompt=True, **settings
                     )
                 )
             except Exception as error:  # a template may raise anything (jinja2 errors, mostly)
                 refusal = refusal or f"refuses the roles {', '.join(roles)}: {error}"
                 continue
             if all(rendered.count(slot) == 1 for slot in slots):
-                return self._begun(rendered, messages, thinking)
+                return self._begun(rendered, messages, settings)
             refusal = refusal or "drops or repeats a message; use another"
         raise UserError(f"the model's chat template {refusal}")
 
     def _begun(
-        self, rendered: str, messages: Sequence[dict[str, str]], settings: dict[str, bool]
+        self, rendered: str, messages: Sequence[dict[str, str]], settings: dict[str, Any]
     ) -> str:
         """The rendered conversation up to the first word of an answer.
 
