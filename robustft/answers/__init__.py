@@ -160,13 +160,18 @@ def _nfkc(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("⁄", "/")
 
 
-@functools.lru_cache(maxsize=4096)
-def _role(ch: str) -> str:
-    """What a character becomes: itself, "" (joins its neighbours) or a space (separates)."""
-    if ch in _JOINED:
-        return ""
-    category = unicodedata.category(ch)
-    return " " if category[0] in "PZC" or category == "Sc" else ch
+class _Roles(dict[int, str]):
+    """What characters become: themselves, "" (join their neighbours) or a space (separate)."""
+
+    def __missing__(self, point: int) -> str:
+        ch = chr(point)
+        category = unicodedata.category(ch)
+        separates = category[0] in "PZC" or category == "Sc"
+        role = "" if ch in _JOINED else " " if separates else ch
+        return self.setdefault(point, role)
+
+
+_ROLES = _Roles()
 
 
 def _remembered(compute: Callable[[str], T]) -> Callable[[str], T]:
@@ -196,9 +201,9 @@ def _words(text: str) -> tuple[str, ...]:
     pieces: list[str] = []
     end = 0
     for match in _NUMBER.finditer(folded):
-        pieces += [*map(_role, folded[end : match.start()]), f" {_plain_number(match[0])} "]
+        pieces += [folded[end : match.start()].translate(_ROLES), f" {_plain_number(match[0])} "]
         end = match.end()
-    pieces += map(_role, folded[end:])
+    pieces.append(folded[end:].translate(_ROLES))
     words = "".join(pieces).split()
     # The last word is no article: "vitamin A".
     return (*(word for word in words[:-1] if word not in _ARTICLES), *words[-1:])
@@ -220,7 +225,8 @@ def token_f1(a: str, b: str) -> float:
     first, second = _words(a), _words(b)
     if not first or not second:
         return float(normalise(a, "text") == normalise(b, "text"))
-    common = (Counter(first) & Counter(second)).total()
+    counts, others = Counter(first), Counter(second)
+    common = sum(min(counts[word], others[word]) for word in counts.keys() & others.keys())
     return 2 * common / (len(first) + len(second))
 
 
@@ -244,7 +250,13 @@ def agreement(
         return float(normalise(a, "number") == normalise(b, "number"))
     if kind == "span":
         return _span_agreement(a, b)
-    last_a, last_b = _final_number_in(a), _final_number_in(b)
+    return _text_agreement(a, b)
+
+
+@functools.lru_cache(maxsize=16)  # a record's answer is asked about several times in a row
+def _text_agreement(a: str, b: str) -> float:
+    last_a = _final_number_in(a)
+    last_b = None if last_a is None else _final_number_in(b)
     if last_a is not None and last_b is not None:
         return float(last_a == last_b)
     return token_f1(a, b)
