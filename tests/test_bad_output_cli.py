@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,41 @@ def test_a_place_that_cannot_be_written_is_named(
     assert said.startswith("robustft: /proc/robustft")
     assert "cannot be written: No such file or directory" in said
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [*FILES, *FOLDERS])
+@pytest.mark.parametrize("place", ["long", "loop", "closed"])
+def test_a_place_that_cannot_be_looked_at_is_named(
+    run: CommandLine,
+    tmp_path: Path,
+    inputs: dict[object, object],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    place: str,
+) -> None:
+    name = {"long": "x" * 256, "loop": "loop", "closed": "closed"}[place]
+    (tmp_path / "loop").symlink_to("loop")
+    look = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:  # root may look everywhere
+        if "closed" in path.parts:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    asked = arguments({**FILES, **FOLDERS}[command], inputs)
+    said = run.refused(*asked, "--out", tmp_path / name)
+    assert said.startswith(f"robustft: {tmp_path / name}: cannot be written: ")
+
+
+@pytest.mark.parametrize("option", ["--model", "--embedder", "--second-opinion", "--truth"])
+def test_a_name_that_no_file_can_have_is_told(
+    run: CommandLine, tmp_path: Path, inputs: dict[object, object], option: str
+) -> None:
+    name = "x" * 256
+    said = run.refused("clean", inputs["IN"], "--out", tmp_path / "o", option, name)
+    assert name in said
+    assert said.endswith("File name too long")
 
 
 def test_a_folder_of_several_kinds_is_told_and_nothing_made(

@@ -92,6 +92,16 @@ def test_a_missing_input_is_told_before_anything_heavy_is_imported(command: str)
     assert done.stderr == "robustft: nothing.jsonl: No such file or directory\n"
 
 
+def test_a_file_whose_name_looks_like_an_option(
+    run: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "-x.jsonl", quiz(4))
+    said = run.refused("clean", "-x.jsonl", "--out", "o")
+    assert "unknown argument '-x.jsonl'; a file of that name is written ./-x.jsonl" in said
+    assert run("clean", "./-x.jsonl", "--out", "o", "--detector", "paper").status == 0
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, time; t = time.process_time()\n"
@@ -121,6 +131,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         (("clean", "x", "--ou", "o"), "unknown argument '--ou'; did you mean --out?"),
         (("clean", "x", "--outt", "o"), "unknown argument '--outt'; did you mean --out?"),
         (("clean", "--outt", "o"), "unknown argument '--outt'; did you mean --out?"),
+        (("clean", "--", "x", "--out", "o"), "unknown argument '--out'; options stand before --"),
+        (("clean", "-", "--out", "o"), "-: input is read twice; save what is piped to"),
         (("clean", "x", "--out", "o", "--beta", "2"), "expected a number in [0, 1], found '2'"),
         (("clean", "x", "--out", "o", "--beta", "nan"), "--beta: expected a number in [0, 1]"),
         (("clean", "x", "--out", "o", "-k", "0"), "-k: expected a whole number from 1"),

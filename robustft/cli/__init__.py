@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -29,6 +30,7 @@ from robustft.cli.status import (
 from robustft.errors import UnfinishedError, UserError
 from robustft.terminal import printable
 
+_OF_A_PATH = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # nobody but the user can mend it
 _RESUMABLE = {"clean", "demo", "eval", "reproduce", "score", "train"}  # with --out
 
 # --- commands ------------------------------------------------------------------------------
@@ -166,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"{'--' * (name == 'out')}{name}: expected a path, found nothing")
         if command not in ("clean", "demo"):
             _refuse_remote(getattr(options, "out", None))
+        _refuse_unreachable(getattr(options, "out", None))
         _refuse_missing(getattr(options, "input", None))
         said = _Stdout(sys.stdout)
         with _logging(verbose), _ended_by_sigterm(), contextlib.redirect_stdout(said):
@@ -184,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if verbose:
             raise
+        if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
+            return _fail(USER, f"{os.fsdecode(error.filename)}: {error.strerror}")
         return _fail(OTHER, _unexpected(error, resumable=resumable))
     return status
 
@@ -193,6 +198,19 @@ def _refuse_remote(out: str | None) -> None:
 
     if out is not None and is_remote(out):
         raise UserError(f"--out {out}: only clean writes to such addresses; name a local path")
+
+
+def _refuse_unreachable(out: str | None) -> None:
+    """Raise UserError for a place of which the system does not even tell what is there."""
+    from robustft.remote import is_remote
+
+    if out is not None and not is_remote(out):
+        try:
+            Path(out).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # to be made, or told by who makes it
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written: {error.strerror}") from None
 
 
 def _refuse_missing(path: str | None) -> None:

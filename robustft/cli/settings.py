@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import os
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,8 +47,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _hint(argument: str, command: Parser) -> str:
-    """The option that was probably meant."""
+    """What was probably meant."""
     name = argument.partition("=")[0]
+    if name in command._option_string_actions:
+        return "; options stand before --"
+    if argument.startswith("-") and os.path.lexists(argument):
+        return f"; a file of that name is written ./{argument}"
     close = difflib.get_close_matches(name, command._option_string_actions, 1, 0.7)
     return f"; did you mean {close[0]}?" if close and name.startswith("--") else ""
 

@@ -84,6 +84,8 @@ def find(file: Path, path: str) -> int | None:
         local = suffix in FORMATS or suffix == ".parquet" or file.parent.is_dir()
         if HUB_ID.fullmatch(hub) and (hub != path or not local):
             return None
+        if path == "-":
+            raise UserError("-: input is read twice; save what is piped to a file") from None
         raise system_error(file, error) from None
     except OSError as error:
         raise system_error(file, error) from None
