@@ -176,7 +176,7 @@ _ROLES = _Roles()
 
 def _remembered(compute: Callable[[str], T]) -> Callable[[str], T]:
     """`compute`, that answers compared again soon are not read again; of long ones only a few."""
-    short, long = (functools.lru_cache(size)(compute) for size in (4096, 64))
+    short, long = (functools.lru_cache(size)(compute) for size in (4096, 32))
     return lambda text: (short if len(text) <= _SHORT else long)(text)
 
 
