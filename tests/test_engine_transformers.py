@@ -542,11 +542,11 @@ def test_an_answer_begins_where_the_template_lets_it(
 
 def test_a_template_that_tells_the_date_tells_the_same_every_day(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(find_model(str(tiny_model)))
-    dates = """{% if strftime_now is defined %}{% set day = strftime_now("%d %b %Y") %}{% endif %}{{
- day }}, {{ strftime_now( '%Y-%m-%d' ) }}: """
+    dates = r"""{% if strftime_now is defined %}{% set day = strftime_now("%d %b\t%Y") %}{%
+ endif %}{{ day }}, {{ strftime_now( '%Y-%m-%d' ) }}, {{ strftime_now(format='%B') }}: """
     tokenizer.chat_template = dates + STRICT
     text = tokenizer.decode(PromptEncoder(tokenizer).encode([prompt("hi")])[0])
-    assert text.startswith("26 Jul 2024, 2024-07-26: ")
+    assert text.startswith("26 Jul\t2024, 2024-07-26, July: ")
 
 
 def test_turn_markers_that_are_no_special_tokens(tiny_model: Path) -> None:

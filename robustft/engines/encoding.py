@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 # Private-use characters: no template looks for them, and they stand alone in the rendering.
 _PLACEHOLDER = "\ue0f0{}\ue0f1"
 _SPLIT = re.compile("\ue0f0([0-9]+)\ue0f1")
-_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 _DAY = datetime(2024, 7, 26)  # which the templates of Llama 3 name by default
 _REPLY = -1  # stands for the reply where others are messages' numbers
 # Prompts encoded in one turn, and their characters: some milliseconds, in which others wait.
@@ -52,7 +52,7 @@ def _spaced(found: re.Match[str]) -> str:
 
 def _on_one_day(found: re.Match[str]) -> str:
     """A template's call for today's date as a text that never changes."""
-    return repr(_DAY.strftime(found[2]))
+    return f"{found[1]}{_DAY.strftime(found[2])}{found[1]}"
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
