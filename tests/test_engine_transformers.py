@@ -540,6 +540,17 @@ def test_an_answer_begins_where_the_template_lets_it(
     assert text == f"<turn>user\nhi<end>\n{begins}{closed}Answer:" == encoder.render(prompt("hi"))
 
 
+def test_an_answer_begins_so_after_joined_messages_too(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    tokenizer.chat_template = STRICT.replace("<turn>model\n", "").replace(
+        "{{ m.content", "{{ '<channel>' if m.role == 'assistant' }}{{ m.content"
+    )
+    for roles in (("system", "user"), ("system", "user", "assistant", "user", "user")):
+        asked = Prompt(tuple(Message(role, role.upper()) for role in roles), "Answer:")
+        text = tokenizer.decode(PromptEncoder(tokenizer).encode([asked])[0])
+        assert text.endswith("USER<end>\n<turn>assistant\n<channel>Answer:")
+
+
 def test_a_template_that_tells_the_date_tells_the_same_every_day(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(find_model(str(tiny_model)))
     dates = r"""{% if strftime_now is defined %}{% set day = strftime_now("%d %b\t%Y") %}{%

@@ -426,7 +426,7 @@ class PromptEncoder:
         gpt-oss, the mark of Command A, or all of it where they invite none. Left to the model, it
         would begin with a thought, or with the user's next turn. A thought that is open is closed.
         """
-        slot = _PLACEHOLDER.format(len(messages))
+        slot = _PLACEHOLDER.format(_REPLY)  # messages that were joined hold several numbers
         answer = {"role": "assistant", "content": slot}
         try:
             answered = str(
