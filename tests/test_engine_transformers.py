@@ -809,6 +809,30 @@ def test_a_slight_adapter_on_the_head_is_heard(tiny_model: Path) -> None:
     np.testing.assert_allclose(found.logprobs, expected[first], atol=1e-3)
 
 
+def test_a_head_that_was_trained_whole_gives_no_logits_but_those_asked_for(
+    tiny_model: Path,
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    source = find_model(str(tiny_model))
+    model = load_causal_lm(source, dtype=torch.bfloat16)
+    settings = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, settings).get_base_model()
+    torch.nn.init.normal_(adapted.get_output_embeddings().weight)
+    engine = TransformersEngine(
+        EngineConfig(dtype="bfloat16"), model=adapted, tokenizer=load_tokenizer(source)
+    )
+    asked = [prompt("hi")]
+    (found,) = engine.choose(asked, [(" A", " B")])
+    (ids,) = engine.encoder.encode(asked)
+    expected = reference_logits(engine, ids)[-1].float().log_softmax(-1)
+    first = [engine.encoder.continuation("Answer:", text)[0] for text in (" A", " B")]
+    np.testing.assert_allclose(found.logprobs, expected[first], atol=2e-2)
+    assert engine._use_linear_head()
+
+
 def test_the_growing_cache_holds_what_the_concatenating_one_does() -> None:
     layer = GrowingLayer(room=3)
     reference = DynamicLayer()  # type: ignore[no-untyped-call]

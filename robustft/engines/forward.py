@@ -283,7 +283,7 @@ class ForwardPasses:
                 # Of small logits a soft cap takes little: no more than rounding may differ.
                 limit = max(1e-4, torch.finfo(state.dtype).eps) * float(own.abs().max())
                 same = float((own - again).abs().max()) <= limit
-                plain = isinstance(head, torch.nn.Linear) and head.bias is None
+                plain = getattr(head, "bias", None) is None and not hasattr(head, "lora_A")
                 self._head_is_linear = same and plain
             except (AttributeError, RuntimeError, TypeError):
                 self._head_is_linear = False
