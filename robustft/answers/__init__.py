@@ -52,7 +52,8 @@ __all__ = [
 ]
 
 Kind = Literal["choice", "number", "span", "text"]
-T = TypeVar("T")
+
+_T = TypeVar("_T")
 
 _SHORT = 256  # characters of an answer that is remembered as long as thousands of others
 
@@ -174,7 +175,7 @@ class _Roles(dict[int, str]):
 _ROLES = _Roles()
 
 
-def _remembered(compute: Callable[[str], T]) -> Callable[[str], T]:
+def _remembered(compute: Callable[[str], _T]) -> Callable[[str], _T]:
     """`compute`, that answers compared again soon are not read again; of long ones only a few."""
     short, long = (functools.lru_cache(size)(compute) for size in (4096, 32))
     return lambda text: (short if len(text) <= _SHORT else long)(text)

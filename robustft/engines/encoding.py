@@ -55,6 +55,14 @@ def _on_one_day(found: re.Match[str]) -> str:
     return f"{found[1]}{_DAY.strftime(found[2])}{found[1]}"
 
 
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], **settings: Any) -> str:
+    """A conversation that nobody has to answer; "" where the chat template takes no such turns."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
+    except Exception:  # a template may raise anything (jinja2 errors, mostly)
+        return ""
+
+
 def end_of_turn(tokenizer: Any) -> list[int]:
     """Return the token that ends an assistant's turn, as the chat template has it, or no token.
 
@@ -64,11 +72,7 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         slot = _PLACEHOLDER.format(1)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": slot}]
-        try:
-            rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception:  # a template may raise anything; this one takes no such turns
-            rendered = ""
-        after = rendered.rpartition(slot)[2]
+        after = _rendered(tokenizer, turns).rpartition(slot)[2]
         ids = tokenizer.encode(after, add_special_tokens=False) if after else []
         # Many templates end a turn in a control token that is none of the tokenizer's named ones.
         added = tokenizer.added_tokens_decoder.items()
@@ -428,12 +432,7 @@ class PromptEncoder:
         """
         slot = _PLACEHOLDER.format(_REPLY)  # messages that were joined hold several numbers
         answer = {"role": "assistant", "content": slot}
-        try:
-            answered = str(
-                self._tokenizer.apply_chat_template([*messages, answer], tokenize=False, **settings)
-            )
-        except Exception:  # as above
-            answered = ""
+        answered = _rendered(self._tokenizer, [*messages, answer], **settings)
         begun, found, _ = answered.partition(slot)
         if found and begun.startswith(rendered) and begun[len(rendered) :].strip():
             rendered = begun
