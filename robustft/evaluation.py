@@ -34,6 +34,7 @@ from robustft.records import Record, RecordSource, Reject, count_records, leave_
 from robustft.records.formats import BadRowError, hash_files
 from robustft.resumable import ResumableLines, answer_in_units, spare_other_lines
 from robustft.terminal import counted, plural_of, printable
+from robustft.wording import wording
 
 _log = logging.getLogger("robustft")
 _MOST_CATEGORIES = 1000
@@ -174,7 +175,7 @@ def _output(
     files = [] if adapter is None else sorted(adapter.glob("adapter_*"))  # weights and settings
     identity = config.fingerprint() | {
         "input": source.content_hash, "adapter": hash_files(files),
-        "model": engine.model_id, "revision": engine.revision,
+        "model": engine.model_id, "revision": engine.revision, "wording": wording(engine),
     }  # fmt: skip
     return ResumableLines(config.out, identity)
 

@@ -42,6 +42,7 @@ from robustft.relabeling import relabel
 from robustft.second_opinions import SecondOpinions
 from robustft.shards import Shard, publish
 from robustft.store import UNIT_ROWS, Stopwatch, Store
+from robustft.wording import keep_wording
 
 _SECONDS_BETWEEN_MARKS = 2.0  # what a killed run embeds again at most; opinions are never lost
 
@@ -126,6 +127,7 @@ class ShardRun:
         target = self.shard.phase("detected")
         if target.is_dir():
             return
+        keep_wording(self.store, self.engine)
         self._start_clock("detect")
         detector = make_detector(self.config)
         done = set(self.store.finished("detect"))
@@ -179,6 +181,7 @@ class ShardRun:
         target = self.shard.phase("relabeled")
         if target.is_dir():
             return
+        keep_wording(self.store, self.engine)
         self._start_clock("relabel")
         done = set(self.store.finished("relabel"))
         noisy = np.flatnonzero(conclusion.noisy[self.shard.start : self.shard.stop])

@@ -22,6 +22,7 @@ from robustft.records import Record, Reject, count_records, open_records
 from robustft.resumable import ResumableLines, answer_in_units, spare_other_lines
 from robustft.store import Stopwatch
 from robustft.terminal import counted, printable
+from robustft.wording import wording
 
 _Line = dict[str, Any]  # of the output: an item's statistics, or why it has none
 _NAMED = 5  # truncated records that the summary names
@@ -124,7 +125,7 @@ def score_file(
         )
     identity = config.fingerprint() | {
         "input": source.content_hash, "schema": schema, "split": split, "limit": limit,
-        "model": engine.model_id, "revision": engine.revision,
+        "model": engine.model_id, "revision": engine.revision, "wording": wording(engine),
     }  # fmt: skip
     summary = ScoreSummary(out)
     watch = Stopwatch()

@@ -289,6 +289,11 @@ class Store:
         self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     @property
+    def has_opinions(self) -> bool:
+        """Whether anybody has said anything yet."""
+        return self._db.execute("SELECT 1 FROM batches").fetchone() is not None
+
+    @property
     def has_failures(self) -> bool:
         """Whether a question of an earlier session got no reply and was not forgiven yet."""
         return self._db.execute("SELECT 1 FROM failures").fetchone() is not None

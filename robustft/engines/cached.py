@@ -13,6 +13,7 @@ from robustft.cache import Cache, content_key
 from robustft.config import EngineConfig
 from robustft.engines import Abilities, Choice, Engine, Failure, Generation, Prompt, ResponseScore
 from robustft.store import Stopwatch
+from robustft.wording import wording
 
 _T = TypeVar("_T")
 _BATCH = 128
@@ -196,7 +197,8 @@ class RememberingEngine(CachedEngine):
     def __init__(self, engine: Engine, cache: Cache, config: EngineConfig) -> None:
         super().__init__(
             cache, lambda: engine, model_id=engine.model_id,
-            embedded=engine.embedded, identity=(engine.revision, config.fingerprint()),
+            embedded=engine.embedded,
+            identity=(engine.revision, config.fingerprint(), wording(engine)),
         )  # fmt: skip
         self.name, self.revision, self.abilities = engine.name, engine.revision, engine.abilities
         self.at_a_time = engine.at_a_time
