@@ -57,6 +57,9 @@ class Stub:
     name = model_id = "stub"
     revision = "1"
     abilities = Abilities()
+    embedded = False
+    truncated = 0
+    at_a_time = 1
 
     def plan(self, prompts: Sequence[Prompt], max_new_tokens: int = 0) -> list[list[int]]:
         """Batches of 64."""
@@ -85,6 +88,9 @@ class Stub:
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Any]:
         """Not needed here."""
         raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Nobody waits."""
 
 
 class Table:
