@@ -64,9 +64,9 @@ _NEGATED = re.compile(
     r"(?:ai|are|ca|could|did|do|does|had|has|have|is|must|need|should|was|were|wo|would)nt"
 )
 _NUMBER = re.compile(r"(?<!\w)(?<!\d\.)-?(?:\d+(?:[.,]\d+)*|\.\d+)(?!\w)")
+_DIGIT = re.compile(r"\d")
 # Scripts written without spaces split by character.
 _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-_PLAIN = str.maketrans({"−": "-", "_": " "})
 _RAISED = re.compile(r"(?<=\d)(?=[²³¹¼-¾⁰-⁹₀-₉⅐-⅞])")  # NFKC would make "1½" 11/2 and "10²" 102
 _SHARP = re.compile(r"(?<=[^\W\d_])#(?!\w)")  # "C#" is not "C"
 # "A-", a grade or a blood group, is not "A"; a longer word's hyphen may be a broken line's.
@@ -156,6 +156,8 @@ def option_names(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def _nfkc(text: str) -> str:
+    if text.isascii() and "-" not in text and "#" not in text:
+        return text  # as most texts are, which none of this changes
     text = _MINUS.sub(r"\1♭", text)  # no sign that normalisation takes for punctuation
     text = _SHARP.sub("♯", SPACED.sub(",", _RAISED.sub(" ", text)))
     return unicodedata.normalize("NFKC", text).replace("⁄", "/")
@@ -197,11 +199,12 @@ def _final_number_in(text: str) -> str | None:
 
 @_remembered
 def _words(text: str) -> tuple[str, ...]:
-    folded = _nfkc(text).casefold().translate(_PLAIN)
-    folded = _UNSPACED.sub(r" \1 ", folded)
+    folded = _nfkc(text).casefold().replace("−", "-").replace("_", " ")
+    if not folded.isascii():
+        folded = _UNSPACED.sub(r" \1 ", folded)
     pieces: list[str] = []
     end = 0
-    for match in _NUMBER.finditer(folded):
+    for match in _NUMBER.finditer(folded) if _DIGIT.search(folded) else ():
         pieces += [folded[end : match.start()].translate(_ROLES), f" {_plain_number(match[0])} "]
         end = match.end()
     pieces.append(folded[end:].translate(_ROLES))
@@ -213,6 +216,8 @@ def _words(text: str) -> tuple[str, ...]:
 def _plain_number(text: str) -> str:
     digits = text.lstrip("-")
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
+        return text
+    if text.isascii() and text.isdigit():
         return text
     match = next(find_numbers(text), None)
     return canonical(match) if match and match.end() == len(text) else text
