@@ -254,7 +254,14 @@ def test_the_command_line_wins(run: CommandLine, source: Path, tmp_path: Path) -
     [
         ("frob = 1\n", "run.toml, field 'frob': not an option of robustft clean; known are"),
         ("[clean]\nrate = 0.5\n", "field 'rate': not an option of robustft clean"),
-        ("input = 'x'\n", "field 'input': not an option"),
+        (
+            "input = 'x'\n",
+            "'input': not an option; robustft clean INPUT is where it is given",
+        ),
+        (
+            "INPUT = 'x'\n",
+            "'INPUT': not an option; robustft clean INPUT is where it is given",
+        ),
         ("beta = 2\n", "run.toml, field 'beta': expected a number in [0, 1], found '2'"),
         ("beta = true\n", "field 'beta': expected a string or a number, found True"),
         ("beta = [0.1, 0.2]\n", "field 'beta': expected a string or a number, found [0.1"),

@@ -80,11 +80,15 @@ def _take_defaults(path: Path, command: str, parser: Parser) -> dict[str, list[s
         for flag, action in target._option_string_actions.items()
         if action.dest not in {"help", "config"} and not flag.startswith("--no-")
     }
+    positional = {one.dest: one.metavar or one.dest for one in target._get_positional_actions()}
     lists = {}
     for name, value in found.items():
         where = f"{path}, field {name!r}"
         action = actions.get(name.replace("_", "-"))
         if action is None:
+            if name.lower() in positional:
+                given = f"{target.prog} {positional[name.lower()]}"
+                raise UserError(f"{where}: not an option; {given} is where it is given")
             near = difflib.get_close_matches(name.replace("_", "-"), actions, 1)
             known = ", ".join(sorted(actions))
             hint = f"did you mean {near[0]}?" if near else f"known are {known}"
