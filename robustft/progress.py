@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _SILENT_SECONDS = 2.0
-_SECONDS_BETWEEN_LINES = 15.0  # where stderr is a file
+_SECONDS_BETWEEN_LINES = 15.0  # where stderr is no terminal, or one of no width
 # Of all that count or draw, in any thread: tqdm keeps its own lock for good where an interrupt
 # falls into its drawing.
 _DRAWING = threading.RLock()
@@ -21,8 +22,8 @@ class Progress:
 
     Where nobody knows the total (None) it counts.
 
-    A terminal shows a moving bar, anything else a line now and then. `done` is what an earlier run
-    has done already; the estimate of what is left ignores it.
+    A terminal of some width shows a moving bar, anything else a line now and then. `done` is what
+    an earlier run has done already; the estimate of what is left ignores it.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Progress:
         self._desc = desc
         self._done, self._total, self._before = done, total, done
         self._start = self._shown = time.monotonic()
-        terminal = sys.stderr.isatty()
+        terminal = _has_room()
         self._lines = not terminal and not quiet
         self._bar: Any = _bar(desc, total, done, unit) if terminal and not quiet else None
         self._over = threading.Event()
@@ -116,6 +117,17 @@ class Stages(contextlib.ExitStack):
             self._stage, self._done = stage, 0
         self._shown.update(done - self._done)
         self._done = done
+
+
+def _has_room() -> bool:
+    """Whether stderr is a terminal that says how wide it is; tqdm draws nothing where one does not.
+
+    Those of containers and of jobs often say 0.
+    """
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no descriptor behind it
+        return False
 
 
 def _bar(desc: str, total: float | None, done: float, unit: str | None) -> Any:

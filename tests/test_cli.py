@@ -690,6 +690,17 @@ def test_a_terminal_sees_a_bar_and_then_a_clean_line(columns: int) -> None:
     assert shown.endswith(b"\r\nafter\r\n")
 
 
+def test_a_terminal_that_does_not_say_how_wide_it_is_sees_lines() -> None:
+    shown = on_terminal(
+        "import time\nfrom robustft import progress\n"
+        "progress._SECONDS_BETWEEN_LINES = 0.1\n"
+        "with progress.Progress('detect', 2) as bar:\n"
+        "    for _ in range(2): time.sleep(0.2); bar.update(1, 'base')\n",
+        0,
+    )
+    assert b"robustft: detect \xc2\xb7 base: 100%, 00:00 elapsed, 00:00 left\r\n" in shown
+
+
 def test_a_terminal_sees_what_has_begun_and_nothing_of_what_is_soon_over() -> None:
     shown = on_terminal(
         "import time\nfrom robustft.progress import Progress\n"
