@@ -121,3 +121,20 @@ def test_a_folder_of_several_kinds_is_told_and_nothing_made(
     assert not (tmp_path / "out").exists()
     (folder / "b.tsv").unlink()
     assert run("clean", folder, "--out", tmp_path / "out", "--detector", "paper").status == 0
+
+
+def test_of_a_run_given_for_its_training_set_that_is_named(
+    run: CommandLine, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", quiz(4))
+    out = tmp_path / "out"
+    assert run("clean", source, "--out", out, "--detector", "paper").status == 0
+    adapter = out / "adapter"  # whose name of a file has the mark of a split
+    adapter.mkdir()
+    (adapter / "training.json").write_text("[]")
+    said = run.refused("corrupt", out, "--out", tmp_path / "copy.jsonl")
+    told = f"give one file, such as {out / 'cleaned.jsonl'}, its training set"
+    assert said == f"robustft: {out}: holds the outputs of a run: {told}"
+    (out / "cleaned.jsonl").unlink()
+    said = run.refused("corrupt", out, "--out", tmp_path / "copy.jsonl")
+    assert said == f"robustft: {out}: holds the outputs of a run: give one file"

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from robustft.errors import UserError
+from robustft.outputs import read_manifest
 from robustft.records.column_sources import open_arrow, open_hub, open_parquet
 from robustft.records.encodings import refuse_other, refuse_unicode
 from robustft.records.formats import Reader, TextReader, csv_header
@@ -109,6 +110,7 @@ def open_folder(folder: Path, split: str, limit: int) -> Reader:
             # Only the last part of a name counts: this file may come from anywhere.
             names = [Path(str(entry["filename"])).name for entry in entries]
             return open_arrow(folder, tuple(folder / name for name in names))
+        _refuse_outputs(folder)
         found = sorted(
             path
             for path in folder.rglob("*")
@@ -137,6 +139,14 @@ def open_folder(folder: Path, split: str, limit: int) -> Reader:
     return open_files(
         tuple(files), limit, tuple(name.decode(errors="backslashreplace") for name in named)
     )
+
+
+def _refuse_outputs(folder: Path) -> None:
+    """Raise UserError where a run's outputs lie in the folder, of which few files hold records."""
+    if read_manifest(folder):
+        sets = sorted(path for path in folder.glob("cleaned.*") if path.is_file())
+        such = f", such as {sets[0]}, its training set" if sets else ""
+        raise UserError(f"{folder}: holds the outputs of a run: give one file{such}")
 
 
 def _split_of(path: Path) -> str:
