@@ -32,6 +32,7 @@ from robustft.predictions import (
 from robustft.progress import Progress
 from robustft.records import Record, RecordSource, Reject, count_records, leave_out, open_records
 from robustft.records.formats import BadRowError, hash_files
+from robustft.records.sources import require_lines_name
 from robustft.resumable import ResumableLines, answer_in_units, spare_other_lines
 from robustft.terminal import counted, plural_of, printable
 from robustft.wording import wording
@@ -137,6 +138,7 @@ def evaluate(
         config.input, schema=config.schema, limit=config.limit, split=config.split
     )
     if config.out is not None:
+        require_lines_name(config.out)
         spare(config.out, config.input)
         spare_other_lines(config.out, ("predicted",))
     total = count_records(source)

@@ -19,6 +19,7 @@ from robustft.errors import UserError
 from robustft.files import spare
 from robustft.progress import Progress
 from robustft.records import Record, Reject, count_records, open_records
+from robustft.records.sources import require_lines_name
 from robustft.resumable import ResumableLines, answer_in_units, spare_other_lines
 from robustft.store import Stopwatch
 from robustft.terminal import counted, printable
@@ -113,6 +114,7 @@ def score_file(
     UserError where the input cannot be read, `out` not be written, or the engine cannot score.
     """
     source = open_records(path, schema=schema, limit=limit, split=split)
+    require_lines_name(out)
     spare(out, path)
     spare_other_lines(out, ("nll", "rejected"))
     total = count_records(source)

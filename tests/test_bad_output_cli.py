@@ -138,3 +138,14 @@ def test_of_a_run_given_for_its_training_set_that_is_named(
     (out / "cleaned.jsonl").unlink()
     said = run.refused("corrupt", out, "--out", tmp_path / "copy.jsonl")
     assert said == f"robustft: {out}: holds the outputs of a run: give one file"
+
+
+@pytest.mark.parametrize("command", ["score", "eval"])
+@pytest.mark.parametrize("name", ["o.parquet", "o.CSV", "o.jsonl.zst"])
+def test_lines_are_not_written_under_the_name_of_another_format(
+    run: CommandLine, tmp_path: Path, inputs: dict[object, object], command: str, name: str
+) -> None:
+    out = tmp_path / name
+    said = run.refused(command, inputs["IN"], "--out", out)
+    assert said == f"robustft: {out}: expected a name ending in .jsonl, which is what is written"
+    assert not out.exists()

@@ -56,6 +56,14 @@ def split_suffix(path: Path) -> tuple[str, str]:
     return (suffixes[-1] if suffixes else ""), compressed
 
 
+def require_lines_name(out: Path) -> None:
+    """Raise UserError where the name of a file of JSON lines says that it is something else."""
+    suffix, compressed = split_suffix(out)
+    # Many ".json" files hold one object a line; a name that says nothing is the user's choice.
+    if compressed or suffix == ".parquet" or FORMATS.get(suffix) == "csv":
+        raise UserError(f"{out}: expected a name ending in .jsonl, which is what is written")
+
+
 def open_reader(path: str, split: str, limit: int) -> Reader:
     """Return the reader of a file (remote ones too), folder or dataset id; raises `UserError`."""
     hub = path.removeprefix(_HUB_SCHEME)
