@@ -100,8 +100,11 @@ def value(match: re.Match[str]) -> Fraction | None:
 
 def canonical(match: re.Match[str]) -> str:
     """One spelling per value: "1,234.50" -> "1234.5", "6/4" -> "3/2", "1.5e3" -> "1500"."""
+    text = match[0]
+    if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS:
+        return text.lstrip("0") or "0"  # as most are
     number = value(match)
-    return match[0].strip() if number is None else spell(number)
+    return text.strip() if number is None else spell(number)
 
 
 def spell(number: Fraction) -> str:
