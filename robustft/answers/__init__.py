@@ -38,6 +38,7 @@ __all__ = [
     "Parsed",
     "agreement",
     "answer_kind",
+    "final_number",
     "is_refusal",
     "matches",
     "normalise",
@@ -191,8 +192,8 @@ def _number_in(text: str) -> str | None:
 
 
 @_remembered
-def _final_number_in(text: str) -> str | None:
-    """Likewise, of a number that the text marks as final."""
+def final_number(text: str) -> str | None:
+    """The one spelling of the number that a text marks as final; None where it marks none."""
     answer = parse_final_number(text).answer
     return None if answer is None else spelt(answer)
 
@@ -261,8 +262,8 @@ def agreement(
 
 @functools.lru_cache(maxsize=16)  # a record's answer is asked about several times in a row
 def _text_agreement(a: str, b: str) -> float:
-    last_a = _final_number_in(a)
-    last_b = None if last_a is None else _final_number_in(b)
+    last_a = final_number(a)
+    last_b = None if last_a is None else final_number(b)
     if last_a is not None and last_b is not None:
         return float(last_a == last_b)
     return token_f1(a, b)

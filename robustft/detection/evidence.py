@@ -48,7 +48,7 @@ def option_set(options: tuple[str, ...]) -> int:
 
 def is_free_text(record: Record) -> bool:
     """Whether an answer has no options, no few words and no final number to be compared by."""
-    return record.kind == "text" and not answers.parse_final_number(record.answer).answer
+    return record.kind == "text" and answers.final_number(record.answer) is None
 
 
 def option_probabilities(said: Opinion, options: int) -> NDArray[np.float32]:
