@@ -13,7 +13,7 @@ import orjson
 
 from robustft import prompts
 from robustft.config import EngineConfig
-from robustft.engines import Engine, Failure, Prompt
+from robustft.engines import Engine, Failure, Prompt, ResponseScore
 from robustft.engines.factory import load_engine
 from robustft.errors import UserError
 from robustft.files import spare
@@ -26,6 +26,7 @@ from robustft.terminal import counted, printable
 from robustft.wording import wording
 
 _Line = dict[str, Any]  # of the output: an item's statistics, or why it has none
+_STATISTICS = tuple(one.name for one in dataclasses.fields(ResponseScore))
 _NAMED = 5  # truncated records that the summary names
 
 
@@ -169,7 +170,7 @@ def _scored(
             said = (
                 {"failed": score.reason}
                 if isinstance(score, Failure)
-                else dataclasses.asdict(score)
+                else {name: getattr(score, name) for name in _STATISTICS}
             )
             lines[row] = {"id": records[row].id, **said}
         progress(len(rows))
