@@ -12,6 +12,7 @@ import hashlib
 import heapq
 from array import array
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,7 +192,8 @@ def _wrong_answer(
     kind = record.kind  # donors stood in the same column: any of them fits
     normal, found = normalise(record.answer, kind), donors[kind]
     start = draw % len(found)
-    others = [d for d in found[start : start + 64] + found[:64] if d.normal != normal]
+    others = (d for d in found[start : start + 64] + found[:64] if d.normal != normal)
+    first = next(others)
     # Among long answers two may agree though their words differ: prefer one that does not.
-    best = (d for d in others if not matches(d.answer, record.answer, kind=kind))
-    return next(best, others[0]).answer
+    best = (d for d in chain([first], others) if not matches(d.answer, record.answer, kind=kind))
+    return next(best, first).answer
